@@ -1,0 +1,1 @@
+"""Softmax attention that can be differentiated twice."""

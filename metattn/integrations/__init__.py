@@ -1,0 +1,1 @@
+"""Places where metattn takes over another library's attention; each a short file."""
