@@ -1,0 +1,49 @@
+# make build | demo | test | lint | bench | clean
+# PYTHON=python3.12 make test   uses that interpreter as it is, installing nothing (machines without a network).
+SHELL := /bin/bash -euo pipefail
+PYTHON ?=
+
+ifeq ($(strip $(PYTHON)),)
+PY := .venv/bin/python
+ENVIRONMENT := .venv/.installed
+else
+PY := $(PYTHON)
+ENVIRONMENT :=
+endif
+
+BUILT := build/.built-$(subst /,_,$(PY))
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: build demo test lint bench clean
+.DELETE_ON_ERROR:
+
+build: $(BUILT)
+
+.venv/.installed: requirements-dev.txt
+	python3 -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(BUILT): $(ENVIRONMENT) $(SOURCES)
+	$(PY) setup.py build_ext --inplace
+	mkdir -p build
+	touch $@
+
+demo: build
+	$(PY) -m metattn demo --out demo-output
+
+test: build
+	$(PY) -m pytest
+
+lint: $(ENVIRONMENT)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: build
+	$(PY) -m metattn bench --out benchmarks/results/cpu --readme README.md
+
+clean:
+	rm -rf build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find metattn -name '*.so' -delete
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
