@@ -1,0 +1,55 @@
+// Which keys a query attends to, by position alone. Host and device.
+#pragma once
+
+#include "params.h"
+
+#ifdef __CUDACC__
+#define METATTN_HD __host__ __device__ __forceinline__
+#else
+#define METATTN_HD inline
+#endif
+
+namespace metattn {
+
+// One sequence: where its rows and keys start in memory, and how many there are.
+struct Sequence {
+  int64_t q0, n, k0, m;
+};
+
+static METATTN_HD Sequence sequence(const Params& p, int64_t seq) {
+  if (p.cu_q == nullptr) return {0, p.n, 0, p.m};
+  const int64_t q0 = p.cu_q[seq], k0 = p.cu_k[seq];
+  return {q0, p.cu_q[seq + 1] - q0, k0, p.cu_k[seq + 1] - k0};
+}
+
+struct Range {
+  int64_t lo, hi;  // lo <= j < hi
+};
+
+// Keys that position alone leaves to row i; both ends never decrease as i grows. Empty: lo >= hi.
+static METATTN_HD Range attended_keys(const Params& p, const Sequence& s, int64_t i) {
+  const int64_t offset = p.causal == Causal::top_left ? 0 : s.m - s.n;
+  int64_t lo = 0, hi = s.m;
+  if (p.causal != Causal::none && i + offset + 1 < hi) hi = i + offset + 1;
+  if (p.window_right >= 0 && i + offset + p.window_right + 1 < hi) hi = i + offset + p.window_right + 1;
+  if (p.window_left >= 0 && i + offset - p.window_left > lo) lo = i + offset - p.window_left;
+  return {lo, hi > 0 ? hi : 0};
+}
+
+enum class Cover { empty, partial, full };
+
+// How position covers the tile rows [row0, row0 + rows) x keys [key0, key0 + keys).
+static METATTN_HD Cover tile_cover(const Params& p, const Sequence& s, int64_t row0, int64_t rows, int64_t key0,
+                                   int64_t keys) {
+  const Range first = attended_keys(p, s, row0), last = attended_keys(p, s, row0 + rows - 1);
+  if (key0 + keys <= first.lo || key0 >= last.hi) return Cover::empty;
+  return last.lo <= key0 && key0 + keys <= first.hi ? Cover::full : Cover::partial;
+}
+
+// ALiBi's distance |i + M - N - j|.
+static METATTN_HD int64_t alibi_distance(const Sequence& s, int64_t i, int64_t j) {
+  const int64_t delta = i + s.m - s.n - j;
+  return delta < 0 ? -delta : delta;
+}
+
+}  // namespace metattn

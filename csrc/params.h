@@ -1,0 +1,81 @@
+// What one call of a map is told: a zero-initialised struct that host code fills and kernels read.
+// Torch-free, shared by every device. "seq" is the batch index, or the sequence index of a packed batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace metattn {
+
+enum class DType : int32_t { f64, f32, bf16, f16 };
+enum class Causal : int32_t { none, top_left, bottom_right };
+
+// A strided tensor of up to four dimensions; strides count elements, 0 on broadcast dimensions. Absent: data null.
+struct View {
+  char* data;
+  DType dtype;
+  int64_t stride[4];
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Bits of `needs`, in the order of the differentiable inputs.
+enum Need : int64_t { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBias = 8, kNeedSinks = 16 };
+
+struct Params {
+  int64_t batch;     // sequences
+  int64_t heads;     // query heads, a multiple of kv_heads
+  int64_t kv_heads;
+  int64_t n, m;      // queries, keys of a dense problem; the longest sequence's of a packed one
+  int64_t d, dv;     // head dimension of q and k, and of v
+  const int32_t* cu_q;  // [batch + 1] row offsets of a packed problem, else null
+  const int32_t* cu_k;
+
+  double scale;
+  double softcap;    // 0: none
+  Causal causal;
+  int64_t window_left, window_right;  // -1: unlimited
+  double dropout_p;
+  uint64_t dropout_threshold;         // keep where a Philox word is at least this
+  double dropout_keep_scale;          // 1 / (1 - p), 0 for p = 1
+  const int64_t* rng;                 // [batch, 2]: seed, batch index; null without dropout
+  int64_t rng_stride[2];
+
+  // Differentiable inputs and their constants.
+  View q;       // [B, Hq, N, d]
+  View k;       // [B, Hkv, M, d]
+  View v;       // [B, Hkv, M, dv]
+  View bias;    // [B, Hq, N, M] by broadcast strides
+  View sinks;   // [B, Hq]
+  View mask;    // bytes [B, Hq, N, M] by broadcast strides; dtype unused
+  View slopes;  // [B, Hq]
+
+  // Results of earlier maps and cotangents.
+  View o;       // [B, Hq, N, dv]
+  View lse;     // float64 [B, Hq, N], as all row statistics
+  View d_o;     // cotangent of o
+  View d_lse;   // cotangent of lse
+  View t_q, t_k, t_v, t_bias, t_sinks;  // tangents, shaped as their primals
+  View o_t;     // [B, Hq, N, dv] tangent of o
+  View lse_t;   // [B, Hq, N] tangent of lse
+
+  // Outputs; absent where not wanted.
+  View out_o, out_lse;                    // forward (o, lse) and jvp (their tangents)
+  View grad_q, grad_k, grad_v;            // vjp and vjp_jvp
+  char* grad_q_parts;                     // compute type [key_chunks, B, Hq, N, d]; null when key_chunks is 1
+  int64_t grad_q_parts_stride[4];         // elements; over (chunk, seq, head, row), columns contiguous
+  char* grad_bias;                        // compute type, zero-filled; [parts, 1|B, 1|Hq, 1|N, 1|M]
+  int64_t grad_bias_stride[5];            // over (chunk, seq, head, row, key); 0 on summed dimensions
+  int64_t bias_size[4];                   // sizes of bias before broadcasting
+  char* grad_sinks;                       // compute type [1|B, Hq] contiguous, zero-filled
+  int64_t sinks_batch;                    // 1 or batch
+  int64_t needs;
+
+  // Plan (plan.h): how the work is cut. A unit is what one thread does alone.
+  int64_t row_chunk;            // row sweeps: rows of a unit, a multiple of the row block
+  int64_t key_chunk;            // key sweeps: keys of a unit, a multiple of the key block
+  int64_t key_chunks;
+  bool all_batches, all_heads;  // key sweeps: a unit walks every batch (head), so that it owns a broadcast bias gradient
+  const int64_t* first_unit;    // row sweeps: [batch + 1] first unit of each sequence
+};
+
+}  // namespace metattn

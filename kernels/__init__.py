@@ -1,0 +1,1 @@
+"""Triton kernels of the four maps; installed as `metattn.kernels`."""
