@@ -25,7 +25,7 @@ build: $(BUILT)
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
-	$(PY) setup.py build_ext --inplace
+	METATTN_BUILD_EXT=$${METATTN_BUILD_EXT:-1} $(PY) setup.py build_ext --inplace
 	mkdir -p build
 	touch $@
 

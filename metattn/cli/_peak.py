@@ -1,0 +1,62 @@
+"""One memory measurement: `python -m metattn.cli._peak` reads a request, and answers, in JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import torch
+
+from metattn.cli._cases import Case, Contestant, errors, make_inputs, make_step
+from metattn.cli._measure import available_memory, peak_memory
+
+
+def limit_memory(more: int) -> None:
+    """Lets this process grow by `more` bytes: past them an allocation fails and nothing is killed."""
+    import resource
+
+    with open("/proc/self/statm") as handle:
+        now = int(handle.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + more, hard))
+
+
+def measure(case: Case, contestant: Contestant, step: str, answer_path: str | None) -> dict[str, object]:
+    """Peak bytes of the step with all its inputs counted, and the errors of its first head."""
+    small = replace(case, length=64)
+    make_step(
+        contestant, small, step, make_inputs(small)
+    )()  # threads, code and small buffers exist afterwards
+    available = available_memory()
+    if available is not None and sys.platform == "linux":
+        limit_memory(int(0.9 * available))
+
+    kept: list[tuple[torch.Tensor, ...]] = []
+
+    def whole() -> None:
+        kept.append(make_step(contestant, case, step, make_inputs(case))())
+
+    try:
+        peak = peak_memory(whole)
+    except RuntimeError as error:  # torch's allocator says so; anything else is a fault of the step
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        return {"bytes": None, "does_not_fit_in": int(0.9 * (available or 0))}
+    answer: dict[str, object] = {"bytes": peak}
+    if answer_path is not None:
+        first_head = tuple(output[:, :1] for output in kept[0])
+        answer["errors"] = errors(case, step, first_head, torch.load(answer_path))
+    return answer
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    case = Case(**request["case"])
+    torch.set_num_threads(request["threads"])
+    contestant = Contestant(request["contestant"], frozenset({request["step"]}))
+    print(json.dumps(measure(case, contestant, request["step"], request["answer"])))
+
+
+if __name__ == "__main__":
+    main()
