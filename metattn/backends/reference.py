@@ -266,6 +266,13 @@ def forward(problem: Problem, primals: Primals, constants: Constants) -> tuple[T
 
 
 @_in_full_precision
+def weights(problem: Problem, primals: Primals, constants: Constants) -> Tensor:
+    """P∘Z, what forward weighs V with → [B, Hq, N, M] in q's dtype (of packed sequences: padded)."""
+    state = _state(problem, primals, constants)
+    return (state.p * state.z).to(primals.q.dtype)
+
+
+@_in_full_precision
 def vjp(
     problem: Problem,
     primals: Primals,
