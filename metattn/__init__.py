@@ -1,1 +1,41 @@
-"""Softmax attention that can be differentiated twice."""
+"""Softmax attention that can be differentiated twice, at fused-kernel speed and in O(N·d) memory."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metattn.autodiff import HigherOrderWarning
+from metattn.backends import available_backends, use_backend
+from metattn.functional import attention, explain, scaled_dot_product_attention, varlen_attention
+from metattn.integrations.sdpa import sdpa_override
+
+if TYPE_CHECKING:
+    from metattn import meta, nn
+    from metattn.nn import replace_attention
+
+__all__ = [
+    "HigherOrderWarning",
+    "attention",
+    "available_backends",
+    "explain",
+    "meta",
+    "nn",
+    "replace_attention",
+    "scaled_dot_product_attention",
+    "sdpa_override",
+    "use_backend",
+    "varlen_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("meta", "nn"):
+        return importlib.import_module(f"metattn.{name}")
+    if name == "replace_attention":
+        return importlib.import_module("metattn.nn").replace_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,11 +1,22 @@
-"""Problem: everything about a call that is no tensor; validation happens here, once."""
+"""Problem: everything about a call that is no tensor; validation happens here, once.
+
+`dense` and `packed` turn what a user passed into the canonical form (Problem, Primals, Constants) that autodiff and
+every backend take. Everything is refused here, before a kernel is launched or a value is read.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QKV = ("q", "k", "v")
 
 
 class Primals(NamedTuple):
@@ -23,7 +34,9 @@ class Constants(NamedTuple):
 
     mask: Tensor | None  # bool [1|B, 1|Hq, 1|N, 1|M], True = attends
     slopes: Tensor | None  # [1|B, Hq] ALiBi slopes, compute dtype
-    rng: Tensor | None  # int64 [B, 2]: dropout seed and Philox batch index of each batch; None without dropout
+    rng: (
+        Tensor | None
+    )  # int64 [B, 2]: dropout seed and Philox batch index of each batch; None without dropout
     cu_q: Tensor | None  # int32 [S+1] for packed sequences, with cu_k
     cu_k: Tensor | None
 
@@ -40,3 +53,350 @@ class Problem:
     max_q: int  # longest packed sequence, 0 when dense
     max_k: int
     backend: str  # "reference" | "cpu" | "cuda" | "triton"
+
+
+Call = tuple[Problem, Primals, Constants]
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: Sequence[int] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+) -> Call:
+    """The canonical form of a call on [B, H, N, d] tensors; its backend is the reference until `choose` names one."""
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            "q, k, v: expected [B, Hq, N, d], [B, Hkv, M, d], [B, Hkv, M, dv], got " + _shapes(q, k, v)
+        )
+    batch, q_heads, n, d = q.shape
+    k_batch, kv_heads, m, k_d = k.shape
+    if k_batch != batch or k_d != d or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "q, k, v: expected one batch size, k's last dimension equal to q's, and k and v alike in heads and length, "
+            "got " + _shapes(q, k, v)
+        )
+    check_head_groups(q_heads, kv_heads)
+    problem = _problem(d, causal, window, scale, softcap, dropout_p, 0, 0)
+    primals, constants = _tensors(
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        (batch, q_heads, n, m),
+        problem.dropout_p,
+        dropout_seed,
+        None,
+        None,
+    )
+    return problem, primals, constants
+
+
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: Sequence[int] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+) -> Call:
+    """The canonical form of a call on packed [total, H, d] tensors: transposed views [1, H, total, d]."""
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(
+            "q, k, v: expected [total_q, Hq, d], [total_k, Hkv, d], [total_k, Hkv, dv], got "
+            + _shapes(q, k, v)
+        )
+    total_q, q_heads, d = q.shape
+    total_k, kv_heads, k_d = k.shape
+    if k_d != d or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            "q, k, v: expected k's last dimension equal to q's, and k and v alike in length and heads, got "
+            + _shapes(q, k, v)
+        )
+    check_head_groups(q_heads, kv_heads)
+    max_q = _length("max_seqlen_q", max_seqlen_q)
+    max_k = _length("max_seqlen_k", max_seqlen_k)
+    cu_q = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, total_q, max_q)
+    cu_k = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, total_k, max_k)
+    sequences = cu_q.shape[0] - 1
+    if cu_k.shape[0] - 1 != sequences:
+        raise ValueError(
+            f"cu_seqlens_k: expected as many entries as cu_seqlens_q, {sequences + 1}, got {cu_k.shape[0]}"
+        )
+    problem = _problem(d, causal, window, scale, softcap, dropout_p, max_q, max_k)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    full = (sequences, q_heads, max_q, max_k)
+    primals, constants = _tensors(
+        q, k, v, mask, bias, alibi_slopes, sinks, full, problem.dropout_p, dropout_seed, cu_q, cu_k
+    )
+    return problem, primals, constants
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as torch's autocast hands them to its own attention: floats but float64 in the autocast dtype."""
+    first = tensors[0]
+    if not isinstance(first, Tensor):
+        return tensors
+    device = first.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor)
+        and t.is_floating_point()
+        and t.dtype != torch.float64
+        and t.device.type == device
+        else t
+        for t in tensors
+    )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = QKV) -> None:
+    """Refuse what is no three strided tensors of one floating dtype on one device."""
+    for name, t in zip(names, (q, k, v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise NotImplementedError(f"{name}: expected a strided tensor, got layout {t.layout}")
+    dtype, device = q.dtype, q.device
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{names[0]}: expected float64, float32, bfloat16 or float16, got {dtype}")
+    if k.dtype != dtype or v.dtype != dtype:
+        raise TypeError(f"{', '.join(names)}: expected one dtype, got {dtype}, {k.dtype} and {v.dtype}")
+    if k.device != device or v.device != device:
+        raise ValueError(f"{', '.join(names)}: expected one device, got {device}, {k.device} and {v.device}")
+
+
+def check_head_groups(q_heads: int, kv_heads: int, names: tuple[str, str] = ("q", "k and v")) -> None:
+    """Refuse query heads that do not split evenly over the key heads."""
+    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads):
+        raise ValueError(
+            f"{names[0]}: expected a number of heads that is a multiple of {names[1]}'s, {kv_heads}, got {q_heads}"
+        )
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(t.shape)) for t in tensors)
+
+
+def _problem(
+    d: int,
+    causal: bool | str,
+    window: Sequence[int] | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    max_q: int,
+    max_k: int,
+) -> Problem:
+    if causal is True:
+        alignment: str | None = "top-left"
+    elif causal is False:
+        alignment = None
+    elif causal in ("top-left", "bottom-right"):
+        alignment = causal
+    else:
+        raise ValueError(f"causal: expected False, True, 'top-left' or 'bottom-right', got {causal!r}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(d) if d else 1.0  # without features every score is 0 whatever the scale
+    else:
+        scale = _real("scale", scale)
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None:
+        softcap = _real("softcap", softcap)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+    if dropout_p != 0.0:
+        dropout_p = _real("dropout_p", dropout_p)
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    else:
+        dropout_p = 0.0
+    return Problem(
+        scale,
+        softcap,
+        alignment,
+        (-1, -1) if window is None else _window(window),
+        dropout_p,
+        max_q,
+        max_k,
+        "reference",
+    )
+
+
+def _window(window: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right) or None, got {window!r}")
+    for side in window:
+        if not _is_int(side):
+            raise TypeError(f"window: expected two integers, got {window!r}")
+        if side < -1:
+            raise ValueError(f"window: expected sides of at least -1 (unlimited), got {window!r}")
+    return window[0], window[1]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def _length(name: str, value: int) -> int:
+    if not _is_int(value):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not 0 <= value < 2**31:
+        raise ValueError(f"{name}: expected a length from 0 to 2**31 - 1, got {value}")
+    return value
+
+
+def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> Tensor:
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(cu).__name__}")
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {cu.dtype}")
+    if cu.device != q.device:
+        raise ValueError(f"{name}: expected a tensor on q's device, {q.device}, got one on {cu.device}")
+    if cu.ndim != 1 or cu.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [sequences + 1], got {list(cu.shape)}")
+    if total >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2**31 packed rows, got {total}")
+    if _readable(cu):
+        ends = cu.tolist()
+        if ends[0] != 0 or ends[-1] != total:
+            raise ValueError(f"{name}: expected to go from 0 to {total}, got {ends[0]} to {ends[-1]}")
+        lengths = [end - start for start, end in zip(ends, ends[1:])]
+        if lengths and min(lengths) < 0:
+            raise ValueError(f"{name}: expected no decreasing entry, got {min(lengths)} rows in a sequence")
+        if lengths and max(lengths) > longest:
+            raise ValueError(
+                f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}: expected at least the longest sequence's "
+                f"{max(lengths)} rows, got {longest}"
+            )
+    return cu.to(torch.int32)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether the values can be read in Python: not of fake, traced, meta and functorch-wrapped tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    full: tuple[int, int, int, int],
+    dropout_p: float,
+    dropout_seed: int | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+) -> tuple[Primals, Constants]:
+    """Check and shape the optional tensors; `full` is [B, Hq, N, M]."""
+    if mask is not None:
+        _check_option("mask", mask, q, (torch.bool,))
+        mask = _broadcastable("mask", mask, full)
+    if bias is not None:
+        _check_option("bias", bias, q, FLOAT_DTYPES)
+        bias = _broadcastable("bias", bias, full)
+    if slopes is not None:
+        _check_option("alibi_slopes", slopes, q, FLOAT_DTYPES)
+        if slopes.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "alibi_slopes: expected constants, got a tensor that requires grad; pass it detached, or as part of bias"
+            )
+        slopes = _per_head("alibi_slopes", slopes, q, full)
+    if sinks is not None:
+        _check_option("sinks", sinks, q, FLOAT_DTYPES)
+        sinks = _per_head("sinks", sinks, q, full)
+    if dropout_seed is not None:
+        if not _is_int(dropout_seed):
+            raise TypeError(f"dropout_seed: expected an int or None, got {type(dropout_seed).__name__}")
+        if not -(2**63) <= dropout_seed < 2**63:
+            raise ValueError(f"dropout_seed: expected a 64-bit signed integer, got {dropout_seed}")
+    rng = _rng(full[0], dropout_seed, q.device) if dropout_p > 0.0 else None
+    return Primals(q, k, v, bias, sinks), Constants(mask, slopes, rng, cu_q, cu_k)
+
+
+def _check_option(name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {names}, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise NotImplementedError(f"{name}: expected a strided tensor, got layout {t.layout}")
+    if t.device != q.device:
+        raise ValueError(f"{name}: expected a tensor on q's device, {q.device}, got one on {t.device}")
+
+
+def _broadcastable(name: str, t: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+    """t as [1|B, 1|Hq, 1|N, 1|M], by a view: nothing is expanded."""
+    shape = t.shape
+    rank = len(shape)
+    if rank > 4 or any(size != 1 and size != target for size, target in zip(shape, full[4 - rank :])):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {list(full)}, got {list(shape)}")
+    return t if rank == 4 else t.view((1,) * (4 - rank) + tuple(shape))
+
+
+def _per_head(name: str, t: Tensor, q: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+    """t as [1|B, Hq] in the compute dtype."""
+    batch, heads = full[:2]
+    shape = tuple(t.shape)
+    if shape == (heads,):
+        t = t.unsqueeze(0)
+    elif shape != (batch, heads) and shape != (1, heads):
+        raise ValueError(f"{name}: expected shape [{heads}] or [{batch}, {heads}], got {list(shape)}")
+    return t.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _rng(batch: int, seed: int | None, device: torch.device) -> Tensor:
+    """int64 [B, 2]; a drawn seed stays on the device, so that nothing waits for it."""
+    if seed is None:
+        seeds = torch.randint(0, 2**63 - 1, (), device=device).expand(batch)
+    else:
+        seeds = torch.full((batch,), seed, dtype=torch.int64, device=device)
+    return torch.stack((seeds, torch.arange(batch, device=device)), 1)

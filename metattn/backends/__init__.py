@@ -1,13 +1,108 @@
-"""The backends, and the one function that picks. Each module offers forward, vjp, jvp and vjp_jvp."""
+"""The backends, and the one function that picks.
+
+Each backend's module offers forward, vjp, jvp and vjp_jvp, and says why it cannot serve: `unavailable_reason()` for this
+machine, `unsupported(problem, primals, constants)` for one call.
+"""
 
 from __future__ import annotations
 
 import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 
+from metattn.problem import Constants, Primals, Problem
+
+NAMES = ("reference", "cpu", "cuda", "triton")
 MODULES = {"reference": "metattn.backends.reference", "cpu": "metattn.backends.native"}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
+
+_loaded: dict[str, ModuleType] = {}
+_reasons: dict[str, str | None] = {}
+
+
+class _Named(threading.local):
+    """The backend that use_backend names in this thread: Dynamo guards a thread-local, and cannot trace a ContextVar."""
+
+    backend: str | None = None
+
+
+_thread = _Named()
 
 
 def load(name: str) -> ModuleType:
     """The module of a backend."""
-    return importlib.import_module(MODULES[name])
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(MODULES[name])
+    return _loaded[name]
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None; asked once a process."""
+    if name not in _reasons:
+        if name not in MODULES:
+            _reasons[name] = "not part of this version of metattn"
+        else:
+            try:
+                _reasons[name] = load(name).unavailable_reason()
+            except ImportError as error:
+                _reasons[name] = str(error)
+    return _reasons[name]
+
+
+# A constant of the process for Dynamo too: asking may load a library, which cannot be traced.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend with the reason why it is unavailable on this machine, or None where it is available."""
+    return {name: unavailable_reason(name) for name in NAMES}
+
+
+def check_name(name: str | None) -> None:
+    """Refuse what is no backend's name."""
+    if name is not None and name not in NAMES:
+        error = ValueError if isinstance(name, str) else TypeError
+        raise error(f"backend: expected None or one of {', '.join(NAMES)}, got {name!r}")
+
+
+def named() -> str | None:
+    """The backend that use_backend names in this thread."""
+    return _thread.backend
+
+
+def objection(name: str, problem: Problem, primals: Primals, constants: Constants) -> str | None:
+    """Why a backend cannot serve this call, or None."""
+    reason = unavailable_reason(name)
+    return reason if reason is not None else load(name).unsupported(problem, primals, constants)
+
+
+def choose(problem: Problem, primals: Primals, constants: Constants, name: str | None = None) -> Problem:
+    """The problem with its backend: the named one (here, or by use_backend), or else the first that serves the call."""
+    check_name(name)
+    name = name or named()
+    if name is not None:
+        reason = objection(name, problem, primals, constants)
+        if reason is not None:
+            raise NotImplementedError(
+                f"backend: {name!r} was asked for by name and cannot serve this call: {reason}"
+            )
+        return problem if name == problem.backend else replace(problem, backend=name)
+    for candidate in ORDER.get(primals.q.device.type, ()):
+        if objection(candidate, problem, primals, constants) is None:
+            return problem if candidate == problem.backend else replace(problem, backend=candidate)
+    return problem
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Context manager: calls in this thread that name no backend use this one, or raise; None: the automatic choice."""
+    check_name(name)
+    outer = _thread.backend
+    _thread.backend = name
+    try:
+        yield
+    finally:
+        _thread.backend = outer

@@ -1,0 +1,449 @@
+"""The public functions: validate, choose a backend, call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from metattn import backends
+from metattn.autodiff import attend
+from metattn.problem import autocast, check_head_groups, check_qkv, dense, packed
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool | str = ...,
+    window: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool | str = ...,
+    window: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: Sequence[int] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """O = (softmax(S)∘Z) V,  S = softcap·tanh(scale·QKᵀ/softcap) + bias + alibi, -inf where masked.
+
+    Differentiable twice by fused maps, and to any order through the reference (with one HigherOrderWarning), in q, k, v,
+    bias and sinks, under torch.func's transforms too. A row that attends to nothing gives o = 0, lse = -inf and no
+    gradient.
+
+    Args:
+        q: [B, Hq, N, d] float64, float32, bfloat16 or float16; under autocast, cast to its dtype.
+        k: [B, Hkv, M, d] like q; Hq a multiple of Hkv, query head h reads head h // (Hq // Hkv).
+        v: [B, Hkv, M, dv] like q.
+        mask: bool, broadcastable to [B, Hq, N, M]; True = attends.
+        bias: any of the four dtypes, broadcastable to [B, Hq, N, M]; never expanded.
+        causal: False, "top-left" (or True, j ≤ i) or "bottom-right" (j ≤ i + M - N).
+        window: (left, right), -1 = unlimited: -left ≤ j - (i + offset) ≤ right, offset as causal's, M - N without causal.
+        scale: 1/sqrt(d) unless given.
+        softcap: c > 0 bounds the scores to (-c, c) before bias is added.
+        alibi_slopes: [Hq] or [B, Hq], constants: adds -slope·|i + M - N - j|.
+        sinks: [Hq] or [B, Hq], a logit more in each row's softmax, that attends to nothing.
+        dropout_p: probability of dropping a weight, always applied.
+        dropout_seed: same seed, same mask, on every backend; None draws one from torch's generator.
+        return_lse: also return the rows' log-sum-exp.
+        backend: "reference", "cpu", "cuda" or "triton": this one or an error; None takes the first that serves the call.
+
+    Returns:
+        o [B, Hq, N, dv] in q's dtype; with return_lse also lse [B, Hq, N], float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value, before anything is computed.
+        NotImplementedError: a layout that is not strided, or a named backend that cannot serve the call, with the reason.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762; docs/maths.md has the formulas of the derivatives.
+    """
+    problem, primals, constants = dense(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    o, lse = attend(backends.choose(problem, primals, constants, backend), primals, constants)
+    return (o, _public_lse(lse, o)) if return_lse else o
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool | str = ...,
+    window: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    causal: bool | str = ...,
+    window: Sequence[int] | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: Sequence[int] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """attention() of each of S packed sequences: rows cu_seqlens[s] to cu_seqlens[s+1] attend to one another alone.
+
+    Options, errors and orders of differentiation are attention()'s, with S for B, max_seqlen_q for N and max_seqlen_k for M
+    in the shapes of mask, bias, alibi_slopes and sinks; causal, window and ALiBi use each sequence's own lengths.
+
+    Args:
+        q: [total_q, Hq, d]
+        k: [total_k, Hkv, d]
+        v: [total_k, Hkv, dv]
+        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64 on q's device: 0, then the end of each sequence, never decreasing,
+            total last. The values are checked where they can be read.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length.
+
+    Returns:
+        o [total_q, Hq, dv]; with return_lse also lse [Hq, total_q].
+
+    Source: the packed layout of Dao 2023, arXiv 2307.08691.
+    """
+    problem, primals, constants = packed(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    o, lse = attend(backends.choose(problem, primals, constants, backend), primals, constants)
+    o = o.squeeze(0).transpose(0, 1)
+    return (o, _public_lse(lse.squeeze(0), o)) if return_lse else o
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale·QKᵀ + attn_mask) V: torch.nn.functional's function of this name, differentiable twice.
+
+    Args:
+        query: [..., N, d]; the leading dimensions of query, key and value broadcast.
+        key: [..., M, d]
+        value: [..., M, dv]
+        attn_mask: broadcastable to [..., N, M]; bool (True = attends), float32 or query's dtype (added to the scores); or
+            torch.nn.attention.bias's CausalBias.
+        dropout_p: probability of dropping a weight, always applied.
+        is_causal: each query i attends to keys j ≤ i. Together with attn_mask: as in torch, both hold where torch has a
+            fused kernel for the call, else refused.
+        scale: 1/sqrt(d) unless given.
+        enable_gqa: grouped queries: the third dimension from the end may be a divisor of query's in key and value.
+
+    Returns:
+        [..., N, dv] in query's dtype.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: what torch's function raises RuntimeError for; see attention().
+
+    Orders of differentiation as attention(). Source: torch.nn.functional.scaled_dot_product_attention.
+    """
+    names = ("query", "key", "value")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    causal: bool | str = is_causal
+    if type(attn_mask).__module__ == "torch.nn.attention.bias":
+        causal, attn_mask = _causal_bias(attn_mask, query, key, is_causal), None
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    check_qkv(query, key, value, names)
+    for name, t in zip(names, (query, key, value)):
+        if t.ndim < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {list(t.shape)}")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            "query, key, value: expected [..., N, d], [..., M, d], [..., M, dv], "
+            f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    batch, q, k, v = _to_4d(query, key, value, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        _check_attn_mask(attn_mask, query, key, enable_gqa)
+        if is_causal and not _torch_combines(query, key, value, attn_mask, dropout_p, scale, enable_gqa):
+            raise ValueError(
+                "is_causal: expected False where attn_mask is given, as torch has no fused kernel for this call; "
+                "metattn.attention takes mask or bias together with causal"
+            )
+        canonical = _mask_to_4d(attn_mask, batch)
+        mask, bias = (canonical, None) if attn_mask.dtype == torch.bool else (None, canonical)
+    o = attention(q, k, v, mask=mask, bias=bias, causal=causal, scale=scale, dropout_p=dropout_p)
+    return o if len(batch) == 2 else o.reshape(*batch, o.shape[-2], o.shape[-1])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call runs on, and why not each other one; str() is readable."""
+
+    backend: str
+    reasons: dict[str, str]  # of every other backend
+
+    def __str__(self) -> str:
+        others = (f"  not {name}: {reason}" for name, reason in self.reasons.items())
+        return "\n".join((f"backend {self.backend}", *others))
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
+    """Which backend attention(q, k, v, **options) runs on, and why not each other one; nothing is computed.
+
+    With cu_seqlens_q among the options the call is varlen_attention's. Raises what the call would raise.
+    """
+    named = options.pop("backend", None)
+    options.pop("return_lse", None)
+    if options.get("dropout_seed") is None:
+        options["dropout_seed"] = 0  # explaining a call draws nothing from torch's generator
+    problem, primals, constants = (packed if "cu_seqlens_q" in options else dense)(q, k, v, **options)
+    chosen = backends.choose(problem, primals, constants, named).backend
+    named = named or backends.named()
+    reasons = {}
+    for name in backends.NAMES:
+        if name != chosen:
+            reason = backends.objection(name, problem, primals, constants)
+            if reason is None:
+                reason = f"{chosen} was asked for by name" if named else f"{chosen} comes first for this call"
+            reasons[name] = reason
+    return Explanation(chosen, reasons)
+
+
+def _public_lse(lse: Tensor, o: Tensor) -> Tensor:
+    """The maps' float64 row statistic in the dtype that users see."""
+    return lse if o.dtype == torch.float64 else lse.to(torch.float32)
+
+
+def _to_4d(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[torch.Size, Tensor, Tensor, Tensor]:
+    """The broadcast leading shape, and query, key and value as [B, Hq, N, d], [B, Hkv, M, d], [B, Hkv, M, dv]."""
+    q_batch, k_batch, v_batch = query.shape[:-2], key.shape[:-2], value.shape[:-2]
+    if (
+        len(q_batch) == 2
+        and k_batch == v_batch
+        and (q_batch == k_batch or (enable_gqa and q_batch[0] == k_batch[0]))
+    ):
+        return q_batch, query, key, value
+    if enable_gqa:
+        if min(len(q_batch), len(k_batch), len(v_batch)) == 0:
+            raise ValueError(
+                f"enable_gqa: expected at least 3 dimensions, got query of shape {list(query.shape)}"
+            )
+        heads = q_batch[-1]
+        check_head_groups(heads, k_batch[-1], ("query", "key"))
+        check_head_groups(heads, v_batch[-1], ("query", "value"))
+        if k_batch[-1] != v_batch[-1]:
+            key = key.repeat_interleave(heads // k_batch[-1], -3)
+            value = value.repeat_interleave(heads // v_batch[-1], -3)
+        lead = _broadcast(q_batch[:-1], k_batch[:-1], v_batch[:-1])
+        batch = torch.Size((*lead, heads))
+        kv_batch = torch.Size((*lead, key.shape[-3]))
+    else:
+        batch = kv_batch = _broadcast(q_batch, k_batch, v_batch)
+        if batch and all(not b or b[-1] == 1 for b in (k_batch, v_batch)):
+            kv_batch = torch.Size((*batch[:-1], 1))  # one key head for all queries: a group, nothing expanded
+    return batch, _flatten(query, batch), _flatten(key, kv_batch), _flatten(value, kv_batch)
+
+
+def _broadcast(*shapes: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        got = ", ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            "query, key, value: expected leading dimensions that broadcast (fewer heads in key and value need "
+            f"enable_gqa=True), got {got}"
+        ) from None
+
+
+def _flatten(t: Tensor, batch: torch.Size) -> Tensor:
+    """t expanded to the leading shape, which becomes two dimensions: all but its last, and its last."""
+    rows, features = t.shape[-2:]
+    if t.shape[:-2] != batch:
+        t = t.expand(*batch, rows, features)
+    if len(batch) == 2:
+        return t
+    return t.reshape(math.prod(batch[:-1]), batch[-1] if batch else 1, rows, features)
+
+
+def _mask_to_4d(attn_mask: Tensor, batch: torch.Size) -> Tensor:
+    """attn_mask with leading dimensions as _flatten leaves them; broadcast dimensions stay 1 where they can."""
+    if len(batch) <= 2 or attn_mask.ndim <= 3:
+        return attn_mask
+    lead, last = attn_mask.shape[:-3], attn_mask.shape[-3:]
+    if all(size == 1 for size in lead):
+        return attn_mask.reshape(1, *last)
+    return attn_mask.expand(*batch[:-1], *last).reshape(math.prod(batch[:-1]), *last)
+
+
+def _check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+    """Torch's rules: bool, float32 or query's dtype, and a shape that broadcasts into the scores', not beyond."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a Tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(
+            f"attn_mask: expected bool, float32 or query's dtype, {query.dtype}, got {attn_mask.dtype}"
+        )
+    k_batch = (*key.shape[:-3], 1) if enable_gqa else key.shape[:-2]
+    scores = (*torch.broadcast_shapes(query.shape[:-2], k_batch), query.shape[-2], key.shape[-2])
+    sizes = zip(reversed(attn_mask.shape), reversed(scores))
+    if attn_mask.ndim > len(scores) or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(
+            f"attn_mask: expected a shape that broadcasts to {list(scores)}, got {list(attn_mask.shape)}"
+        )
+
+
+def _causal_bias(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """The alignment that a torch.nn.attention.bias.CausalBias stands for."""
+    if is_causal:
+        raise ValueError("is_causal: expected False with a CausalBias as attn_mask")
+    lengths = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+    if lengths != (query.shape[-2], key.shape[-2]):
+        raise ValueError(
+            f"attn_mask: expected a CausalBias of {query.shape[-2]} x {key.shape[-2]}, got {lengths[0]} x {lengths[1]}"
+        )
+    return "top-left" if attn_mask.variant.name == "UPPER_LEFT" else "bottom-right"
+
+
+def _torch_combines(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> bool:
+    """Whether torch has a fused kernel for a call with both attn_mask and is_causal: its math path refuses them."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        choice = torch._fused_sdp_choice(
+            query, key, value, attn_mask, dropout_p, True, scale=scale, enable_gqa=enable_gqa
+        )
+    except RuntimeError:  # functorch's wrappers have no such choice, torch decomposes into math there
+        return False
+    return choice > 0

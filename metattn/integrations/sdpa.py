@@ -1,0 +1,75 @@
+"""metattn in place of torch.nn.functional.scaled_dot_product_attention, for code that calls it by that name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from metattn.functional import scaled_dot_product_attention
+
+
+class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that reads as a function
+    """Context manager: F.scaled_dot_product_attention is metattn's inside, in this thread; `calls` counts them.
+
+    So is the one inside torch.nn.MultiheadAttention (when it need not return weights) and torch's Transformer layers.
+    Inside a `sdpa_kernel(...)` entered within the override, torch's own runs: naming a kernel asks for torch's.
+    Derivatives of any order may be taken outside. Raises what metattn.scaled_dot_product_attention raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self._kernels: list[tuple[bool, ...]] = []  # enabled when entered, one for each level of re-entry
+        self._multi_head_attention = self._bound_multi_head_attention()
+
+    def __enter__(self) -> sdpa_override:
+        self._kernels.append(_enabled_kernels())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._kernels.pop()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = self._attend
+        elif func is F.multi_head_attention_forward:
+            func = self._multi_head_attention
+        return func(*args, **(kwargs or {}))
+
+    def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        if _enabled_kernels() != self._kernels[-1]:
+            return F.scaled_dot_product_attention(*args, **kwargs)
+        self.calls += 1
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    def _bound_multi_head_attention(self) -> Callable[..., Any]:
+        """torch's function with our attention among its globals: a mode is off while it handles a Python function."""
+        original = F.multi_head_attention_forward
+        names = {**vars(F), "scaled_dot_product_attention": self._attend}
+        bound = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+        names[original.__name__] = bound  # what the function hands to the next mode, if any
+        return bound
+
+
+def _enabled_kernels() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
