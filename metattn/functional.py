@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metattn import backends
 from metattn.autodiff import attend
-from metattn.problem import autocast, check_head_groups, check_qkv, dense, packed
+from metattn.problem import Options, Packing, autocast, check_head_groups, check_qkv, dense, packed
 
 
 @overload
@@ -73,9 +73,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """O = (softmax(S)∘Z) V,  S = softcap·tanh(scale·QKᵀ/softcap) + bias + alibi, -inf where masked.
 
-    Differentiable twice by fused maps, and to any order through the reference (with one HigherOrderWarning), in q, k, v,
-    bias and sinks, under torch.func's transforms too. A row that attends to nothing gives o = 0, lse = -inf and no
-    gradient.
+    Differentiable in q, k, v, bias and sinks: twice by fused maps, to any order through the reference (with
+    one HigherOrderWarning), under torch.func's transforms too. A row that attends to nothing gives o = 0,
+    lse = -inf and no gradient.
 
     Args:
         q: [B, Hq, N, d] float64, float32, bfloat16 or float16; under autocast, cast to its dtype.
@@ -84,7 +84,7 @@ def attention(
         mask: bool, broadcastable to [B, Hq, N, M]; True = attends.
         bias: any of the four dtypes, broadcastable to [B, Hq, N, M]; never expanded.
         causal: False, "top-left" (or True, j ≤ i) or "bottom-right" (j ≤ i + M - N).
-        window: (left, right), -1 = unlimited: -left ≤ j - (i + offset) ≤ right, offset as causal's, M - N without causal.
+        window: (left, right), -1 = no limit: -left ≤ j - (i + offset) ≤ right, offset causal's, or M - N.
         scale: 1/sqrt(d) unless given.
         softcap: c > 0 bounds the scores to (-c, c) before bias is added.
         alibi_slopes: [Hq] or [B, Hq], constants: adds -slope·|i + M - N - j|.
@@ -92,32 +92,21 @@ def attention(
         dropout_p: probability of dropping a weight, always applied.
         dropout_seed: same seed, same mask, on every backend; None draws one from torch's generator.
         return_lse: also return the rows' log-sum-exp.
-        backend: "reference", "cpu", "cuda" or "triton": this one or an error; None takes the first that serves the call.
+        backend: "reference", "cpu", "cuda", "triton": this or an error; None: the first that serves the call.
 
     Returns:
-        o [B, Hq, N, dv] in q's dtype; with return_lse also lse [B, Hq, N], float32, or float64 for float64 inputs.
+        o [B, Hq, N, dv] in q's dtype; with return_lse also lse [B, Hq, N], float32, or float64 for float64.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value, before anything is computed.
-        NotImplementedError: a layout that is not strided, or a named backend that cannot serve the call, with the reason.
+        TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; nothing was computed.
+        NotImplementedError: a layout that is not strided; a named backend that cannot serve the call.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; docs/maths.md has the formulas of the derivatives.
     """
-    problem, primals, constants = dense(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+    options = Options(
+        mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     )
+    problem, primals, constants = dense(q, k, v, options)
     o, lse = attend(backends.choose(problem, primals, constants, backend), primals, constants)
     return (o, _public_lse(lse, o)) if return_lse else o
 
@@ -168,7 +157,7 @@ def varlen_attention(
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
-def varlen_attention(
+def varlen_attention(  # noqa: PLR0917, flash-attention's order
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -190,17 +179,18 @@ def varlen_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """attention() of each of S packed sequences: rows cu_seqlens[s] to cu_seqlens[s+1] attend to one another alone.
+    """attention() of each of S packed sequences: rows cu_seqlens[s] to cu_seqlens[s+1] see one another only.
 
-    Options, errors and orders of differentiation are attention()'s, with S for B, max_seqlen_q for N and max_seqlen_k for M
-    in the shapes of mask, bias, alibi_slopes and sinks; causal, window and ALiBi use each sequence's own lengths.
+    Options, errors and orders of differentiation are attention()'s, with S for B, max_seqlen_q for N and
+    max_seqlen_k for M in the shapes of mask, bias, alibi_slopes and sinks; causal, window and ALiBi use each
+    sequence's own lengths.
 
     Args:
         q: [total_q, Hq, d]
         k: [total_k, Hkv, d]
         v: [total_k, Hkv, dv]
-        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64 on q's device: 0, then the end of each sequence, never decreasing,
-            total last. The values are checked where they can be read.
+        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64 on q's device: 0, then each sequence's end, never
+            decreasing, total last. The values are checked where they can be read.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length.
 
     Returns:
@@ -208,31 +198,17 @@ def varlen_attention(
 
     Source: the packed layout of Dao 2023, arXiv 2307.08691.
     """
-    problem, primals, constants = packed(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+    options = Options(
+        mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    problem, primals, constants = packed(q, k, v, packing, options)
     o, lse = attend(backends.choose(problem, primals, constants, backend), primals, constants)
     o = o.squeeze(0).transpose(0, 1)
     return (o, _public_lse(lse.squeeze(0), o)) if return_lse else o
 
 
-def scaled_dot_product_attention(
+def scaled_dot_product_attention(  # noqa: PLR0917, torch's signature
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -249,19 +225,19 @@ def scaled_dot_product_attention(
         query: [..., N, d]; the leading dimensions of query, key and value broadcast.
         key: [..., M, d]
         value: [..., M, dv]
-        attn_mask: broadcastable to [..., N, M]; bool (True = attends), float32 or query's dtype (added to the scores); or
-            torch.nn.attention.bias's CausalBias.
+        attn_mask: broadcastable to [..., N, M]; bool (True = attends), float32 or query's dtype (added to the
+            scores); or torch.nn.attention.bias's CausalBias.
         dropout_p: probability of dropping a weight, always applied.
-        is_causal: each query i attends to keys j ≤ i. Together with attn_mask: as in torch, both hold where torch has a
-            fused kernel for the call, else refused.
+        is_causal: each query i attends to keys j ≤ i. Together with attn_mask: as in torch, both hold where
+            torch has a fused kernel for the call, else refused.
         scale: 1/sqrt(d) unless given.
-        enable_gqa: grouped queries: the third dimension from the end may be a divisor of query's in key and value.
+        enable_gqa: grouped queries: key's and value's dimension -3 may be a divisor of query's.
 
     Returns:
         [..., N, dv] in query's dtype.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: what torch's function raises RuntimeError for; see attention().
+        TypeError, ValueError, NotImplementedError: where torch raises RuntimeError; see attention().
 
     Orders of differentiation as attention(). Source: torch.nn.functional.scaled_dot_product_attention.
     """
@@ -274,7 +250,7 @@ def scaled_dot_product_attention(
         causal, attn_mask = _causal_bias(attn_mask, query, key, is_causal), None
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     check_qkv(query, key, value, names)
-    for name, t in zip(names, (query, key, value)):
+    for name, t in zip(names, (query, key, value), strict=True):
         if t.ndim < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions, got shape {list(t.shape)}")
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
@@ -286,9 +262,11 @@ def scaled_dot_product_attention(
     mask = bias = None
     if attn_mask is not None:
         _check_attn_mask(attn_mask, query, key, enable_gqa)
-        if is_causal and not _torch_combines(query, key, value, attn_mask, dropout_p, scale, enable_gqa):
+        if is_causal and not _torch_combines(
+            query, key, value, attn_mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        ):
             raise ValueError(
-                "is_causal: expected False where attn_mask is given, as torch has no fused kernel for this call; "
+                "is_causal: expected False with attn_mask, as torch has no fused kernel for this call; "
                 "metattn.attention takes mask or bias together with causal"
             )
         canonical = _mask_to_4d(attn_mask, batch)
@@ -318,7 +296,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
     options.pop("return_lse", None)
     if options.get("dropout_seed") is None:
         options["dropout_seed"] = 0  # explaining a call draws nothing from torch's generator
-    problem, primals, constants = (packed if "cu_seqlens_q" in options else dense)(q, k, v, **options)
+    packing = {name: options.pop(name) for name in Packing._fields if name in options}
+    if packing:
+        problem, primals, constants = packed(q, k, v, Packing(**packing), Options(**options))
+    else:
+        problem, primals, constants = dense(q, k, v, Options(**options))
     chosen = backends.choose(problem, primals, constants, named).backend
     named = named or backends.named()
     reasons = {}
@@ -339,7 +321,7 @@ def _public_lse(lse: Tensor, o: Tensor) -> Tensor:
 def _to_4d(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[torch.Size, Tensor, Tensor, Tensor]:
-    """The broadcast leading shape, and query, key and value as [B, Hq, N, d], [B, Hkv, M, d], [B, Hkv, M, dv]."""
+    """The leading shape, and query, key and value as [B, Hq, N, d], [B, Hkv, M, d] and [B, Hkv, M, dv]."""
     q_batch, k_batch, v_batch = query.shape[:-2], key.shape[:-2], value.shape[:-2]
     if (
         len(q_batch) == 2
@@ -353,8 +335,8 @@ def _to_4d(
                 f"enable_gqa: expected at least 3 dimensions, got query of shape {list(query.shape)}"
             )
         heads = q_batch[-1]
-        check_head_groups(heads, k_batch[-1], ("query", "key"))
-        check_head_groups(heads, v_batch[-1], ("query", "value"))
+        check_head_groups(heads, k_batch[-1], ("query", "key has"))
+        check_head_groups(heads, v_batch[-1], ("query", "value has"))
         if k_batch[-1] != v_batch[-1]:
             key = key.repeat_interleave(heads // k_batch[-1], -3)
             value = value.repeat_interleave(heads // v_batch[-1], -3)
@@ -370,11 +352,11 @@ def _to_4d(
 
 def _broadcast(*shapes: torch.Size) -> torch.Size:
     try:
-        return torch.broadcast_shapes(*shapes)
+        return torch.Size(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         got = ", ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
-            "query, key, value: expected leading dimensions that broadcast (fewer heads in key and value need "
+            "query, key, value: expected leading dimensions that broadcast (grouped heads need "
             f"enable_gqa=True), got {got}"
         ) from None
 
@@ -390,7 +372,7 @@ def _flatten(t: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _mask_to_4d(attn_mask: Tensor, batch: torch.Size) -> Tensor:
-    """attn_mask with leading dimensions as _flatten leaves them; broadcast dimensions stay 1 where they can."""
+    """attn_mask with leading dimensions as _flatten leaves them; broadcast ones stay 1 where they can."""
     if len(batch) <= 2 or attn_mask.ndim <= 3:
         return attn_mask
     lead, last = attn_mask.shape[:-3], attn_mask.shape[-3:]
@@ -400,7 +382,7 @@ def _mask_to_4d(attn_mask: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor, enable_gqa: bool) -> None:
-    """Torch's rules: bool, float32 or query's dtype, and a shape that broadcasts into the scores', not beyond."""
+    """Torch's rules: bool, float32 or query's dtype; a shape that broadcasts into the scores', not beyond."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask: expected a Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
@@ -409,7 +391,7 @@ def _check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor, enable_gqa: 
         )
     k_batch = (*key.shape[:-3], 1) if enable_gqa else key.shape[:-2]
     scores = (*torch.broadcast_shapes(query.shape[:-2], k_batch), query.shape[-2], key.shape[-2])
-    sizes = zip(reversed(attn_mask.shape), reversed(scores))
+    sizes = zip(reversed(attn_mask.shape), reversed(scores), strict=False)
     if attn_mask.ndim > len(scores) or any(size not in (1, full) for size, full in sizes):
         raise ValueError(
             f"attn_mask: expected a shape that broadcasts to {list(scores)}, got {list(attn_mask.shape)}"
@@ -423,7 +405,8 @@ def _causal_bias(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) ->
     lengths = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
     if lengths != (query.shape[-2], key.shape[-2]):
         raise ValueError(
-            f"attn_mask: expected a CausalBias of {query.shape[-2]} x {key.shape[-2]}, got {lengths[0]} x {lengths[1]}"
+            f"attn_mask: expected a CausalBias of {query.shape[-2]} by {key.shape[-2]}, got one of "
+            f"{lengths[0]} by {lengths[1]}"
         )
     return "top-left" if attn_mask.variant.name == "UPPER_LEFT" else "bottom-right"
 
@@ -433,11 +416,12 @@ def _torch_combines(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor,
+    *,
     dropout_p: float,
     scale: float | None,
     enable_gqa: bool,
 ) -> bool:
-    """Whether torch has a fused kernel for a call with both attn_mask and is_causal: its math path refuses them."""
+    """Whether torch has a fused kernel for attn_mask with is_causal: its math path refuses them together."""
     if torch.compiler.is_compiling():
         return True
     try:

@@ -1,7 +1,7 @@
 """Problem: everything about a call that is no tensor; validation happens here, once.
 
-`dense` and `packed` turn what a user passed into the canonical form (Problem, Primals, Constants) that autodiff and
-every backend take. Everything is refused here, before a kernel is launched or a value is read.
+`dense` and `packed` turn what a user passed into the canonical form (Problem, Primals, Constants), which
+autodiff and every backend take. What is wrong is refused here, before a kernel is launched or a value read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ QKV = ("q", "k", "v")
 
 
 class Primals(NamedTuple):
-    """The differentiable tensors of a call; also the type of their tangents and gradients (any may be None there)."""
+    """The differentiable tensors of a call; the type of tangents and gradients too (any may be None then)."""
 
     q: Tensor  # [B, Hq, N, d] any strides
     k: Tensor  # [B, Hkv, M, d]
@@ -55,114 +56,87 @@ class Problem:
     backend: str  # "reference" | "cpu" | "cuda" | "triton"
 
 
+class Options(NamedTuple):
+    """What may be given to a call besides its q, k, v, as given: see functional.attention."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool | str = False
+    window: Sequence[int] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+
+
+class Packing(NamedTuple):
+    """Where the sequences of a packed call lie, as given: see functional.varlen_attention."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
 Call = tuple[Problem, Primals, Constants]
 
 
-def dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool | str = False,
-    window: Sequence[int] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-) -> Call:
-    """The canonical form of a call on [B, H, N, d] tensors; its backend is the reference until `choose` names one."""
+def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Call:
+    """The canonical form of a call on [B, H, N, d] tensors; the backend is the reference until chosen."""
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
-            "q, k, v: expected [B, Hq, N, d], [B, Hkv, M, d], [B, Hkv, M, dv], got " + _shapes(q, k, v)
+            f"q, k, v: expected [B, Hq, N, d], [B, Hkv, M, d], [B, Hkv, M, dv], got {_shapes(q, k, v)}"
         )
     batch, q_heads, n, d = q.shape
     k_batch, kv_heads, m, k_d = k.shape
     if k_batch != batch or k_d != d or v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            "q, k, v: expected one batch size, k's last dimension equal to q's, and k and v alike in heads and length, "
-            "got " + _shapes(q, k, v)
+            "q, k, v: expected one batch size, k's last dimension equal to q's, k and v alike in heads and "
+            f"length, got {_shapes(q, k, v)}"
         )
     check_head_groups(q_heads, kv_heads)
-    problem = _problem(d, causal, window, scale, softcap, dropout_p, 0, 0)
-    primals, constants = _tensors(
-        q,
-        k,
-        v,
-        mask,
-        bias,
-        alibi_slopes,
-        sinks,
-        (batch, q_heads, n, m),
-        problem.dropout_p,
-        dropout_seed,
-        None,
-        None,
-    )
-    return problem, primals, constants
+    constants = Constants(None, None, None, None, None)
+    return _with_options(Primals(q, k, v, None, None), constants, options, (batch, q_heads, n, m))
 
 
-def packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool | str = False,
-    window: Sequence[int] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-) -> Call:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Call:
     """The canonical form of a call on packed [total, H, d] tensors: transposed views [1, H, total, d]."""
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
         raise ValueError(
-            "q, k, v: expected [total_q, Hq, d], [total_k, Hkv, d], [total_k, Hkv, dv], got "
-            + _shapes(q, k, v)
+            "q, k, v: expected [total_q, Hq, d], [total_k, Hkv, d], [total_k, Hkv, dv], "
+            f"got {_shapes(q, k, v)}"
         )
     total_q, q_heads, d = q.shape
     total_k, kv_heads, k_d = k.shape
     if k_d != d or v.shape[:2] != k.shape[:2]:
         raise ValueError(
-            "q, k, v: expected k's last dimension equal to q's, and k and v alike in length and heads, got "
-            + _shapes(q, k, v)
+            "q, k, v: expected k's last dimension equal to q's, and k and v alike in length and heads, "
+            f"got {_shapes(q, k, v)}"
         )
     check_head_groups(q_heads, kv_heads)
-    max_q = _length("max_seqlen_q", max_seqlen_q)
-    max_k = _length("max_seqlen_k", max_seqlen_k)
-    cu_q = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, total_q, max_q)
-    cu_k = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, total_k, max_k)
-    sequences = cu_q.shape[0] - 1
-    if cu_k.shape[0] - 1 != sequences:
+    max_q = _length("max_seqlen_q", packing.max_seqlen_q)
+    max_k = _length("max_seqlen_k", packing.max_seqlen_k)
+    cu_q = _cu_seqlens("cu_seqlens_q", packing.cu_seqlens_q, q, total_q, max_q)
+    cu_k = _cu_seqlens("cu_seqlens_k", packing.cu_seqlens_k, q, total_k, max_k)
+    entries = cu_q.shape[0]
+    if cu_k.shape[0] != entries:
         raise ValueError(
-            f"cu_seqlens_k: expected as many entries as cu_seqlens_q, {sequences + 1}, got {cu_k.shape[0]}"
+            f"cu_seqlens_k: expected as many entries as cu_seqlens_q, {entries}, got {cu_k.shape[0]}"
         )
-    problem = _problem(d, causal, window, scale, softcap, dropout_p, max_q, max_k)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    full = (sequences, q_heads, max_q, max_k)
-    primals, constants = _tensors(
-        q, k, v, mask, bias, alibi_slopes, sinks, full, problem.dropout_p, dropout_seed, cu_q, cu_k
-    )
-    return problem, primals, constants
+    full = (entries - 1, q_heads, max_q, max_k)
+    constants = Constants(None, None, None, cu_q, cu_k)
+    return _with_options(Primals(q, k, v, None, None), constants, options, full)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors as torch's autocast hands them to its own attention: floats but float64 in the autocast dtype."""
+    """The tensors as torch's autocast hands them to its own attention: floats but float64 in its dtype."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
@@ -183,7 +157,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = QKV) -> None:
     """Refuse what is no three strided tensors of one floating dtype on one device."""
-    for name, t in zip(names, (q, k, v)):
+    for name, t in zip(names, (q, k, v), strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
         if t.layout != torch.strided:
@@ -197,11 +171,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = QKV
         raise ValueError(f"{', '.join(names)}: expected one device, got {device}, {k.device} and {v.device}")
 
 
-def check_head_groups(q_heads: int, kv_heads: int, names: tuple[str, str] = ("q", "k and v")) -> None:
+def check_head_groups(q_heads: int, kv_heads: int, names: tuple[str, str] = ("q", "k and v have")) -> None:
     """Refuse query heads that do not split evenly over the key heads."""
     if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads):
         raise ValueError(
-            f"{names[0]}: expected a number of heads that is a multiple of {names[1]}'s, {kv_heads}, got {q_heads}"
+            f"{names[0]}: expected as many heads as {names[1]}, {kv_heads}, or a multiple, got {q_heads}"
         )
 
 
@@ -209,16 +183,13 @@ def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(list(t.shape)) for t in tensors)
 
 
-def _problem(
-    d: int,
-    causal: bool | str,
-    window: Sequence[int] | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    max_q: int,
-    max_k: int,
-) -> Problem:
+def _with_options(
+    primals: Primals, constants: Constants, options: Options, full: tuple[int, int, int, int]
+) -> Call:
+    """Check the options and add them; `full` is [B, Hq, N, M] as masks see it."""
+    mask, bias, causal, window, scale, softcap, slopes, sinks, dropout_p, dropout_seed = options
+    q = primals.q
+    d = q.shape[-1]
     if causal is True:
         alignment: str | None = "top-left"
     elif causal is False:
@@ -227,8 +198,9 @@ def _problem(
         alignment = causal
     else:
         raise ValueError(f"causal: expected False, True, 'top-left' or 'bottom-right', got {causal!r}")
+    sides = (-1, -1) if window is None else _window(window)
     if scale is None:
-        scale = 1.0 / math.sqrt(d) if d else 1.0  # without features every score is 0 whatever the scale
+        scale = 1.0 / math.sqrt(d) if d else 1.0  # without features every score is 0, whatever the scale
     else:
         scale = _real("scale", scale)
         if not -math.inf < scale < math.inf:
@@ -237,21 +209,32 @@ def _problem(
         softcap = _real("softcap", softcap)
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
-    if dropout_p != 0.0:
-        dropout_p = _real("dropout_p", dropout_p)
-        if not 0.0 <= dropout_p <= 1.0:
-            raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
-    else:
-        dropout_p = 0.0
-    return Problem(
-        scale,
-        softcap,
-        alignment,
-        (-1, -1) if window is None else _window(window),
-        dropout_p,
-        max_q,
-        max_k,
-        "reference",
+    dropout_p = _real("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    if dropout_seed is not None and not _is_int(dropout_seed):
+        raise TypeError(f"dropout_seed: expected an int or None, got {type(dropout_seed).__name__}")
+    if dropout_seed is not None and not -(2**63) <= dropout_seed < 2**63:
+        raise ValueError(f"dropout_seed: expected a 64-bit signed integer, got {dropout_seed}")
+    if mask is not None:
+        _check_option("mask", mask, q, (torch.bool,))
+        mask = _broadcastable("mask", mask, full)
+    if bias is not None:
+        _check_option("bias", bias, q, FLOAT_DTYPES)
+        bias = _broadcastable("bias", bias, full)
+    if slopes is not None:
+        _check_option("alibi_slopes", slopes, q, FLOAT_DTYPES)
+        _check_constant("alibi_slopes", slopes)
+        slopes = _per_head("alibi_slopes", slopes, q, full)
+    if sinks is not None:
+        _check_option("sinks", sinks, q, FLOAT_DTYPES)
+        sinks = _per_head("sinks", sinks, q, full)
+    max_q, max_k = (0, 0) if constants.cu_q is None else full[2:]
+    rng = _rng(full[0], dropout_seed, q.device) if dropout_p > 0.0 else None
+    return (
+        Problem(scale, softcap, alignment, sides, dropout_p, max_q, max_k, "reference"),
+        Primals(q, primals.k, primals.v, bias, sinks),
+        Constants(mask, slopes, rng, constants.cu_q, constants.cu_k),
     )
 
 
@@ -299,13 +282,13 @@ def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> T
         ends = cu.tolist()
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(f"{name}: expected to go from 0 to {total}, got {ends[0]} to {ends[-1]}")
-        lengths = [end - start for start, end in zip(ends, ends[1:])]
+        lengths = [end - start for start, end in pairwise(ends)]
         if lengths and min(lengths) < 0:
             raise ValueError(f"{name}: expected no decreasing entry, got {min(lengths)} rows in a sequence")
         if lengths and max(lengths) > longest:
             raise ValueError(
-                f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}: expected at least the longest sequence's "
-                f"{max(lengths)} rows, got {longest}"
+                f"{name.replace('cu_seqlens', 'max_seqlen')}: expected at least the longest sequence's "
+                f"{max(lengths)}, got {longest}"
             )
     return cu.to(torch.int32)
 
@@ -321,46 +304,6 @@ def _readable(t: Tensor) -> bool:
     )
 
 
-def _tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    full: tuple[int, int, int, int],
-    dropout_p: float,
-    dropout_seed: int | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-) -> tuple[Primals, Constants]:
-    """Check and shape the optional tensors; `full` is [B, Hq, N, M]."""
-    if mask is not None:
-        _check_option("mask", mask, q, (torch.bool,))
-        mask = _broadcastable("mask", mask, full)
-    if bias is not None:
-        _check_option("bias", bias, q, FLOAT_DTYPES)
-        bias = _broadcastable("bias", bias, full)
-    if slopes is not None:
-        _check_option("alibi_slopes", slopes, q, FLOAT_DTYPES)
-        if slopes.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "alibi_slopes: expected constants, got a tensor that requires grad; pass it detached, or as part of bias"
-            )
-        slopes = _per_head("alibi_slopes", slopes, q, full)
-    if sinks is not None:
-        _check_option("sinks", sinks, q, FLOAT_DTYPES)
-        sinks = _per_head("sinks", sinks, q, full)
-    if dropout_seed is not None:
-        if not _is_int(dropout_seed):
-            raise TypeError(f"dropout_seed: expected an int or None, got {type(dropout_seed).__name__}")
-        if not -(2**63) <= dropout_seed < 2**63:
-            raise ValueError(f"dropout_seed: expected a 64-bit signed integer, got {dropout_seed}")
-    rng = _rng(full[0], dropout_seed, q.device) if dropout_p > 0.0 else None
-    return Primals(q, k, v, bias, sinks), Constants(mask, slopes, rng, cu_q, cu_k)
-
-
 def _check_option(name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
@@ -373,11 +316,20 @@ def _check_option(name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ..
         raise ValueError(f"{name}: expected a tensor on q's device, {q.device}, got one on {t.device}")
 
 
+def _check_constant(name: str, t: Tensor) -> None:
+    """Refuse a tensor whose derivative is asked for: it would be lost in silence."""
+    tangent = None if torch.compiler.is_compiling() else torch.autograd.forward_ad.unpack_dual(t).tangent
+    if tangent is not None or (t.requires_grad and torch.is_grad_enabled()):
+        raise NotImplementedError(
+            f"{name}: expected constants, got a differentiated tensor; detach it or use bias"
+        )
+
+
 def _broadcastable(name: str, t: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     """t as [1|B, 1|Hq, 1|N, 1|M], by a view: nothing is expanded."""
     shape = t.shape
     rank = len(shape)
-    if rank > 4 or any(size != 1 and size != target for size, target in zip(shape, full[4 - rank :])):
+    if rank > 4 or any(size not in (1, target) for size, target in zip(shape, full[4 - rank :], strict=True)):
         raise ValueError(f"{name}: expected a shape that broadcasts to {list(full)}, got {list(shape)}")
     return t if rank == 4 else t.view((1,) * (4 - rank) + tuple(shape))
 
@@ -388,7 +340,7 @@ def _per_head(name: str, t: Tensor, q: Tensor, full: tuple[int, int, int, int]) 
     shape = tuple(t.shape)
     if shape == (heads,):
         t = t.unsqueeze(0)
-    elif shape != (batch, heads) and shape != (1, heads):
+    elif shape not in ((batch, heads), (1, heads)):
         raise ValueError(f"{name}: expected shape [{heads}] or [{batch}, {heads}], got {list(shape)}")
     return t.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 

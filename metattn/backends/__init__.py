@@ -1,7 +1,7 @@
 """The backends, and the one function that picks.
 
-Each backend's module offers forward, vjp, jvp and vjp_jvp, and says why it cannot serve: `unavailable_reason()` for this
-machine, `unsupported(problem, primals, constants)` for one call.
+Each backend's module offers forward, vjp, jvp and vjp_jvp, and says why it cannot serve:
+`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _reasons: dict[str, str | None] = {}
 
 
 class _Named(threading.local):
-    """The backend that use_backend names in this thread: Dynamo guards a thread-local, and cannot trace a ContextVar."""
+    """What use_backend names. A thread-local, for Dynamo guards those; it cannot trace a ContextVar."""
 
     backend: str | None = None
 
@@ -80,7 +80,7 @@ def objection(name: str, problem: Problem, primals: Primals, constants: Constant
 
 
 def choose(problem: Problem, primals: Primals, constants: Constants, name: str | None = None) -> Problem:
-    """The problem with its backend: the named one (here, or by use_backend), or else the first that serves the call."""
+    """The problem with its backend: the one named here or by use_backend, else the first that serves it."""
     check_name(name)
     name = name or named()
     if name is not None:
@@ -98,7 +98,10 @@ def choose(problem: Problem, primals: Primals, constants: Constants, name: str |
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Context manager: calls in this thread that name no backend use this one, or raise; None: the automatic choice."""
+    """Context manager: calls in this thread that name no backend use this one, or raise saying why.
+
+    None restores the automatic choice inside.
+    """
     check_name(name)
     outer = _thread.backend
     _thread.backend = name

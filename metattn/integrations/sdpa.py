@@ -1,4 +1,4 @@
-"""metattn in place of torch.nn.functional.scaled_dot_product_attention, for code that calls it by that name."""
+"""metattn in place of torch.nn.functional.scaled_dot_product_attention, for code that calls that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812, the name everybody knows
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -15,11 +15,11 @@ from metattn.functional import scaled_dot_product_attention
 
 
 class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that reads as a function
-    """Context manager: F.scaled_dot_product_attention is metattn's inside, in this thread; `calls` counts them.
+    """Context manager: F.scaled_dot_product_attention is metattn's in this thread; `calls` counts them.
 
-    So is the one inside torch.nn.MultiheadAttention (when it need not return weights) and torch's Transformer layers.
-    Inside a `sdpa_kernel(...)` entered within the override, torch's own runs: naming a kernel asks for torch's.
-    Derivatives of any order may be taken outside. Raises what metattn.scaled_dot_product_attention raises.
+    So is the one inside torch.nn.MultiheadAttention (when it need not return weights) and torch's Transformer
+    layers. Inside a `sdpa_kernel(...)` entered within the override torch's own runs: a kernel was asked for.
+    Derivatives may be taken outside. Raises what metattn.scaled_dot_product_attention raises.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         return scaled_dot_product_attention(*args, **kwargs)
 
     def _bound_multi_head_attention(self) -> Callable[..., Any]:
-        """torch's function with our attention among its globals: a mode is off while it handles a Python function."""
+        """torch's function with our attention among its globals: a mode is off while it handles one."""
         original = F.multi_head_attention_forward
         names = {**vars(F), "scaled_dot_product_attention": self._attend}
         bound = FunctionType(original.__code__, names, original.__name__, original.__defaults__)

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own abbreviation)
 from metattn import backends
 from metattn.autodiff import attend
 from metattn.backends import reference
-from metattn.problem import dense
+from metattn.problem import Options, dense
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -31,7 +31,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       makes such tensors in evaluation without gradients).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (torch.nn's signature)
         self,
         embed_dim: int,
         num_heads: int,
@@ -63,7 +63,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dtype=dtype,
         )
 
-    def forward(
+    def forward(  # noqa: PLR0917 (torch.nn's signature)
         self,
         query: Tensor,
         key: Tensor,
@@ -103,7 +103,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
             return nested
-        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        self._check(
+            query, key, value, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal
+        )
 
         batched, batch_first = query.dim() == 3, self.batch_first or query.dim() == 2
         q, k, v = self._project(query, key, value)
@@ -124,9 +126,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         # torch reads the hint only where no masks have to be merged and no weights are asked for
         causal = is_causal and key_padding_mask is None and not need_weights
         mask, bias = _merge(None if causal else attn_mask, key_padding_mask, q, k.shape[2])
-        problem, primals, constants = dense(
-            q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=self.dropout if self.training else 0.0
-        )
+        options = Options(mask, bias, causal, dropout_p=self.dropout if self.training else 0.0)
+        problem, primals, constants = dense(q, k, v, options)
         o, _ = attend(backends.choose(problem, primals, constants, None), primals, constants)
         o = o.transpose(1, 2).flatten(-2)  # [B, L, E]
         if not batch_first:
@@ -164,6 +165,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
