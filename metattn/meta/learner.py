@@ -34,6 +34,7 @@ class AttentionMetaLearner(nn.Module):
         hidden_size: int,
         output_size: int,
         num_heads: int = 4,
+        *,
         pooling: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -47,8 +47,8 @@ def require_set(x: Tensor, name: str) -> None:
             f"{name}: expected a set [batch, points, features], got a 2-D tensor {list(x.shape)}. Attention "
             "weighs the points of a set against each other; on [batch, features] a row's softmax would run "
             "over a single number, which gives 1 whatever the number: every weight would be 1. Pass "
-            f"{name}.unsqueeze(0) if the rows are the points of one set, {name}.unsqueeze(1) if each is a set "
-            "of one point."
+            f"{name}.unsqueeze(0) if the rows are the points of one set, {name}.unsqueeze(1) if each "
+            "is a set of one point."
         )
     if x.dim() != 3:
         raise ValueError(f"{name}: expected a set [batch, points, features], got {x.dim()}-D {list(x.shape)}")
