@@ -383,8 +383,8 @@ def _gradients(
     def grouped(gradient: Term | None, primal: Tensor) -> Tensor | None:
         if not isinstance(gradient, Tensor):
             return None if gradient is None else torch.zeros_like(primal)
-        heads = primal.shape[1]
-        group_sum = gradient if heads == gradient.shape[1] else gradient.unflatten(1, (heads, -1)).sum(2)
+        (batch, heads, *size), kept = gradient.shape, primal.shape[1]
+        group_sum = gradient if heads == kept else gradient.reshape(batch, kept, heads // kept, *size).sum(2)
         return _unpad(group_sum, state.keys).to(primal.dtype)
 
     def summed(gradient: Term | None, primal: Tensor | None) -> Tensor | None:
