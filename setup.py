@@ -132,6 +132,7 @@ class NinjaBuildExt(build_ext):
             objects = [
                 compile_object("ops.cpp", "ops", torch_flags),
                 compile_object("cpu/dispatch.cpp", "dispatch", isa_macros),
+                compile_object("cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *isas()["baseline"]]),
             ]
             for isa, isa_flags in isas().items():
                 for map_name in MAPS:

@@ -65,7 +65,9 @@ struct Params {
   int64_t grad_q_parts_stride[4];         // elements; over (chunk, seq, head, row), columns contiguous
   char* grad_bias;                        // compute type, zero-filled; [parts, 1|B, 1|Hq, 1|N, 1|M]
   int64_t grad_bias_stride[5];            // over (chunk, seq, head, row, key); 0 on summed dimensions
+  int64_t grad_bias_parts;                // key_chunks where the bias has one key for all, else 1
   int64_t bias_size[4];                   // sizes of bias before broadcasting
+  View grad_bias_out;                     // where the sum of the parts goes; absent where grad_bias is the result
   char* grad_sinks;                       // compute type [1|B, Hq] contiguous, zero-filled
   int64_t sinks_batch;                    // 1 or batch
   int64_t needs;

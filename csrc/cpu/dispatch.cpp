@@ -1,0 +1,188 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "finish.h"
+#include "geometry.h"
+
+namespace metattn {
+namespace {
+
+constexpr int64_t kRowBlock = 96, kKeyBlock = 64;  // tile.h's kRows and kKeys
+// A key sweep is cut into at least this many units where its keys allow, whatever the number of threads is: sums
+// over the cuts must not depend on the machine.
+constexpr int64_t kKeySweepUnits = 16;
+
+struct Isa {
+  const char* name;
+  IsaKernels kernels;
+  bool (*usable)();
+};
+
+#define METATTN_ISA_TABLE(isa) {{{isa::forward[0], isa::forward[1]}, {isa::vjp[0], isa::vjp[1]}, \
+                                {isa::jvp[0], isa::jvp[1]}, {isa::vjp_jvp[0], isa::vjp_jvp[1]}}}
+
+// Best first.
+const Isa kIsas[] = {
+#ifdef METATTN_HAS_AVX512
+    {"avx512", METATTN_ISA_TABLE(avx512),
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     }},
+#endif
+#ifdef METATTN_HAS_AVX2
+    {"avx2", METATTN_ISA_TABLE(avx2), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"baseline", METATTN_ISA_TABLE(baseline), [] { return true; }},
+};
+
+const Isa* find_isa(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (isa.usable() && (name == nullptr || *name == '\0' || strcmp(isa.name, name) == 0)) return &isa;
+  return nullptr;
+}
+
+std::atomic<const Isa*>& active_isa() {
+  static std::atomic<const Isa*> active = [] {
+    const Isa* asked = find_isa(std::getenv("METATTN_ISA"));
+    return asked != nullptr ? asked : find_isa(nullptr);
+  }();
+  return active;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows are independent of each other, so a row sweep may be cut by the number of threads.
+int64_t plan_row_sweep(Params& p, int threads, std::vector<int64_t>& first_unit) {
+  const int64_t pairs = p.batch * p.kv_heads;
+  const int64_t pieces = pairs > 0 ? ceil_div(4 * threads, pairs) : 1;
+  p.row_chunk = ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock;
+  if (p.row_chunk < 2 * kRowBlock) p.row_chunk = 2 * kRowBlock;
+  first_unit.resize(p.batch + 1);
+  for (int64_t seq = 0; seq < p.batch; ++seq)
+    first_unit[seq + 1] = first_unit[seq] + ceil_div(sequence(p, seq).n, p.row_chunk) * p.kv_heads;
+  p.first_unit = first_unit.data();
+  return first_unit[p.batch];
+}
+
+struct Walk {
+  const Params& p;
+  const MapKernel& kernel;
+  int64_t units;
+  char* scratch;
+  size_t scratch_stride;
+  std::atomic<int64_t> next{0};
+};
+
+struct Range1d {
+  void (*body)(void* context, int64_t begin, int64_t end);
+  void* context;
+  int64_t count, step;
+  std::atomic<int64_t> next{0};
+};
+
+// body(begin, end) over [0, count) in steps, on all threads.
+template <class Body>
+void parallel(const Threads& threads, int64_t count, int64_t step, Body body) {
+  Range1d range{[](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body,
+                count, step};
+  const int64_t steps = ceil_div(count, step);
+  threads.for_each(static_cast<int>(steps < threads.count ? steps : threads.count),
+                   [](void* context, int) {
+                     Range1d& job = *static_cast<Range1d*>(context);
+                     for (int64_t at; (at = job.next.fetch_add(job.step)) < job.count;)
+                       job.body(job.context, at, at + job.step < job.count ? at + job.step : job.count);
+                   },
+                   &range);
+}
+
+void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
+  if (p.grad_q_parts != nullptr) {
+    const int64_t batch = p.cu_q == nullptr ? p.batch : 1;
+    const int64_t rows = p.grad_q_parts_stride[2] / (p.d > 0 ? p.d : 1);
+    const PartSum job{p.grad_q_parts, p.key_chunks, p.grad_q_parts_stride[0], is_double, p.scale, p.grad_q,
+                      {batch, p.heads, rows, p.d}};
+    parallel(threads, batch * p.heads * rows, 128, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
+  }
+  if (p.grad_bias_out) {
+    const int64_t rows = p.bias_size[0] * p.bias_size[1] * p.bias_size[2];
+    const PartSum job{p.grad_bias, p.grad_bias_parts, rows * p.bias_size[3], is_double, 1.0, p.grad_bias_out,
+                      {p.bias_size[0], p.bias_size[1], p.bias_size[2], p.bias_size[3]}};
+    parallel(threads, rows, 16, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
+  }
+}
+
+}  // namespace
+
+void plan_key_sweep(Params& p) {
+  const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
+  const int64_t wanted = owners > 0 ? ceil_div(kKeySweepUnits, owners) : 1;
+  const int64_t most = ceil_div(p.m, 2 * kKeyBlock);
+  const int64_t pieces = wanted < most ? wanted : (most > 0 ? most : 1);
+  p.key_chunk = p.m > 0 ? ceil_div(ceil_div(p.m, pieces), kKeyBlock) * kKeyBlock : kKeyBlock;
+  p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
+}
+
+bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
+  const bool key_sweep = map == kVjp || map == kVjpJvp;
+  std::vector<int64_t> first_unit;
+  int64_t units;
+  if (key_sweep) {
+    const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
+    const bool sweep = p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
+    units = sweep ? owners * p.key_chunks : 0;
+  } else {
+    units = plan_row_sweep(p, threads.count, first_unit);
+  }
+  const MapKernel& kernel = active_isa().load()->kernels.maps[map][is_double];
+  if (units > 0) {
+    const int tasks = static_cast<int>(units < threads.count ? units : threads.count);
+    const size_t stride = (kernel.scratch_bytes(p) + 127) / 64 * 64;
+    const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(64, stride * tasks)), std::free);
+    if (memory == nullptr) return false;
+    Walk walk{p, kernel, units, memory.get(), stride};
+    threads.for_each(tasks,
+                     [](void* context, int task) {
+                       Walk& w = *static_cast<Walk*>(context);
+                       for (int64_t unit; (unit = w.next.fetch_add(1)) < w.units;)
+                         w.kernel.run_unit(w.p, unit, w.scratch + task * w.scratch_stride);
+                     },
+                     &walk);
+    if (key_sweep) finish_key_sweep(p, is_double, threads);
+  }
+  if (p.grad_sinks != nullptr)
+    parallel(threads, p.sinks_batch * p.heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) sink_gradient(p, is_double, map == kVjpJvp, slot);
+    });
+  return true;
+}
+
+}  // namespace metattn
+
+const char* metattn_isa() { return metattn::active_isa().load()->name; }
+
+const char* metattn_usable_isas() {
+  static const std::vector<char> names = [] {
+    std::vector<char> text;
+    for (const auto& isa : metattn::kIsas) {
+      if (!isa.usable()) continue;
+      if (!text.empty()) text.push_back(',');
+      text.insert(text.end(), isa.name, isa.name + strlen(isa.name));
+    }
+    text.push_back('\0');
+    return text;
+  }();
+  return names.data();
+}
+
+int metattn_set_isa(const char* name) {
+  const metattn::Isa* isa = metattn::find_isa(name);
+  if (isa == nullptr) return 1;
+  metattn::active_isa().store(isa);
+  return 0;
+}

@@ -1,0 +1,28 @@
+// Chooses an ISA's kernels at run time and walks a map's units over threads. Torch-free: the host says how to thread.
+#pragma once
+
+#include "kernels.h"
+
+namespace metattn {
+
+// run(context, task) for every task in [0, tasks), each on a thread of its own where there are several.
+struct Threads {
+  int count;
+  void (*for_each)(int tasks, void (*run)(void* context, int task), void* context);
+};
+
+// Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had.
+bool run_map(MapName map, Params p, bool is_double, const Threads& threads);
+
+// Parts of dQ and of the bias gradient that the key sweeps of this problem leave: key_chunks of run_map's plan.
+void plan_key_sweep(Params& p);
+
+}  // namespace metattn
+
+extern "C" {
+// For the host module: the ISA in use; the ISAs built and runnable here, comma-separated; and choosing one by name
+// (empty: automatic), 0 on success.
+__attribute__((visibility("default"))) const char* metattn_isa();
+__attribute__((visibility("default"))) const char* metattn_usable_isas();
+__attribute__((visibility("default"))) int metattn_set_isa(const char* name);
+}

@@ -1,0 +1,133 @@
+// jvp: the tangents of O and L for tangents A, B, C, β, σ of Q, K, V, bias and sinks, in one pass over the keys:
+// Ot = (P∘T∘Z)V + (P∘Z)C − τ·O.
+#include "kernels.h"
+#include "sweep.h"
+
+namespace metattn::METATTN_ISA {
+namespace {
+
+template <class T>
+struct Jvp {
+  const Params& p;
+  Arena arena;
+  T* row;
+  PackedRows<T> q, a;
+  PackedKeys<T> k, b, v, c;
+  T *s, *tanh_tile, *z, *t;
+  T* acc;  // [kRows][padded(dv)]
+  double tau[kRows];
+  LogSumExp<T> lse;
+  int64_t wide_dv;
+  bool has_scores;  // a tangent reaches the scores
+
+  Jvp(const Params& params, char* scratch) : p(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
+    const int64_t blocks = row_sweep_blocks(p);
+    has_scores = p.t_q || p.t_k || p.t_bias;
+    row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
+    q = PackedRows<T>::take(arena, p.q, p.d);
+    a = PackedRows<T>::take(arena, p.t_q, p.d);
+    k = PackedKeys<T>::take(arena, p.k, p.d, blocks, false, true);
+    b = PackedKeys<T>::take(arena, p.t_k, p.d, blocks, false, true);
+    v = PackedKeys<T>::take(arena, p.v, p.dv, blocks, has_scores, false);
+    c = PackedKeys<T>::take(arena, p.t_v, p.dv, blocks, true, false);
+    s = arena.take<T>(kRows * kKeys);
+    tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
+    z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
+    t = has_scores ? arena.take<T>(kRows * kKeys) : nullptr;
+    acc = arena.take<T>(kRows * wide_dv);
+  }
+
+  void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
+    pack_key_block<T, 4>(p, seq, kv_head, at, key0, keys, block, {&k, &b, &v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v}, row);
+  }
+
+  void begin(const Tile& tile) {
+    lse.load(p, tile);
+    q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
+    if (a) a.pack(p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
+    memset(acc, 0, sizeof(T) * kRows * wide_dv);
+    for (int64_t r = 0; r < tile.rows; ++r) tau[r] = 0;
+  }
+
+  // t = P∘T∘Z and s = P∘Z; τ gains Σ P∘T.
+  template <bool Capped>
+  void weigh_row(const Tile& tile, int64_t r) {
+    T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
+    Vec<T> total = {};
+    for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
+      Vec<T> weight = probability(lse, r, s_row + j);
+      const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
+      if (has_scores) {
+        Vec<T> tangent = load(t_row + j);
+        if constexpr (Capped) {
+          const Vec<T> u = load(tanh_tile + r * kKeys + j);
+          tangent *= 1 - u * u;
+        }
+        if (p.t_bias) tangent += load(row + j);
+        const Vec<T> weighted = weight * tangent;
+        total += weighted;
+        store(t_row + j, weighted * keep);
+      }
+      store(s_row + j, weight * keep);
+    }
+    tau[r] += static_cast<double>(sum<T>(total));
+  }
+
+  void visit(const Tile& tile, int64_t block) {
+    scores(p, tile, q, k, block, s, tanh_tile, row);
+    if (z != nullptr) dropout_tile(p, tile, z);
+    if (a) gemm(tile.rows, tile.keys, p.d, a.operand(), k.turned_block(block), k.turned_stride(), t, kKeys, false);
+    if (b)
+      gemm(tile.rows, tile.keys, p.d, q.operand(), b.turned_block(block), b.turned_stride(), t, kKeys, bool(a));
+    if (has_scores && !a && !b) memset(t, 0, sizeof(T) * kRows * kKeys);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      if (p.t_bias) load_bias_row(p.t_bias, tile, r, row);
+      if (p.softcap != 0) weigh_row<true>(tile, r);
+      else weigh_row<false>(tile, r);
+    }
+    if (has_scores)
+      gemm(tile.rows, p.dv, tile.keys, row_major(t, kKeys), v.natural_block(block), v.natural_stride(), acc, wide_dv,
+           true);
+    if (c)
+      gemm(tile.rows, p.dv, tile.keys, row_major(s, kKeys), c.natural_block(block), c.natural_stride(), acc, wide_dv,
+           true);
+  }
+
+  void end(const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t i = tile.s.q0 + tile.row0 + r;
+      T* o_t = acc + r * wide_dv;
+      if (lse.dead[r]) {
+        memset(o_t, 0, sizeof(T) * wide_dv);
+        tau[r] = 0;
+      } else {
+        if (p.t_sinks) {
+          const int64_t at = offset_of(p.sinks, tile.seq, tile.head, 0);
+          const int64_t tangent_at = offset_of(p.t_sinks, tile.seq, tile.head, 0);
+          const T weight = exp(splat((load_scalar<T>(p.sinks, at) - lse.high[r]) - lse.low[r]))[0];
+          tau[r] += static_cast<double>(weight * load_scalar<T>(p.t_sinks, tangent_at));
+        }
+        load_row(p.o, offset_of(p.o, tile.seq, tile.head, i), p.o.stride[3], p.dv, row);
+        for (int64_t col = 0; col < p.dv; ++col) o_t[col] -= static_cast<T>(tau[r]) * row[col];
+      }
+      store_row(p.out_o, offset_of(p.out_o, tile.seq, tile.head, i), p.out_o.stride[3], p.dv, T{1}, o_t);
+      *double_at(p.out_lse, tile.seq, tile.head, i) = tau[r];
+    }
+  }
+};
+
+template <class T>
+size_t scratch_bytes(const Params& p) {
+  return Jvp<T>(p, nullptr).arena.used;
+}
+template <class T>
+void run_unit(const Params& p, int64_t unit, char* scratch) {
+  Jvp<T> map(p, scratch);
+  row_sweep<T>(p, unit, map);
+}
+
+}  // namespace
+
+extern const MapKernel jvp[2] = {{scratch_bytes<float>, run_unit<float>}, {scratch_bytes<double>, run_unit<double>}};
+
+}  // namespace metattn::METATTN_ISA

@@ -1,0 +1,174 @@
+// The two ways to walk an attention problem. A row sweep gives each unit rows and walks the keys (forward, jvp); a
+// key sweep gives each unit keys and walks the rows (vjp, vjp_jvp), so that dK and dV have one owner and dQ is either
+// that owner's too or one part a key chunk, summed in a fixed order afterwards. No sum depends on the thread count.
+#pragma once
+
+#include "tile.h"
+
+namespace metattn::METATTN_ISA {
+
+// A Map of a row sweep offers:
+//   pack(seq, kv_head, s, key0, keys, block)   packs one block of keys
+//   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results
+template <class T, class Map>
+static void row_sweep(const Params& p, int64_t unit, Map& map) {
+  int64_t seq = 0, past = p.batch;  // first_unit[seq] <= unit < first_unit[seq + 1]
+  while (past - seq > 1) {
+    const int64_t middle = seq + (past - seq) / 2;
+    if (p.first_unit[middle] <= unit) seq = middle;
+    else past = middle;
+  }
+  const Sequence s = sequence(p, seq);
+  const int64_t kv_head = (unit - p.first_unit[seq]) % p.kv_heads;
+  const int64_t row_begin = (unit - p.first_unit[seq]) / p.kv_heads * p.row_chunk;
+  const int64_t row_end = smaller(row_begin + p.row_chunk, s.n);
+  const int64_t key_begin = attended_keys(p, s, row_begin).lo / kKeys * kKeys;
+  const int64_t key_end = attended_keys(p, s, row_end - 1).hi;
+  for (int64_t key0 = key_begin; key0 < key_end; key0 += kKeys)
+    map.pack(seq, kv_head, s, key0, smaller(kKeys, s.m - key0), (key0 - key_begin) / kKeys);
+  const int64_t group = p.heads / p.kv_heads;
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    for (int64_t row0 = row_begin; row0 < row_end; row0 += kRows) {
+      Tile tile{seq, head, kv_head, s, row0, smaller(kRows, row_end - row0), 0, 0, 0, false};
+      map.begin(tile);
+      const int64_t lo = attended_keys(p, s, row0).lo, hi = attended_keys(p, s, row0 + tile.rows - 1).hi;
+      for (int64_t key0 = lo / kKeys * kKeys; key0 < hi; key0 += kKeys) {
+        place_keys<T>(p, tile, key0, s.m);
+        map.visit(tile, (key0 - key_begin) / kKeys);
+      }
+      map.end(tile);
+    }
+  }
+}
+
+// Most key blocks that a unit of a row sweep packs.
+static inline int64_t row_sweep_blocks(const Params& p) { return (p.m + kKeys - 1) / kKeys; }
+
+// A Map of a key sweep offers pack as above, and
+//   begin_keys(blocks), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
+//   begin(tile), visit(tile, block), end(tile, chunk)           a block of rows; end also when no tile was visited
+template <class T, class Map>
+static void key_sweep(const Params& p, int64_t unit, Map& map) {
+  const int64_t chunk = unit % p.key_chunks, owner = unit / p.key_chunks;
+  const int64_t owned_heads = p.all_heads ? 1 : p.kv_heads;
+  const int64_t seq_begin = p.all_batches ? 0 : owner / owned_heads;
+  const int64_t seq_end = p.all_batches ? p.batch : seq_begin + 1;
+  const int64_t kv_begin = p.all_heads ? 0 : owner % owned_heads;
+  const int64_t kv_end = p.all_heads ? p.kv_heads : kv_begin + 1;
+  const int64_t group = p.heads / p.kv_heads;
+  for (int64_t seq = seq_begin; seq < seq_end; ++seq) {
+    const Sequence s = sequence(p, seq);
+    const int64_t chunk_begin = chunk * p.key_chunk, chunk_end = smaller(chunk_begin + p.key_chunk, s.m);
+    if (chunk > 0 && chunk_begin >= s.m) continue;  // chunk 0 goes on: it must write dQ of a sequence without keys
+    const int64_t blocks = larger(0, chunk_end - chunk_begin + kKeys - 1) / kKeys;
+    for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t key0 = chunk_begin + block * kKeys;
+        map.pack(seq, kv_head, s, key0, smaller(kKeys, chunk_end - key0), block);
+      }
+      map.begin_keys(blocks);
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int64_t row0 = 0; row0 < s.n; row0 += kRows) {
+          Tile tile{seq, head, kv_head, s, row0, smaller(kRows, s.n - row0), 0, 0, 0, false};
+          const int64_t lo = larger(attended_keys(p, s, row0).lo / kKeys * kKeys, chunk_begin);
+          const int64_t hi = smaller(attended_keys(p, s, row0 + tile.rows - 1).hi, chunk_end);
+          if (lo < hi) map.begin(tile);
+          for (int64_t key0 = lo; key0 < hi; key0 += kKeys) {
+            place_keys<T>(p, tile, key0, chunk_end);
+            map.visit(tile, (key0 - chunk_begin) / kKeys);
+          }
+          map.end(tile, chunk, lo < hi);
+        }
+      }
+      map.end_keys(seq, kv_head, s, chunk_begin, chunk_end - chunk_begin);
+    }
+  }
+}
+
+// What both key sweeps accumulate: dK, dV of the unit's keys, dQ of a row block, and the bias gradient.
+template <class T>
+struct KeySweepResults {
+  const Params& p;
+  bool want_q, want_k, want_v, want_bias;
+  T* grad_q;  // [kRows][padded(d)]
+  T* grad_k;  // [key_chunk][padded(d)]
+  T* grad_v;  // [key_chunk][padded(dv)]
+  int64_t wide_d, wide_dv;
+
+  KeySweepResults(const Params& params, Arena& arena)
+      : p(params),
+        want_q(params.needs & kNeedQ),
+        want_k(params.needs & kNeedK),
+        want_v(params.needs & kNeedV),
+        want_bias(params.needs & kNeedBias),
+        wide_d(padded<T>(params.d)),
+        wide_dv(padded<T>(params.dv)) {
+    grad_q = want_q ? arena.take<T>(kRows * wide_d) : nullptr;
+    grad_k = want_k ? arena.take<T>(p.key_chunk * wide_d) : nullptr;
+    grad_v = want_v ? arena.take<T>(p.key_chunk * wide_dv) : nullptr;
+  }
+
+  void begin_keys(int64_t blocks) {
+    if (want_k) memset(grad_k, 0, sizeof(T) * blocks * kKeys * wide_d);
+    if (want_v) memset(grad_v, 0, sizeof(T) * blocks * kKeys * wide_dv);
+  }
+  void begin_rows() {
+    if (want_q) memset(grad_q, 0, sizeof(T) * kRows * wide_d);
+  }
+  void add_q(const Tile& tile, const T* d_scores, const PackedKeys<T>& keys, int64_t block) {
+    if (want_q)
+      gemm(tile.rows, p.d, tile.keys, row_major(d_scores, kKeys), keys.natural_block(block), keys.natural_stride(),
+           grad_q, wide_d, true);
+  }
+  void add_k(const Tile& tile, const T* d_scores, const PackedRows<T>& rows, int64_t block) {
+    if (want_k)
+      gemm<true>(tile.keys, p.d, tile.rows, transposed(d_scores, kKeys), rows.data, rows.panel_stride(),
+                 grad_k + block * kKeys * wide_d, wide_d, true);
+  }
+  void add_v(const Tile& tile, const T* weights, const PackedRows<T>& d_o, int64_t block) {
+    if (want_v)
+      gemm<true>(tile.keys, p.dv, tile.rows, transposed(weights, kKeys), d_o.data, d_o.panel_stride(),
+                 grad_v + block * kKeys * wide_dv, wide_dv, true);
+  }
+  void add_bias(const Tile& tile, int64_t r, const T* d_scores) {
+    const int64_t stride = p.grad_bias_stride[4];
+    T* target = reinterpret_cast<T*>(p.grad_bias) + tile.key0 / p.key_chunk * p.grad_bias_stride[0] +
+                tile.seq * p.grad_bias_stride[1] + tile.head * p.grad_bias_stride[2] +
+                (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
+    if (stride == 0) {
+      T total = 0;
+      for (int64_t j = 0; j < tile.keys; ++j) total += d_scores[j];
+      *target += total;
+    } else {
+      for (int64_t j = 0; j < tile.keys; ++j) target[j * stride] += d_scores[j];
+    }
+  }
+  void end_rows(const Tile& tile, int64_t chunk, bool visited) {
+    if (!want_q) return;
+    if (!visited) memset(grad_q, 0, sizeof(T) * kRows * wide_d);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t i = tile.s.q0 + tile.row0 + r;
+      if (p.grad_q_parts == nullptr) {
+        store_row(p.grad_q, offset_of(p.grad_q, tile.seq, tile.head, i), p.grad_q.stride[3], p.d,
+                  static_cast<T>(p.scale), grad_q + r * wide_d);
+      } else {
+        T* part = reinterpret_cast<T*>(p.grad_q_parts) + chunk * p.grad_q_parts_stride[0] +
+                  tile.seq * p.grad_q_parts_stride[1] + tile.head * p.grad_q_parts_stride[2] +
+                  i * p.grad_q_parts_stride[3];
+        memcpy(part, grad_q + r * wide_d, sizeof(T) * p.d);
+      }
+    }
+  }
+  void end_keys(int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys) {
+    for (int64_t key = 0; key < keys; ++key) {
+      const int64_t j = s.k0 + key0 + key;
+      if (want_k)  // scale is already in the rows that were packed
+        store_row(p.grad_k, offset_of(p.grad_k, seq, kv_head, j), p.grad_k.stride[3], p.d, T{1}, grad_k + key * wide_d);
+      if (want_v)
+        store_row(p.grad_v, offset_of(p.grad_v, seq, kv_head, j), p.grad_v.stride[3], p.dv, T{1},
+                  grad_v + key * wide_dv);
+    }
+  }
+};
+
+}  // namespace metattn::METATTN_ISA
