@@ -55,6 +55,13 @@ class Problem:
     max_k: int
     backend: str  # "reference" | "cpu" | "cuda" | "triton"
 
+    def on(self, backend: str) -> Problem:
+        """The same problem on another backend."""
+        if backend == self.backend:
+            return self
+        same = (self.scale, self.softcap, self.causal, self.window, self.dropout_p, self.max_q, self.max_k)
+        return Problem(*same, backend)
+
 
 class Options(NamedTuple):
     """What may be given to a call besides its q, k, v, as given: see functional.attention."""

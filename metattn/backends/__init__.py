@@ -10,7 +10,6 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import ModuleType
 
 from metattn.problem import Constants, Primals, Problem
@@ -89,10 +88,10 @@ def choose(problem: Problem, primals: Primals, constants: Constants, name: str |
             raise NotImplementedError(
                 f"backend: {name!r} was asked for by name and cannot serve this call: {reason}"
             )
-        return problem if name == problem.backend else replace(problem, backend=name)
+        return problem.on(name)
     for candidate in ORDER.get(primals.q.device.type, ()):
         if objection(candidate, problem, primals, constants) is None:
-            return problem if candidate == problem.backend else replace(problem, backend=candidate)
+            return problem.on(candidate)
     return problem
 
 

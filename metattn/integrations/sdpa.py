@@ -26,7 +26,6 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         super().__init__()
         self.calls = 0
         self._kernels: list[tuple[bool, ...]] = []  # enabled when entered, one for each level of re-entry
-        self._multi_head_attention = self._bound_multi_head_attention()
 
     def __enter__(self) -> sdpa_override:
         self._kernels.append(_enabled_kernels())
@@ -47,7 +46,7 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         if func is F.scaled_dot_product_attention:
             func = self._attend
         elif func is F.multi_head_attention_forward:
-            func = self._multi_head_attention
+            func = self._multi_head_attention()
         return func(*args, **(kwargs or {}))
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,7 +55,7 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         self.calls += 1
         return scaled_dot_product_attention(*args, **kwargs)
 
-    def _bound_multi_head_attention(self) -> Callable[..., Any]:
+    def _multi_head_attention(self) -> Callable[..., Any]:
         """torch's function with our attention among its globals: a mode is off while it handles one."""
         original = F.multi_head_attention_forward
         names = {**vars(F), "scaled_dot_product_attention": self._attend}
@@ -73,3 +72,7 @@ def _enabled_kernels() -> tuple[bool, ...]:
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
     )
+
+
+# Dynamo cannot trace the reading, but enters an sdpa_kernel while it traces: what is read then is right.
+_enabled_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
