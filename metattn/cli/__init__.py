@@ -16,29 +16,31 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="metattn", description="Softmax attention that can be differentiated twice."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    modules = {}
+    # only the wanted command is imported: doctor must speak even where another one cannot be loaded
+    wanted = next((argument for argument in arguments if argument in COMMANDS), "doctor")
+    module = importlib.import_module(f"metattn.cli.{wanted}")
     for name, summary in COMMANDS.items():
-        modules[name] = importlib.import_module(f"metattn.cli.{name}")
-        modules[name].add_arguments(
-            commands.add_parser(name, help=summary, description=modules[name].__doc__)
-        )
+        subparser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        if name == wanted:
+            module.add_arguments(subparser)
     args = parser.parse_args(arguments)
     try:
-        return int(modules[args.command].run(args))
+        return int(module.run(args))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("metattn", "torch"):
             raise
         print(
-            f"metattn {args.command} needs {error.name}: pip install 'metattn[{args.command}]'",
+            f"metattn {wanted} needs {error.name}: pip install 'metattn[{wanted}]'",
             file=sys.stderr,
         )
         return 1
     except ValueError as error:
-        print(f"metattn {args.command}: {error}", file=sys.stderr)
+        print(f"metattn {wanted}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

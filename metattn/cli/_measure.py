@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-import metattn
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -179,15 +177,15 @@ def commit() -> str | None:
 def versions() -> dict[str, str | None]:
     """Versions that a figure depends on; read from their metadata, so that nothing is imported for it."""
     found: dict[str, str | None] = {
-        "metattn": metattn.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in ("triton", "numpy"):
+    for name in ("metattn", "triton", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    found["metattn"] = found["metattn"] or f"uninstalled checkout {commit() or ''}".rstrip()
     return found
 
 

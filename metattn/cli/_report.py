@@ -78,7 +78,7 @@ def _ours(names: list[str]) -> str:
 
 
 def timing_table(results: dict[str, Any], steps: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a line for each case and step, a column for each contestant."""
+    """Header and lines: a line for each case and step, a column of milliseconds for each contestant."""
     rows = results["rows"]
     names = _names(rows)
     ours = _ours(names)
@@ -96,7 +96,7 @@ def timing_table(results: dict[str, Any], steps: tuple[str, ...]) -> tuple[list[
             lines.append(
                 [f"{case}: {shape}, {options}", step, *(_time(found.get(n)) for n in names), ratio, rate]
             )
-    header = ["case", "step", *(f"{name}, ms" for name in names), f"{MATH} / {ours}", f"{ours}, GFLOP/s"]
+    header = ["case", "step", *names, "math / ours", "ours, GFLOP/s"]
     return header, lines
 
 
@@ -118,15 +118,16 @@ def show(results: dict[str, Any]) -> None:
     console = Console()
     tables = []
     if results["rows"]:
-        tables.append(
-            ("Time: median ± half the distance of the quartiles", timing_table(results, tuple(PRODUCTS)))
-        )
+        (_, *header), lines = timing_table(results, tuple(PRODUCTS))
+        for case in dict.fromkeys(line[0] for line in lines):
+            tables.append((f"{case}: times in ms", header, [line[1:] for line in lines if line[0] == case]))
     if results["memory"]:
-        tables.append(("Peak memory with all inputs (times the bytes of q, k and v)", memory_table(results)))
-    for title, (header, lines) in tables:
-        table = Table(title=title)
+        title = "peak memory with all inputs (times the bytes of q, k and v)"
+        tables.append((title, *memory_table(results)))
+    for title, header, lines in tables:
+        table = Table(title=title, title_justify="left")
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index < 1 + ("step" in header) else "right")
+            table.add_column(name, justify="right" if index else "left", no_wrap=not index)
         for line in lines:
             table.add_row(*line)
         console.print(table)
@@ -157,7 +158,7 @@ def markdown(results: dict[str, Any], steps: tuple[str, ...] = tuple(PRODUCTS)) 
     if results["memory"]:
         parts.append(_markdown_table(*memory_table(results), left=1))
     parts.append(
-        "Median ± half the distance between the quartiles; contestants take turns in one run; outputs are "
+        "Times in ms: median ± half the distance between the quartiles. Contestants take turns; outputs are "
         "compared with float64 before anything is timed. Memory: the highest resident memory of a fresh "
         "process over its start, inputs included; in brackets as a multiple of the bytes of q, k and v.\n\n"
         f"{_machine_line(results)}.\n"

@@ -127,7 +127,7 @@ def timed_rows(
         advance(weight / (len(case.steps) + 1), f"{case.name}: {step}")
         right = {}
         for contestant in found:
-            if step not in contestant.steps:
+            if not contestant.can(case, step):
                 continue
             run_step = make_step(contestant, case, step, inputs)
             row: dict[str, Any] = {
@@ -158,7 +158,7 @@ def timed_rows(
 def memory_rows(case: Case, found: list[Contestant], weight: float, advance: Advance) -> list[dict[str, Any]]:
     """Measures the peak of the second-order step, each contestant in a process of its own."""
     step = "second-order step"
-    able = [contestant for contestant in found if step in contestant.steps]
+    able = [contestant for contestant in found if contestant.can(case, step)]
     advance(0.0, f"memory at N={case.length}: float64 answer of one head")
     one_head = replace(case, heads=1)
     inputs = make_inputs(case)
@@ -238,7 +238,7 @@ def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: 
         calls = [
             case.operations(step) / (ASSUMED_SHARE[contestant.name] * rate)
             for contestant in found
-            if step in contestant.steps
+            if contestant.can(case, step)
         ]
         # the check, two warm-ups and a graph to start from, then the timed rounds
         total += 4 * sum(calls) + max(seconds, 5 * sum(calls))
@@ -247,7 +247,7 @@ def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: 
 
 def expected_seconds_for_memory(case: Case, found: list[Contestant], rate: float) -> float:
     operations = case.operations("second-order step")
-    able = [contestant for contestant in found if "second-order step" in contestant.steps]
+    able = [contestant for contestant in found if contestant.can(case, "second-order step")]
     runs = sum(CHILD_START + operations / (ASSUMED_SHARE[contestant.name] * rate) for contestant in able)
     return runs + operations / case.heads / (0.08 * rate)
 

@@ -80,7 +80,8 @@ def self_test(backend: str) -> float:
         else:
             o = metattn.attention(q, k, v, backend=backend)
         first = torch.autograd.grad(o, (q, k, v), do, create_graph=True)
-        return o, *first, *torch.autograd.grad(first, (q, k, v, do), seeds)
+        second = torch.autograd.grad(first, (q, k, v, do), seeds)
+        return o.detach(), *(gradient.detach() for gradient in first), *second
 
     exact = second_order(torch.float64, None)
     found = second_order(torch.float32, backend)
@@ -104,22 +105,25 @@ def text(report: dict[str, Any]) -> str:
     lines = ["backends"]
     for name, reason in report["backends"].items():
         if reason is not None:
-            lines.append(f"  {name:10} no   {reason}")
+            lines.append(f"  {name:12} no   {reason}")
         elif name in report["self_test_errors"]:
-            lines.append(f"  {name:10} yes  second order right to {report['self_test_errors'][name]:.0e}")
+            lines.append(f"  {name:12} yes  second order right to {report['self_test_errors'][name]:.0e}")
         else:
-            lines.append(f"  {name:10} fails, see below")
+            lines.append(f"  {name:12} fails, see below")
     lines.append("versions")
-    lines += [f"  {name:10} {version or 'not installed'}" for name, version in about["versions"].items()]
+    lines += [f"  {name:12} {version or 'not installed'}" for name, version in about["versions"].items()]
     lines.append("machine")
-    lines.append(f"  cpu        {about['cpu']}, {about['cores']} cores, {about['threads']} threads in use")
-    lines.append(f"  gpu        {report['cuda'] or 'none that torch can use'}")
+    lines.append(f"  cpu          {about['cpu']}, {about['cores']} cores, {about['threads']} threads in use")
+    lines.append(f"  gpu          {report['cuda'] or 'none that torch can use'}")
     if report["build"] is None:
         lines.append(f"extension\n  not here: {report['build_missing']}")
     else:
-        lines.append(f"  features   {', '.join(report['cpu_features']) or 'none beyond the baseline'}")
-        lines.append(f"  code used  {report['isa']}")
+        lines.append(f"  features     {', '.join(report['cpu_features']) or 'none beyond the baseline'}")
+        lines.append(f"  code used    {report['isa']}")
         lines.append("extension")
-        lines += [f"  {name:10} {value}" for name, value in report["build"].items()]
+        lines += [
+            f"  {name:12} {', '.join(value) if isinstance(value, list) else value}"
+            for name, value in report["build"].items()
+        ]
     lines += [f"problem: {problem}" for problem in report["problems"]] or ["all is well"]
     return "\n".join(lines)
