@@ -172,7 +172,7 @@ def contestants() -> list[Contestant]:
     fused = metattn.available_backends()["cpu"] is None
     return [
         *([Contestant("metattn cpu", every)] if fused else []),
-        # it specifies, it does not compete: where there is a fused backend it is timed in the small cases alone
+        # it specifies, it does not compete: beside a fused backend it is timed in the small cases alone
         Contestant("metattn reference", every, longest=256 if fused else None),
         Contestant(MATH, every - {"vjp_jvp"}),
         Contestant(CHECKPOINTED, frozenset({"second-order step"})),

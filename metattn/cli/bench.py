@@ -38,7 +38,7 @@ from metattn.cli._measure import ChildError, in_fresh_process, interleave, machi
 Advance = Callable[[float, str], None]
 
 # Only the announced duration rests on these guesses: each contestant's share of the matrix product's rate.
-ASSUMED_SHARE = {MATH: 0.25, CHECKPOINTED: 0.25, FLASH: 0.6, "metattn cpu": 0.4, "metattn reference": 0.12}
+ASSUMED_SHARE = {MATH: 0.2, CHECKPOINTED: 0.15, FLASH: 0.5, "metattn cpu": 0.5, "metattn reference": 0.1}
 CHILD_START = 6.0  # seconds to start a process that imports torch
 
 
@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = sorted({case.name for case in (*CASES, *MEMORY_CASES)})
     parser.add_argument("--quick", action="store_true", help="the small cases only, about half a minute")
     parser.add_argument("--cases", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each step of a case (default 2)")
+    parser.add_argument(
+        "--seconds", type=float, help="time for each step of a case (default 2, with --quick 0.3)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -63,9 +65,11 @@ def run(args: argparse.Namespace) -> int:
     if args.render is not None:
         results = json.loads(args.render.read_text())
     else:
+        if args.seconds is None:
+            args.seconds = 0.3 if args.quick else 2.0
         if args.seconds <= 0:
             raise ValueError(f"--seconds: expected more than 0, got {args.seconds}")
-        results = measure(*chosen(args.cases, args.quick), seconds=0.3 if args.quick else args.seconds)
+        results = measure(*chosen(args.cases, args.quick), seconds=args.seconds, least=3 if args.quick else 5)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.render is None:
         (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -87,13 +91,13 @@ def chosen(names: list[str] | None, quick: bool) -> tuple[list[Case], list[Case]
 
 
 def measure(
-    timed: list[Case], memory: list[Case], *, seconds: float, progress: bool = True
+    timed: list[Case], memory: list[Case], *, seconds: float, least: int = 5, progress: bool = True
 ) -> dict[str, Any]:
     """All rows of the given cases, with the machine they were measured on."""
     started = time.time()
     found = contestants()
     rate = matrix_product_rate()
-    work = [expected_seconds(case, found, rate, seconds) for case in timed]
+    work = [expected_seconds(case, found, rate, seconds, least) for case in timed]
     work += [expected_seconds_for_memory(case, found, rate) for case in memory]
     results: dict[str, Any] = {
         "machine": machine(),
@@ -107,13 +111,13 @@ def measure(
             if case in memory:
                 results["memory"] += memory_rows(case, found, weight, advance)
             else:
-                results["rows"] += timed_rows(case, found, seconds, weight, advance)
+                results["rows"] += timed_rows(case, found, seconds, least, weight, advance)
     results["seconds"] = round(time.time() - started, 1)
     return results
 
 
 def timed_rows(
-    case: Case, found: list[Contestant], seconds: float, weight: float, advance: Advance
+    case: Case, found: list[Contestant], seconds: float, least: int, weight: float, advance: Advance
 ) -> list[dict[str, Any]]:
     """Times every step of a case: checked against float64 first, then all contestants in turn."""
     advance(0.0, f"{case.name}: float64 answer")
@@ -143,7 +147,7 @@ def timed_rows(
             rows.append(row)
             if row["wrong"] is None:
                 right[contestant.name] = run_step
-        timings = interleave(right, seconds=seconds)
+        timings = interleave(right, seconds=seconds, least=least)
         for row in rows:
             if row["step"] == step and row["contestant"] in timings:
                 timing = timings[row["contestant"]]
@@ -229,7 +233,7 @@ def matrix_product_rate() -> float:
     return 2 * 512**3 / timing.median
 
 
-def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: float) -> float:
+def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: float, least: int) -> float:
     """A guess for all steps of a case, for the announcement and the bar."""
     if case.dtype != "float32":
         rate /= 3
@@ -241,7 +245,7 @@ def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: 
             if contestant.can(case, step)
         ]
         # the check, two warm-ups and a graph to start from, then the timed rounds
-        total += 4 * sum(calls) + max(seconds, 5 * sum(calls))
+        total += 4 * sum(calls) + max(seconds, least * sum(calls))
     return total
 
 
