@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,21 @@ def measure(
     }
     with _report.progress(sum(work), progress) as advance:
         for case, weight in zip([*timed, *memory], work, strict=True):
+            share = partial(_share, advance, weight)
             if case in memory:
-                results["memory"] += memory_rows(case, found, weight, advance)
+                results["memory"] += memory_rows(case, found, share)
             else:
-                results["rows"] += timed_rows(case, found, seconds, least, weight, advance)
+                results["rows"] += timed_rows(case, found, seconds, least, share)
     results["seconds"] = round(time.time() - started, 1)
     return results
 
 
+def _share(advance: Advance, weight: float, part: float, doing: str) -> None:
+    advance(weight * part, doing)
+
+
 def timed_rows(
-    case: Case, found: list[Contestant], seconds: float, least: int, weight: float, advance: Advance
+    case: Case, found: list[Contestant], seconds: float, least: int, advance: Advance
 ) -> list[dict[str, Any]]:
     """Times every step of a case: checked against float64 first, then all contestants in turn."""
     advance(0.0, f"{case.name}: float64 answer")
@@ -128,7 +134,7 @@ def timed_rows(
     allowed = allowed_errors(case, errors(case, whole, make_step(math, case, whole, inputs)(), answer))
     rows: list[dict[str, Any]] = []
     for step in case.steps:
-        advance(weight / (len(case.steps) + 1), f"{case.name}: {step}")
+        advance(1 / (len(case.steps) + 1), f"{case.name}: {step}")
         right = {}
         for contestant in found:
             if not contestant.can(case, step):
@@ -155,11 +161,11 @@ def timed_rows(
                 row["quartiles"] = timing.quartiles
                 row["gflops"] = row["operations"] / timing.median * 1e-9
                 row["samples"] = timing.samples
-    advance(weight / (len(case.steps) + 1), case.name)
+    advance(1 / (len(case.steps) + 1), case.name)
     return rows
 
 
-def memory_rows(case: Case, found: list[Contestant], weight: float, advance: Advance) -> list[dict[str, Any]]:
+def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[dict[str, Any]]:
     """Measures the peak of the second-order step, each contestant in a process of its own."""
     step = "second-order step"
     able = [contestant for contestant in found if contestant.can(case, step)]
@@ -181,7 +187,7 @@ def memory_rows(case: Case, found: list[Contestant], weight: float, advance: Adv
         path = Path(folder) / "answer.pt"
         torch.save(exact(one_head, first), path)
         for contestant in able:
-            advance(weight / (len(able) + 1), f"memory at N={case.length}: {contestant.name}")
+            advance(1 / (len(able) + 1), f"memory at N={case.length}: {contestant.name}")
             row: dict[str, Any] = {
                 "case": case.asdict(),
                 "shape": case.shape,
@@ -207,7 +213,7 @@ def memory_rows(case: Case, found: list[Contestant], weight: float, advance: Adv
             if "errors" in row:
                 row["wrong"] = complaint(row["errors"], allowed)
             rows.append(row)
-    advance(weight / (len(able) + 1), f"memory at N={case.length}")
+    advance(1 / (len(able) + 1), f"memory at N={case.length}")
     return rows
 
 
