@@ -1,0 +1,452 @@
+"""Validation: what is refused, what is said, and the canonical form of what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import metattn
+from metattn.problem import Options, Packing, Problem, check_head_groups, dense, packed
+
+B, HQ, HKV, N, M, D, DV = 2, 4, 2, 3, 5, 8, 6
+
+
+def qkv(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, HQ, N, D), (B, HKV, M, D), (B, HKV, M, DV))
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    return q, k, v
+
+
+def of_shape(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+Q, K, V = qkv()
+ON_META = torch.ones(N, M, device="meta")
+
+# id: (what is changed in the call, the error, its message: the argument, what was expected, what came)
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "q-no-tensor": ({"q": [1.0]}, TypeError, r"q: expected a Tensor, got list"),
+    "v-none": ({"v": None}, TypeError, r"v: expected a Tensor, got NoneType"),
+    "3-dimensions": ({"q": Q[0]}, ValueError, r"q, k, v: expected \[B, Hq, N, d\].*got \[4, 3, 8\]"),
+    "batch-differs": ({"k": K[:1], "v": V[:1]}, ValueError, r"one batch size.*\[1, 2, 5, 8\]"),
+    "feature-differs": ({"k": K[..., :7]}, ValueError, r"k's last dimension equal to q's.*\[2, 2, 5, 7\]"),
+    "key-length-differs": ({"v": V[:, :, :4]}, ValueError, r"k and v alike.*\[2, 2, 4, 6\]"),
+    "value-heads-differ": ({"v": V[:, :1]}, ValueError, r"k and v alike.*\[2, 1, 5, 6\]"),
+    "row20-heads-no-multiple": (
+        {"q": Q[:, :3]},
+        ValueError,
+        r"q: expected as many heads as k and v have, 2, .*got 3",
+    ),
+    "row22-mixed-dtypes": (
+        {"k": K.double()},
+        TypeError,
+        r"q, k, v: expected one dtype, got .*float32, .*float64",
+    ),
+    "row22-integers": (
+        {n: t.int() for n, t in zip("qkv", (Q, K, V), strict=True)},
+        TypeError,
+        r"q: expected float64.*got .*int32",
+    ),
+    "row22-complex": (
+        {n: t.to(torch.complex64) for n, t in zip("qkv", (Q, K, V), strict=True)},
+        TypeError,
+        r"q: expected float64, .*complex64",
+    ),
+    "row22-float8": (
+        {n: t.to(torch.float8_e4m3fn) for n, t in zip("qkv", (Q, K, V), strict=True)},
+        TypeError,
+        r"q: expected float64, .*float8",
+    ),
+    "row22-integer-mask": (
+        {"mask": torch.ones(N, M, dtype=torch.int32)},
+        TypeError,
+        r"mask: expected bool, .*int32",
+    ),
+    "float-mask": ({"mask": torch.ones(N, M)}, TypeError, r"mask: expected bool, got .*float32"),
+    "bool-bias": (
+        {"bias": torch.ones(N, M, dtype=torch.bool)},
+        TypeError,
+        r"bias: expected float32 or .*bool",
+    ),
+    "complex-bias": ({"bias": torch.ones(N, M, dtype=torch.complex64)}, TypeError, r"bias: .*complex64"),
+    "mask-no-tensor": ({"mask": True}, TypeError, r"mask: expected a Tensor or None, got bool"),
+    "row23-mixed-devices": (
+        {"k": K.to("meta")},
+        ValueError,
+        r"q, k, v: expected one device, got cpu, meta and cpu",
+    ),
+    "row23-bias-elsewhere": (
+        {"bias": ON_META},
+        ValueError,
+        r"bias: expected a tensor on q's device, cpu, .* meta",
+    ),
+    "row24-mask-shape": (
+        {"mask": torch.ones(N, M + 1, dtype=torch.bool)},
+        ValueError,
+        r"mask: .*\[2, 4, 3, 5\], got \[3, 6\]",
+    ),
+    "row24-mask-heads": (
+        {"mask": torch.ones(HKV, 1, M, dtype=torch.bool)},
+        ValueError,
+        r"mask: .*got \[2, 1, 5\]",
+    ),
+    "row24-bias-rank": ({"bias": of_shape(1, B, HQ, N, M)}, ValueError, r"bias: .*got \[1, 2, 4, 3, 5\]"),
+    "row24-bias-transposed": ({"bias": of_shape(M, N)}, ValueError, r"bias: .*broadcasts to .*got \[5, 3\]"),
+    "row24-slopes-shape": (
+        {"alibi_slopes": of_shape(HKV)},
+        ValueError,
+        r"alibi_slopes: expected shape \[4\].*got \[2\]",
+    ),
+    "row24-sinks-shape": (
+        {"sinks": of_shape(1, 1, HQ)},
+        ValueError,
+        r"sinks: expected shape \[4\] or \[2, 4\]",
+    ),
+    "slopes-integer": (
+        {"alibi_slopes": torch.ones(HQ, dtype=torch.int64)},
+        TypeError,
+        r"alibi_slopes: .*int64",
+    ),
+    "slopes-differentiated": (
+        {"alibi_slopes": of_shape(HQ).requires_grad_()},
+        NotImplementedError,
+        r"alibi_slopes: expected constants",
+    ),
+    "row25-dropout-negative": ({"dropout_p": -0.1}, ValueError, r"dropout_p: .*between 0 and 1, got -0.1"),
+    "row25-dropout-above-1": ({"dropout_p": 1.1}, ValueError, r"dropout_p: .*got 1.1"),
+    "row25-dropout-nan": ({"dropout_p": math.nan}, ValueError, r"dropout_p: .*got nan"),
+    "dropout-text": ({"dropout_p": "0.1"}, TypeError, r"dropout_p: expected a number, got str"),
+    "seed-float": (
+        {"dropout_p": 0.1, "dropout_seed": 1.5},
+        TypeError,
+        r"dropout_seed: expected an int or None",
+    ),
+    "seed-65-bits": (
+        {"dropout_p": 0.1, "dropout_seed": 2**64},
+        ValueError,
+        r"dropout_seed: expected a 64-bit",
+    ),
+    "causal-unknown": (
+        {"causal": "bottom"},
+        ValueError,
+        r"causal: expected False, True, 'top-left' .*'bottom'",
+    ),
+    "causal-none": ({"causal": None}, ValueError, r"causal: .*got None"),
+    "window-int": ({"window": 3}, TypeError, r"window: expected \(left, right\) or None, got 3"),
+    "window-floats": ({"window": (1.0, 2.0)}, TypeError, r"window: expected two integers"),
+    "window-below": ({"window": (-2, 0)}, ValueError, r"window: expected sides of at least -1.*\(-2, 0\)"),
+    "scale-tensor": ({"scale": torch.tensor(1.0)}, TypeError, r"scale: expected a number, got Tensor"),
+    "scale-nan": ({"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
+    "scale-infinite": ({"scale": math.inf}, ValueError, r"scale: expected a finite number"),
+    "softcap-zero": (
+        {"softcap": 0.0},
+        ValueError,
+        r"softcap: expected a positive finite number or None, got 0.0",
+    ),
+    "softcap-negative": ({"softcap": -1.0}, ValueError, r"softcap: .*got -1.0"),
+    "sparse": (
+        {"q": torch.ones(B, HQ, N, D).to_sparse()},
+        NotImplementedError,
+        r"q: expected a strided tensor",
+    ),
+    "nested": (
+        {"q": torch.nested.nested_tensor([torch.ones(HQ, N, D)] * B, layout=torch.jagged)},
+        NotImplementedError,
+        r"q: expected a strided tensor",
+    ),
+    "backend-unknown": (
+        {"backend": "gpu"},
+        ValueError,
+        r"backend: expected None or one of reference, .*'gpu'",
+    ),
+    "backend-number": ({"backend": 1}, TypeError, r"backend: expected None or one of .*got 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    call: dict[str, Any] = {"q": Q, "k": K, "v": V, **changes}
+    with pytest.raises(error, match=message):
+        metattn.attention(**call)
+    with pytest.raises(error, match=message):
+        metattn.explain(**call)
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if "row2" in name])
+def test_refused_before_anything_runs(name: str) -> None:
+    changes, error, message = REFUSED[name]
+    with Reads() as reads, pytest.raises(error, match=message):
+        metattn.attention(**{"q": Q, "k": K, "v": V, **changes})
+    assert reads.operators == []
+
+
+def test_refused_option_unknown() -> None:
+    with pytest.raises(TypeError, match="is_causal"):
+        metattn.attention(Q, K, V, is_causal=True)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="is_causal"):
+        metattn.explain(Q, K, V, is_causal=True)
+
+
+class TestPacked:
+    q, k, v = torch.ones(7, HQ, D), torch.ones(9, HKV, D), torch.ones(9, HKV, DV)
+    cu_q, cu_k = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 4, 8, 9])
+
+    # id: (what is changed, the error, the message)
+    REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+        "no-tensor": ({"cu_seqlens_q": [0, 7]}, TypeError, "cu_seqlens_q: expected a Tensor, got list"),
+        "wrong-dtype": (
+            {"cu_seqlens_q": cu_q.float()},
+            TypeError,
+            "cu_seqlens_q: expected int32 or int64, .*float32",
+        ),
+        "wrong-device": (
+            {"cu_seqlens_k": cu_k.to("meta")},
+            ValueError,
+            "cu_seqlens_k: .*q's device, cpu, .*meta",
+        ),
+        "rank-2": (
+            {"cu_seqlens_q": cu_q[None]},
+            ValueError,
+            r"cu_seqlens_q: expected shape \[sequences \+ 1\]",
+        ),
+        "no-entry": ({"cu_seqlens_q": cu_q[:0]}, ValueError, r"cu_seqlens_q: .*got \[0\]"),
+        "lengths-differ": (
+            {"cu_seqlens_k": torch.tensor([0, 4, 8, 8, 9])},
+            ValueError,
+            "cu_seqlens_k: expected as many .*4, got 5",
+        ),
+        "decreasing": (
+            {"cu_seqlens_q": torch.tensor([0, 5, 3, 7])},
+            ValueError,
+            "cu_seqlens_q: .*no decreasing.*-2",
+        ),
+        "beyond-total": (
+            {"cu_seqlens_q": torch.tensor([0, 3, 4, 8])},
+            ValueError,
+            "cu_seqlens_q: .*0 to 7, got 0 to 8",
+        ),
+        "short-of-total": (
+            {"cu_seqlens_k": torch.tensor([0, 3, 4, 8])},
+            ValueError,
+            "cu_seqlens_k: .*0 to 9, got 0 to 8",
+        ),
+        "begins-late": (
+            {"cu_seqlens_q": torch.tensor([1, 3, 4, 7])},
+            ValueError,
+            "cu_seqlens_q: .*got 1 to 7",
+        ),
+        "max-too-small": ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q: expected at least .*4, got 3"),
+        "max-negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k: expected a length"),
+        "max-tensor": (
+            {"max_seqlen_k": torch.tensor(4)},
+            TypeError,
+            "max_seqlen_k: expected an int, got Tensor",
+        ),
+        "4-dimensions": ({"q": Q}, ValueError, r"q, k, v: expected \[total_q, Hq, d\]"),
+        "value-length": ({"v": v[:8]}, ValueError, "k and v alike in length"),
+        "heads": ({"q": q[:, :3]}, ValueError, "q: expected as many heads"),
+        "mask-shape": (
+            {"mask": torch.ones(7, 9, dtype=torch.bool)},
+            ValueError,
+            r"mask: .*\[3, 4, 4, 4\], got \[7, 9\]",
+        ),
+    }
+
+    def call(self, **changes: Any) -> dict[str, Any]:
+        call = {"q": self.q, "k": self.k, "v": self.v, "cu_seqlens_q": self.cu_q, "cu_seqlens_k": self.cu_k}
+        return {**call, "max_seqlen_q": 4, "max_seqlen_k": 4, **changes}
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"), REFUSED.values(), ids=[f"row38-{x}" for x in REFUSED]
+    )
+    def test_refused(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            metattn.varlen_attention(**self.call(**changes))
+        with pytest.raises(error, match=message):
+            metattn.explain(**self.call(**changes))
+
+    def test_canonical(self) -> None:
+        packing = Packing(self.cu_q, self.cu_k, 4, 5)
+        problem, primals, constants = packed(self.q, self.k, self.v, packing, Options(sinks=torch.ones(HQ)))
+        assert (problem.max_q, problem.max_k) == (4, 5)
+        assert [t.shape for t in primals[:3]] == [(1, HQ, 7, D), (1, HKV, 9, D), (1, HKV, 9, DV)]
+        assert primals.q.data_ptr() == self.q.data_ptr()
+        assert constants.cu_q is not None
+        assert constants.cu_k is not None
+        assert constants.cu_q.dtype == constants.cu_k.dtype == torch.int32
+
+    def test_values_are_read_where_they_can_be(self) -> None:
+        wrong = torch.tensor([0, 5, 3, 7])
+        meta = {name: t.to("meta") for name, t in (("q", self.q), ("k", self.k), ("v", self.v))}
+        o = metattn.varlen_attention(
+            **self.call(**meta, cu_seqlens_q=wrong.to("meta"), cu_seqlens_k=self.cu_k.to("meta"))
+        )
+        assert o.shape == (7, HQ, DV)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = {n: mode.from_tensor(t) if isinstance(t, Tensor) else t for n, t in self.call().items()}
+            assert metattn.varlen_attention(**fake).shape == (7, HQ, DV)
+
+    def test_dropout_has_a_row_for_each_sequence(self) -> None:
+        packing = Packing(self.cu_q, self.cu_k, 4, 4)
+        _, _, constants = packed(self.q, self.k, self.v, packing, Options(dropout_p=0.5, dropout_seed=3))
+        assert constants.rng is not None
+        assert constants.rng.tolist() == [[3, 0], [3, 1], [3, 2]]
+
+
+class TestCanonical:
+    def test_defaults(self) -> None:
+        problem, primals, constants = dense(Q, K, V, Options())
+        assert problem == Problem(1 / math.sqrt(D), None, None, (-1, -1), 0.0, 0, 0, "reference")
+        assert primals[0] is Q
+        assert primals[3:] == (None, None)
+        assert set(constants) == {None}
+        assert hash(problem) == hash(problem.on("reference"))
+        assert problem.on("cpu").backend == "cpu"
+
+    @pytest.mark.parametrize(
+        ("causal", "expected"),
+        [(False, None), (True, "top-left"), ("top-left", "top-left"), ("bottom-right", "bottom-right")],
+    )
+    def test_causal(self, causal: bool | str, expected: str | None) -> None:
+        assert dense(Q, K, V, Options(causal=causal))[0].causal == expected
+
+    @pytest.mark.parametrize(
+        "shape", [(), (M,), (N, 1), (HQ, 1, M), (B, 1, 1, 1), (1, HQ, N, M), (B, HQ, N, M)]
+    )
+    def test_mask_and_bias_are_views_never_expanded(self, shape: tuple[int, ...]) -> None:
+        mask, bias = torch.ones(shape, dtype=torch.bool), torch.ones(shape)
+        _, primals, constants = dense(Q, K, V, Options(mask, bias))
+        for given, canonical in ((mask, constants.mask), (bias, primals.bias)):
+            assert canonical is not None
+            assert canonical.shape == (1,) * (4 - len(shape)) + shape
+            assert canonical.data_ptr() == given.data_ptr()
+
+    @pytest.mark.parametrize("shape", [(HQ,), (1, HQ), (B, HQ)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_sinks_and_slopes_come_in_the_compute_dtype(
+        self, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        options = Options(sinks=torch.ones(shape, dtype=dtype), alibi_slopes=torch.ones(shape, dtype=dtype))
+        for inputs, compute in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+            _, primals, constants = dense(*qkv(inputs), options)
+            for t in (primals.sinks, constants.slopes):
+                assert t is not None
+                assert t.dtype == compute
+                assert t.shape == (shape if len(shape) == 2 else (1, HQ))
+
+    def test_bias_keeps_its_dtype(self) -> None:
+        for dtype in (torch.float64, torch.float16):
+            bias = dense(Q, K, V, Options(bias=torch.ones(N, M, dtype=dtype)))[1].bias
+            assert bias is not None
+            assert bias.dtype == dtype
+
+    @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+    def test_seed(self, seed: int) -> None:
+        rng = dense(Q, K, V, Options(dropout_p=0.5, dropout_seed=seed))[2].rng
+        assert rng is not None
+        assert rng.tolist() == [[seed, 0], [seed, 1]]
+
+    def test_seed_is_drawn_from_torchs_generator_only_for_dropout(self) -> None:
+        def drawn(p: float) -> Tensor | None:
+            torch.manual_seed(5)
+            return dense(Q, K, V, Options(dropout_p=p))[2].rng
+
+        first, second = drawn(0.5), drawn(0.5)
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
+        assert first[0, 0] == first[1, 0]
+        state = torch.get_rng_state()
+        assert dense(Q, K, V, Options(dropout_p=0.0, dropout_seed=1))[2].rng is None
+        metattn.explain(Q, K, V, dropout_p=0.5)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_numbers_of_other_kinds(self) -> None:
+        numpy = pytest.importorskip("numpy")
+        problem, _, _ = dense(
+            Q, K, V, Options(scale=numpy.float32(0.5), softcap=2, dropout_p=1, dropout_seed=0)
+        )
+        assert (problem.scale, problem.softcap, problem.dropout_p) == (0.5, 2.0, 1.0)
+        assert all(type(x) is float for x in (problem.scale, problem.softcap, problem.dropout_p))
+
+    def test_window_may_be_a_list(self) -> None:
+        assert dense(Q, K, V, Options(window=[2, -1]))[0].window == (2, -1)
+
+    def test_no_features(self) -> None:
+        assert dense(Q[..., :0], K[..., :0], V, Options())[0].scale == 1.0
+
+
+def test_head_groups() -> None:
+    for q_heads, kv_heads in ((4, 4), (4, 1), (65, 5), (0, 0), (0, 3)):
+        check_head_groups(q_heads, kv_heads)
+    for q_heads, kv_heads in ((4, 3), (2, 4), (3, 0)):
+        with pytest.raises(ValueError, match="heads"):
+            check_head_groups(q_heads, kv_heads)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_inputs_are_cast_as_torch_casts_them(self, dtype: torch.dtype) -> None:
+        with torch.autocast("cpu", dtype=dtype):
+            for call in (qkv(), qkv(torch.float64), (Q.bfloat16(), K, V.half())):
+                ours = metattn.attention(*call)
+                theirs = torch.nn.functional.scaled_dot_product_attention(*call, enable_gqa=True)
+                assert ours.dtype == theirs.dtype
+            with pytest.raises(TypeError, match="one dtype"):
+                metattn.attention(Q.double(), K, V)
+
+    def test_gradients_come_in_the_inputs_dtype(self) -> None:
+        leaves = [t.clone().requires_grad_() for t in (Q, K, V)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            o = metattn.attention(*leaves)
+        gradients = torch.autograd.grad(o.float().square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+        assert o.dtype == torch.bfloat16
+        assert {g.dtype for g in (*gradients, *second)} == {torch.float32}
+
+    def test_bias_and_lse_keep_their_precision(self) -> None:
+        bias = torch.full((N, M), torch.finfo(torch.float32).min)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            o, lse = metattn.attention(Q, K, V, bias=bias, return_lse=True)
+        assert lse.dtype == torch.float32
+        assert o.isfinite().all()
+        assert o.any()
+
+    def test_other_devices_are_left_alone(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert metattn.attention(*qkv(device="meta")).dtype == torch.float32
+
+
+def test_constants_refuse_a_tangent() -> None:
+    def f(slopes: Tensor) -> Tensor:
+        return metattn.attention(Q, K, V, alibi_slopes=slopes)
+
+    slopes = torch.ones(HQ)
+    refused: list[Callable[[], Any]] = [
+        lambda: torch.func.jvp(f, (slopes,), (slopes,)),
+        lambda: torch.func.jacrev(f)(slopes),
+    ]
+    for transform in refused:
+        with pytest.raises(NotImplementedError, match="alibi_slopes: expected constants"):
+            transform()
+    with torch.no_grad():
+        f(slopes.clone().requires_grad_())
