@@ -323,20 +323,19 @@ def _to_4d(
 ) -> tuple[Sequence[int], Tensor, Tensor, Tensor]:
     """The leading shape, and query, key and value as [B, Hq, N, d], [B, Hkv, M, d] and [B, Hkv, M, dv]."""
     q_batch, k_batch, v_batch = query.shape[:-2], key.shape[:-2], value.shape[:-2]
-    if (
-        len(q_batch) == 2
-        and k_batch == v_batch
-        and (q_batch == k_batch or (enable_gqa and q_batch[0] == k_batch[0]))
-    ):
+    if len(q_batch) == 2 and q_batch == k_batch == v_batch:
         return q_batch, query, key, value
     if enable_gqa:
-        if min(len(q_batch), len(k_batch), len(v_batch)) == 0:
+        if not (q_batch and k_batch and v_batch):
             raise ValueError(
-                f"enable_gqa: expected at least 3 dimensions, got query of shape {list(query.shape)}"
+                f"enable_gqa: expected at least 3 dimensions, got query of shape {list(query.shape)}, "
+                f"key of {list(key.shape)}, value of {list(value.shape)}"
             )
         heads = q_batch[-1]
         check_head_groups(heads, k_batch[-1], ("query", "key has"))
         check_head_groups(heads, v_batch[-1], ("query", "value has"))
+        if len(q_batch) == 2 and k_batch == v_batch and q_batch[0] == k_batch[0]:
+            return q_batch, query, key, value
         if k_batch[-1] != v_batch[-1]:
             key = key.repeat_interleave(heads // k_batch[-1], -3)
             value = value.repeat_interleave(heads // v_batch[-1], -3)
