@@ -546,7 +546,7 @@ class TestImport:
         assert min(float(python(code)) for _ in range(3)) < 0.3
 
     def test_submodules_come_when_asked_for(self) -> None:
-        code = "import metattn; print(metattn.nn.__name__, metattn.meta.__name__, metattn.replace_attention.__name__)"
+        code = "import metattn as m; print(m.nn.__name__, m.meta.__name__, m.replace_attention.__name__)"
         assert python(code) == "metattn.nn metattn.meta replace_attention"
         assert set(dir(metattn)) == set(metattn.__all__)
         assert all(hasattr(metattn, name) for name in metattn.__all__)
@@ -555,7 +555,7 @@ class TestImport:
 
 
 def test_dispatch_takes_under_30_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation and choice, without the maps; the fastest of many repeats: a busy machine must not decide."""
+    """Validation and choice, without the maps; the fastest of many repeats, as machines are busy."""
     o = torch.zeros(2, 3, 4, 6)
     monkeypatch.setattr(functional, "attend", lambda problem, primals, constants: (o, o))
     seconds = min(timeit.repeat(lambda: metattn.attention(Q, K, V), number=50, repeat=400)) / 50
