@@ -28,6 +28,9 @@ from metattn.problem import Constants, Primals, Problem
 
 Tensors = Sequence[Tensor | None]
 _NONE5 = (None,) * 5
+_bare_apply = torch._C._FunctionBase.__dict__["apply"]
+_torch_apply = Function.apply.__func__  # type: ignore[attr-defined]
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 class HigherOrderWarning(UserWarning):
@@ -36,11 +39,25 @@ class HigherOrderWarning(UserWarning):
 
 def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
     """(o, lse) of a validated call; differentiable to any order, reverse and forward, and under vmap."""
-    result: tuple[Tensor, Tensor] = Forward.apply(problem, *primals, *constants)
+    compiled = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    result: tuple[Tensor, Tensor]
+    result = (CompiledForward if compiled else Forward).apply(problem, *primals, *constants)
     return result
 
 
-class Forward(Function):
+class _Map(Function):
+    """A Function whose apply skips torch's binding of default arguments: 70 µs a call, for none."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return _torch_apply(cls, *arguments)
+        # what is saved in a torch.func transform may be used after its end
+        alive = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments]
+        return _bare_apply(cls, *alive)
+
+
+class Forward(_Map):
     """(problem, 5 primals, 5 constants) → o, lse."""
 
     @staticmethod
@@ -73,7 +90,26 @@ class Forward(Function):
         return fold.unfold((o, lse)), (fold.axis, fold.axis)
 
 
-class Vjp(Function):
+class CompiledForward(Function):
+    """Forward for torch.compile, whose tracer refuses a Function with a jvp; differentiable once.
+
+    Under torch.func's transforms the tracer meets Forward instead, and leaves the call to eager PyTorch.
+    """
+
+    forward = Forward.forward
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.problem = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        gradients = Vjp.forward(ctx.problem, ctx.needs_input_grad[1:6], *ctx.saved_tensors, do, dlse)
+        return (None, *gradients, *_NONE5)
+
+
+class Vjp(_Map):
     """(problem, needs, 5 primals, 5 constants, o, lse, do, dlse) → 5 gradients, None where not needed."""
 
     @staticmethod
@@ -126,7 +162,7 @@ class Vjp(Function):
         return fold.unfold_gradients(gradients), (fold.axis, fold.axis, fold.axis, 0, 0)
 
 
-class Jvp(Function):
+class Jvp(_Map):
     """(problem, 5 primals, 5 constants, o, lse, 5 tangents) → ot, lt."""
 
     @staticmethod
@@ -185,7 +221,7 @@ class Jvp(Function):
         return fold.unfold((ot, lt)), (fold.axis, fold.axis)
 
 
-class VjpJvp(Function):
+class VjpJvp(_Map):
     """(problem, needs, 5 primals, 5 constants, o, lse, do, dlse, 5 tangents, ot, lt) → Vjp's tangents."""
 
     @staticmethod
@@ -210,7 +246,7 @@ class VjpJvp(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        """In its tangents VjpJvp is its own transpose, as a Hessian is symmetric; the rest is the reference's."""
+        """In its tangents VjpJvp is its own transpose (a Hessian is symmetric); else the reference's."""
         problem, saved, needed = ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[2:]
         if not _any(cotangents):
             return (None,) * 23
