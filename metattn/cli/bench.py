@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import tempfile
 import time
@@ -63,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for needed in ("rich", "matplotlib"):  # missing ones are told now, not after minutes of measuring
+        importlib.import_module(needed)
     if args.render is not None:
         results = json.loads(args.render.read_text())
     else:
