@@ -321,6 +321,11 @@ static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const 
 
 // ---- scores ----
 
+// Finite masks (float32's lowest number, as Hugging Face has them) would swallow log Σ exp in the log-sum-exp of a row
+// that has nothing else, and with it the row's gradients: biased scores stop at −2^30, where float64 still holds both.
+template <class T>
+constexpr T kScoreFloor = -1073741824;
+
 // A row of a [seq, head, row, key] view under a tile; columns past its keys become 0.
 template <class T>
 static void load_bias_row(const View& bias, const Tile& tile, int64_t r, T* row) {
@@ -353,7 +358,10 @@ static void scores(const Params& p, const Tile& tile, const PackedRows<T>& q, co
     if (p.bias) {
       load_bias_row(p.bias, tile, r, row);
       // a select, not a sum, where the bias is −inf: it must hide NaN as a mask does
-      for (int64_t j = 0; j < tile.keys; ++j) s_row[j] = row[j] == -kInfinity<T> ? row[j] : s_row[j] + row[j];
+      for (int64_t j = 0; j < tile.keys; ++j) {
+        const T biased = s_row[j] + row[j];
+        s_row[j] = row[j] == -kInfinity<T> ? row[j] : (biased < kScoreFloor<T> ? kScoreFloor<T> : biased);
+      }
     }
     if (p.slopes)
       for (int64_t j = 0; j < tile.keys; ++j)

@@ -1,0 +1,338 @@
+"""The compiled CPU operators: every option on every ISA against the reference, and what only they have."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metattn.backends import native, reference
+from metattn.problem import Constants, Primals, Problem
+
+if native.unavailable_reason() is not None:
+    pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)
+from metattn import _host
+
+Outputs = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A random call of the four maps: sizes [B, Hq, Hkv, N, M, d, dv] and options."""
+
+    sizes: tuple[int, ...] = (2, 4, 2, 35, 70, 8, 12)
+    dtype: torch.dtype = torch.float64
+    softcap: float | None = None
+    causal: str | None = None
+    window: tuple[int, int] = (-1, -1)
+    dropout_p: float = 0.0
+    bias: tuple[int, ...] | None = None  # which of [B, Hq, N, M] it has; the others are broadcast
+    mask: tuple[int, ...] | None = None
+    sinks: bool = False
+    slopes: bool = False
+    lengths: tuple[
+        tuple[int, int], ...
+    ] = ()  # of packed sequences, rows and keys; sizes' B, N, M are then unused
+    seed: int = field(default=0, compare=False)
+
+    def make(self) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor]:
+        """problem, primals, tangents, constants, do, dlse."""
+        generator = torch.Generator().manual_seed(self.seed)
+        batch, heads, kv_heads, n, m, d, dv = self.sizes
+        cu_q = cu_k = None
+        rows, keys, leading = n, m, batch
+        if self.lengths:
+            ends = torch.tensor([(0, 0), *self.lengths]).cumsum(0).int()
+            cu_q, cu_k = ends[:, 0].contiguous(), ends[:, 1].contiguous()
+            batch, leading = len(self.lengths), 1
+            n, m = (max(pair[i] for pair in self.lengths) for i in (0, 1))
+            rows, keys = int(cu_q[-1]), int(cu_k[-1])
+        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        def shape_of(has: tuple[int, ...]) -> list[int]:
+            return [full if one else 1 for one, full in zip(has, (batch, heads, n, m), strict=True)]
+
+        def primals() -> Primals:
+            return Primals(
+                normal(leading, heads, rows, d),
+                normal(leading, kv_heads, keys, d),
+                normal(leading, kv_heads, keys, dv),
+                None if self.bias is None else normal(*shape_of(self.bias)),
+                normal(batch if batch > 1 else 1, heads, dtype=compute) if self.sinks else None,
+            )
+
+        rng = torch.stack([torch.full((batch,), -(2**40) - 3), torch.arange(batch)], 1)
+        constants = Constants(
+            None if self.mask is None else torch.rand(shape_of(self.mask), generator=generator) < 0.7,
+            normal(1, heads, dtype=compute).abs() if self.slopes else None,
+            rng if self.dropout_p else None,
+            cu_q,
+            cu_k,
+        )
+        problem = Problem(
+            scale=0.5,
+            softcap=self.softcap,
+            causal=self.causal,
+            window=self.window,
+            dropout_p=self.dropout_p,
+            max_q=n if self.lengths else 0,
+            max_k=m if self.lengths else 0,
+            backend="cpu",
+        )
+        do, dlse = normal(leading, heads, rows, dv), normal(leading, heads, rows, dtype=torch.float64)
+        return problem, primals(), primals(), constants, do, dlse
+
+
+def four_maps(backend: Any, call: Call, wide: bool = False) -> Outputs:
+    """Every output of the four maps; `wide`: of the same inputs in float64."""
+    problem, primals, tangents, constants, do, dlse = call.make()
+    if wide:
+        primals, tangents, constants = (
+            type(x)(*(t.double() if t is not None and t.is_floating_point() else t for t in x))
+            for x in (primals, tangents, constants)
+        )
+        do = do.double()
+    needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+    o, lse = backend.forward(problem, primals, constants)
+    ot, lt = backend.jvp(problem, primals, constants, o, lse, tangents)
+    first = backend.vjp(problem, primals, constants, o, lse, do, dlse, needs)
+    second = backend.vjp_jvp(problem, primals, constants, o, lse, do, dlse, tangents, ot, lt, needs)
+    named: Outputs = {"o": o, "lse": lse, "ot": ot, "lt": lt}
+    named.update({f"d{name}": x for name, x in first._asdict().items()})
+    named.update({f"d{name}t": x for name, x in second._asdict().items()})
+    return named
+
+
+def assert_close(found: Outputs, exact: Outputs, relative: float, absolute: float = 1e-12) -> None:
+    for name, right in exact.items():
+        mine = found[name]
+        assert (mine is None) == (right is None), name
+        if mine is None or right is None:
+            continue
+        assert mine.shape == right.shape, name
+        dead = torch.isneginf(right)
+        assert torch.equal(torch.isneginf(mine), dead), name
+        error = (mine.double() - right.double()).masked_fill(dead, 0.0).norm()
+        limit = (
+            relative * right.double().masked_fill(dead, 0.0).norm() + absolute * max(1, right.numel()) ** 0.5
+        )
+        assert error <= limit, f"{name}: {error} > {limit}"
+
+
+BROADCASTS = list(itertools.product((0, 1), repeat=4))
+EVERYTHING = Call(
+    (2, 4, 2, 100, 130, 8, 12),
+    **dict(softcap=1.5, causal="bottom-right", window=(60, -1), dropout_p=0.2, sinks=True, slopes=True),
+    bias=(1, 0, 1, 1),
+    mask=(1, 1, 1, 1),
+)
+LENGTHS = ((0, 70), (100, 130), (1, 3), (50, 0), (33, 64))
+CALLS = {
+    "plain": Call(),
+    "one": Call((1, 1, 1, 1, 1, 1, 1)),
+    "wide-d": Call((1, 1, 1, 97, 65, 203, 256)),
+    "wide-dv": Call((1, 2, 2, 129, 257, 40, 59)),
+    "many-chunks": Call((1, 1, 1, 200, 1100, 16, 3)),
+    "top-left-long": Call((1, 2, 1, 70, 130, 8, 8), causal="top-left"),
+    "top-left-tall": Call((1, 2, 1, 130, 70, 8, 8), causal="top-left"),
+    "bottom-right-long": Call((1, 2, 1, 70, 130, 8, 8), causal="bottom-right"),
+    "bottom-right-tall": Call((1, 2, 1, 130, 70, 8, 8), causal="bottom-right"),
+    "window": Call((1, 1, 1, 150, 200, 8, 8), window=(20, 5)),
+    "window-causal": Call((1, 1, 1, 300, 300, 8, 8), window=(70, -1), causal="bottom-right"),
+    "softcap": Call(softcap=2.0),
+    "dropout": Call(dropout_p=0.3),
+    **{f"bias-{''.join(map(str, has))}": Call((2, 4, 2, 35, 300, 8, 8), bias=has) for has in BROADCASTS},
+    **{
+        f"mask-{''.join(map(str, has))}": Call(mask=has) for has in ((0, 0, 0, 1), (1, 0, 1, 0), (1, 1, 1, 1))
+    },
+    "sinks": Call(sinks=True),
+    "sinks-masked": Call(sinks=True, mask=(1, 0, 1, 1)),
+    "slopes": Call(slopes=True),
+    "everything": EVERYTHING,
+    "packed": Call(lengths=LENGTHS),
+    "packed-everything": Call(**{**vars(EVERYTHING), "lengths": LENGTHS}),
+    "no-batch": Call((0, 2, 2, 3, 4, 4, 4), bias=(0, 1, 1, 1)),
+    "no-rows": Call((2, 2, 2, 0, 4, 4, 4), bias=(0, 0, 0, 0)),
+    "no-keys": Call((2, 2, 2, 3, 0, 4, 4)),
+    "no-features": Call((1, 1, 1, 3, 4, 0, 2)),
+}
+
+
+@pytest.fixture(params=_host.usable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _host.isa()
+    _host.set_isa(request.param)
+    yield request.param
+    _host.set_isa(before)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_four_maps_in_float64(isa: str, name: str) -> None:
+    assert_close(four_maps(native, CALLS[name]), four_maps(reference, CALLS[name]), 1e-12)
+
+
+# Rounding of the inputs is common to both, so what is left is rounding inside: a few units in the last place.
+@pytest.mark.parametrize(
+    ("dtype", "relative"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize("name", ["wide-dv", "everything", "packed-everything"])
+def test_four_maps_in_low_precision(isa: str, name: str, dtype: torch.dtype, relative: float) -> None:
+    call = Call(**{**vars(CALLS[name]), "dtype": dtype})
+    assert_close(four_maps(native, call), four_maps(reference, call, wide=True), relative, relative * 1e-2)
+
+
+@pytest.mark.parametrize("name", ["many-chunks", "everything", "packed-everything", "bias-0010"])
+def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    call = Call(**{**vars(CALLS[name]), "dtype": torch.float32})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = four_maps(native, call)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for key, value in four_maps(native, call).items():
+                right = alone[key]
+                assert (value is None and right is None) or torch.equal(value, right), key
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("offset", [1e4, 3e38])
+def test_probabilities_keep_their_digits_where_scores_are_large(offset: float) -> None:
+    """P = exp(S − L): a float32 L near 1e4 would leave P right to three digits, near 3e38 to none."""
+    call = Call((1, 1, 1, 5, 70, 8, 8), dtype=torch.float32, bias=(0, 0, 0, 0))
+    problem, primals, _, constants, do, _ = call.make()
+    primals = primals._replace(bias=torch.full_like(primals.bias, -offset))
+    needs = (True, True, True, False, False)
+    found, exact = [], []
+    for backend, results, cast in ((native, found, Tensor.float), (reference, exact, Tensor.double)):
+        p = Primals(*(None if t is None else cast(t) for t in primals))
+        if offset > 1e30:  # what float32 scores of that size are: all equal
+            p = p._replace(q=torch.zeros_like(p.q))
+        o, lse = backend.forward(problem, p, constants)
+        results += [o, *backend.vjp(problem, p, constants, o, lse, cast(do), None, needs)[:3]]
+    for mine, right in zip(found, exact, strict=True):
+        assert (mine.double() - right).norm() <= 1e-3 * right.norm()
+
+
+def test_empty_blocks_are_skipped() -> None:
+    """A narrow window of a long sequence costs a small part of the whole: blocks save 12×, 3 are asked."""
+
+    def seconds(window: tuple[int, int]) -> float:
+        problem, primals, _, constants, do, _ = Call(
+            (1, 1, 1, 3000, 3000, 32, 32), dtype=torch.float32, window=window
+        ).make()
+        best = float("inf")
+        for _ in range(5):
+            start = time.process_time()
+            o, lse = native.forward(problem, primals, constants)
+            native.vjp(problem, primals, constants, o, lse, do, None, (True, True, True, False, False))
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert seconds((64, 0)) < seconds((-1, -1)) / 3
+
+
+def test_outputs_keep_the_layout_of_their_inputs() -> None:
+    q = torch.randn(2, 7, 3, 8).transpose(1, 2)
+    problem, _, _, constants, _, _ = Call().make()
+    o, lse = native.forward(problem, Primals(q, q, q, None, None), constants)
+    assert o.stride() == q.stride()
+    needs = (True, True, True, False, False)
+    gradients = native.vjp(problem, Primals(q, q, q, None, None), constants, o, lse, o, None, needs)
+    assert all(gradient.stride() == q.stride() for gradient in gradients[:3])
+
+
+def test_absent_cotangents_and_tangents_are_zeros() -> None:
+    problem, primals, tangents, constants, do, dlse = CALLS["everything"].make()
+    needs = (True,) * 5
+    o, lse = native.forward(problem, primals, constants)
+    zero = Primals(*(torch.zeros_like(t) for t in tangents))
+    for chosen in itertools.product((False, True), repeat=5):
+        some = Primals(*(t if one else None for t, one in zip(tangents, chosen, strict=True)))
+        full = Primals(*(t if one else z for t, z, one in zip(tangents, zero, chosen, strict=True)))
+        results = []
+        for t in (some, full):
+            ot, lt = native.jvp(problem, primals, constants, o, lse, t)
+            second = native.vjp_jvp(problem, primals, constants, o, lse, do, None, t, ot, lt, needs)
+            results.append({"ot": ot, "lt": lt, **second._asdict()})
+        assert_close(results[0], results[1], 1e-12)
+    for cotangents in ((do, None), (None, dlse)):
+        d_o, d_l = cotangents
+        found = native.vjp(problem, primals, constants, o, lse, d_o, d_l, needs)
+        full_o, full_l = (
+            (torch.zeros_like(do) if d_o is None else do),
+            (torch.zeros_like(dlse) if d_l is None else dlse),
+        )
+        right = native.vjp(problem, primals, constants, o, lse, full_o, full_l, needs)
+        assert_close(found._asdict(), right._asdict(), 1e-12)
+
+
+def test_only_needed_gradients_come_back() -> None:
+    problem, primals, tangents, constants, do, dlse = CALLS["everything"].make()
+    o, lse = native.forward(problem, primals, constants)
+    ot, lt = native.jvp(problem, primals, constants, o, lse, tangents)
+    every = (True,) * 5
+    first = native.vjp(problem, primals, constants, o, lse, do, dlse, every)
+    second = native.vjp_jvp(problem, primals, constants, o, lse, do, dlse, tangents, ot, lt, every)
+    for needs in itertools.product((False, True), repeat=5):
+        some_first = native.vjp(problem, primals, constants, o, lse, do, dlse, needs)
+        some_second = native.vjp_jvp(problem, primals, constants, o, lse, do, dlse, tangents, ot, lt, needs)
+        for some, whole in ((some_first, first), (some_second, second)):
+            for need, mine, right in zip(needs, some, whole, strict=True):
+                if need:
+                    torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
+                else:
+                    assert mine is None
+
+
+def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
+    problem, primals, _, constants, _, _ = Call().make()
+    q, k, v = primals[:3]
+    wrong = {
+        "k": primals._replace(k=k[..., :-1]),
+        "v": primals._replace(v=v[:, :, :-1]),
+        "heads": primals._replace(q=q[:, :3]),
+        "bias": primals._replace(bias=torch.zeros(1, 1, 5, 5, dtype=torch.float64)),
+        "dtype": primals._replace(k=k.float()),
+    }
+    for broken in wrong.values():
+        with pytest.raises(RuntimeError, match="metattn"):
+            native.forward(problem, broken, constants)
+    o, lse = native.forward(problem, primals, constants)
+    with pytest.raises(RuntimeError, match="lse must be float64"):
+        native.vjp(problem, primals, constants, o, lse.float(), o, None, (True, True, True, False, False))
+    cu = torch.tensor([0, 40, 35], dtype=torch.int32)
+    packed = Primals(q[:1], k[:1, :, :35], v[:1, :, :35], None, None)
+    with pytest.raises(RuntimeError, match="must not decrease"):
+        native.forward(
+            Problem(1.0, None, None, (-1, -1), 0.0, 40, 40, "cpu"),
+            packed,
+            constants._replace(cu_q=cu, cu_k=cu),
+        )
+
+
+def test_isa_override() -> None:
+    with pytest.raises(ValueError, match="expected one of"):
+        _host.set_isa("mmx")
+    code = "import metattn; metattn.available_backends(); from metattn import _host; print(_host.isa())"
+    for name in _host.usable_isas():
+        environment = {**os.environ, "METATTN_ISA": name}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == name
+    assert set(_host.usable_isas()) <= set(_host.build_info()["isas"])
+    assert "baseline" in _host.usable_isas()
