@@ -16,6 +16,7 @@ from metattn.cli import _cases, bench
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
+    from torch import Tensor
 
 ROWS = [
     pytest.param(case, step, contestant, id=f"{case.name}-{step}-{contestant.name}")
@@ -27,13 +28,13 @@ ROWS = [
 
 
 @functools.lru_cache(maxsize=1)  # rows of a case follow each other
-def prepared(case: _cases.Case) -> tuple[_cases.Inputs, dict[str, object], dict[str | None, float]]:
+def prepared(case: _cases.Case) -> tuple[_cases.Inputs, dict[str, Tensor], dict[str | None, float]]:
     inputs = _cases.make_inputs(case)
     answer = _cases.exact(case, inputs)
     math = next(contestant for contestant in _cases.contestants() if contestant.name == _cases.MATH)
     whole = _cases.make_step(math, case, "second-order step", inputs)()
     allowed = bench.allowed_errors(case, _cases.errors(case, "second-order step", whole, answer))
-    return inputs, dict(answer), allowed
+    return inputs, answer, allowed
 
 
 @pytest.mark.parametrize(("case", "step", "contestant"), ROWS)
@@ -42,7 +43,7 @@ def test_step(
 ) -> None:
     inputs, answer, allowed = prepared(case)
     run = _cases.make_step(contestant, case, step, inputs)
-    assert bench.complaint(_cases.errors(case, step, run(), answer), allowed) is None  # type: ignore[arg-type]
+    assert bench.complaint(_cases.errors(case, step, run(), answer), allowed) is None
     benchmark.group = f"{case.name}: {step}"
     benchmark.extra_info["operations"] = case.operations(step)
     benchmark(run)

@@ -1,0 +1,58 @@
+"""The README and the documents: examples run, links lead somewhere, figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metattn.cli import _report
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+EXAMPLES = [
+    pytest.param(code, id=f"{document.relative_to(ROOT)}-{number}")
+    for document in DOCUMENTS
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S))
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs(code: str, tmp_path: Path) -> None:
+    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_example_is_ten_lines() -> None:
+    example = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
+    assert len(example.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_readme_figures_are_those_of_the_committed_results() -> None:
+    readme = ROOT / "README.md"
+    between = readme.read_text().partition(_report.BLOCK[0] + "\n")[2].partition(_report.BLOCK[1])[0]
+    results = ROOT / "benchmarks/results/cpu/bench.json"
+    if results.exists():
+        assert between == _report.block(json.loads(results.read_text()), readme, results.parent)
+    else:
+        assert between == "Not measured yet: `make bench` fills this in.\n"
