@@ -70,7 +70,8 @@ def _unpad(x: Tensor, packing: Packing | None) -> Tensor:
     """[S, H, longest, d] → [1, H, total, d]: the inverse of _pad, and its transpose too."""
     if packing is None:
         return x
-    return x.transpose(0, 1).flatten(1, 2)[:, packing.row].unsqueeze(0)
+    sequences, heads, longest, d = x.shape
+    return x.transpose(0, 1).reshape(heads, sequences * longest, d)[:, packing.row].unsqueeze(0)
 
 
 # Dropout.

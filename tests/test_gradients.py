@@ -1,0 +1,301 @@
+"""Slow-mode gradcheck and gradgradcheck in float64: every option, every pair, every Function on its own."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import OPTIONS, Call, Shape, both_orders, finite, largest_difference, make_call, pairs
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from metattn import autodiff
+from metattn.autodiff import HigherOrderWarning
+from metattn.problem import Options, Primals, dense
+
+SMALL = Shape(batch=1, heads=2, n=3, m=3, d=2, dv=1, lengths=((2, 2), (1, 0)))
+TINY = Shape(batch=1, heads=1, n=2, m=2, d=2, dv=1, kv_heads=1, lengths=((1, 2), (1, 0)))
+TINY_GROUPED = Shape(batch=1, heads=2, n=2, m=2, d=1, dv=1, kv_heads=1, lengths=((1, 2), (1, 0)))
+
+
+def live_function(call: Call, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(*x: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = call.function(backend)(*x)
+        return o, finite(lse)
+
+    return run
+
+
+def check_both_orders(call: Call, backend: str) -> None:
+    """Reverse, forward, forward over reverse, reverse over reverse; each batched by vmap too."""
+    function = live_function(call, backend)
+    x = tuple(t.requires_grad_() for t in call.tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HigherOrderWarning)  # both orders are fused: none may be needed
+        assert gradcheck(
+            function,
+            x,
+            fast_mode=False,
+            check_forward_ad=True,
+            check_backward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )
+        assert gradgradcheck(
+            function,
+            x,
+            fast_mode=False,
+            check_fwd_over_rev=True,
+            check_rev_over_rev=True,
+            check_batched_grad=True,
+        )
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_option(name: str, backend: str) -> None:
+    check_both_orders(make_call((name,), SMALL), backend)
+
+
+@pytest.mark.parametrize("names", list(pairs()), ids="+".join)
+def test_pair(names: tuple[str, str], backend: str) -> None:
+    shape = TINY_GROUPED if "grouped" in names else TINY
+    check_both_orders(make_call(names, shape), backend)
+
+
+class TestEachFunction:
+    """Vjp, Jvp and VjpJvp as functions of all their tensors; what the reference must do says so."""
+
+    def functions(
+        self, backend: str, names: tuple[str, ...]
+    ) -> dict[str, tuple[Callable[..., object], Primals]]:
+        call = make_call(names, Shape(batch=1, heads=1, n=2, m=3, d=2, dv=2, kv_heads=1))
+        x = call.inputs
+        options = Options(**call.constants, **{name: x[name] for name in ("bias", "sinks") if name in x})
+        problem, primals, constants = dense(x["q"], x["k"], x["v"], options)
+        problem = problem.on(backend)
+        needs = tuple(t is not None for t in primals)
+
+        def forward(*p: Tensor) -> tuple[Tensor, Tensor]:
+            return autodiff.Forward.apply(problem, *p, *constants)
+
+        def vjp(*p: Tensor) -> tuple[Tensor, ...]:
+            return autodiff.Vjp.apply(problem, needs, *p[:5], *constants, *forward(*p[:5]), *p[5:])
+
+        def jvp(*p: Tensor) -> tuple[Tensor, Tensor]:
+            return autodiff.Jvp.apply(problem, *p[:5], *constants, *forward(*p[:5]), *p[5:])
+
+        def vjp_jvp(*p: Tensor) -> tuple[Tensor, ...]:
+            results = jvp(*p[:5], *p[7:])
+            return autodiff.VjpJvp.apply(
+                problem, needs, *p[:5], *constants, *forward(*p[:5]), *p[5:], *results
+            )
+
+        o, lse = forward(*primals)
+        cotangents = torch.randn_like(o), torch.randn_like(lse)
+        tangents = tuple(torch.randn_like(t) for t in primals)
+        return {
+            "Vjp": (vjp, (*primals, *cotangents)),
+            "Jvp": (jvp, (*primals, *tangents)),
+            "VjpJvp": (vjp_jvp, (*primals, *cotangents, *tangents)),
+        }
+
+    @pytest.mark.parametrize("name", ["Vjp", "Jvp", "VjpJvp"])
+    @pytest.mark.parametrize("names", [("bias", "sinks", "softcap", "dropout", "causal")], ids="+".join)
+    def test_derivatives(self, name: str, names: tuple[str, ...], backend: str) -> None:
+        function, x = self.functions(backend, names)[name]
+        x = tuple(t.detach().requires_grad_() for t in x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if name != "Vjp" else "error", HigherOrderWarning)
+            assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
+
+    @pytest.mark.parametrize("name", ["Jvp", "VjpJvp"])
+    def test_derivatives_in_the_tangents_are_fused(self, name: str, backend: str) -> None:
+        """Both are linear in the tangents: no warning, and no N×M matrices."""
+        function, x = self.functions(backend, ("bias", "sinks"))[name]
+        fixed, tangents = x[:-5], x[-5:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HigherOrderWarning)
+            assert gradcheck(
+                lambda *t: function(*fixed, *t), tuple(t.detach().requires_grad_() for t in tangents)
+            )
+
+
+class TestHigherOrders:
+    @pytest.mark.parametrize("name", list(OPTIONS))
+    def test_third_and_fourth(self, name: str, backend: str) -> None:
+        """Through the reference, with one warning for each derivative of a fused map."""
+        call = make_call((name,), Shape(batch=1, n=3, m=2, d=2, dv=1, lengths=((2, 2), (1, 0))))
+
+        def orders(function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+            x = [t.clone().requires_grad_() for t in call.tensors]
+            o, lse = function(*x)
+            value, found = o.sin().sum() + finite(lse).square().sum(), []
+            for order in range(1, 5):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    first = torch.autograd.grad(value, x, create_graph=True)
+                warned.append((order, [w for w in caught if w.category is HigherOrderWarning]))
+                found += first
+                value = sum(g.sin().sum() for g in first)
+            return found
+
+        warned: list[tuple[int, list[warnings.WarningMessage]]] = []
+        expected = orders(call.math)
+        assert not any(caught for _, caught in warned)
+        warned.clear()
+        ours = orders(call.function(backend))
+        scale = max(float(x.detach().abs().max()) for x in expected)
+        assert largest_difference(ours, expected) < 1e-12 * scale
+        assert [len(caught) for order, caught in warned if order < 4] == [0, 0, 1]
+        assert "third derivative" in str(warned[2][1][0].message)
+
+
+class Recorder:
+    """A backend's module whose calls are written down."""
+
+    def __init__(self, module: object) -> None:
+        self.module, self.calls = module, []
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def run(problem: object, *arguments: object) -> object:
+            self.calls.append((name, arguments))
+            return getattr(self.module, name)(problem, *arguments)
+
+        return run
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recording = Recorder(autodiff.load(backend))
+    monkeypatch.setattr(autodiff, "load", lambda name: recording)
+    return recording
+
+
+class TestNoWastedProducts:
+    @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks"])
+    def test_only_one_input_requires_grad(self, wanted: str, backend: str, recorder: Recorder) -> None:
+        call = make_call(("bias", "sinks"))
+        x = dict(call.inputs)
+        x[wanted] = x[wanted].requires_grad_()
+        o, lse = call.function(backend)(*x.values())
+        (first,) = torch.autograd.grad((o, lse), x[wanted], (o.detach(), lse.detach()), create_graph=True)
+        needs = tuple(name == wanted for name in ("q", "k", "v", "bias", "sinks"))
+        assert recorder.names == ["forward", "vjp"]
+        assert recorder.calls[1][1][-1] == needs
+        (second,) = torch.autograd.grad(first, x[wanted], first.detach(), materialize_grads=True)
+        assert recorder.names == ["forward", "vjp", "jvp", "vjp_jvp"]
+        assert recorder.calls[3][1][-1] == needs
+        tangents = recorder.calls[2][1][4]
+        assert tuple(t is not None for t in tangents) == needs
+        leaf = x[wanted].detach().clone().requires_grad_()
+        expected_o, expected_lse = call.math(*{**call.inputs, wanted: leaf}.values())
+        (expected,) = torch.autograd.grad(
+            (expected_o, expected_lse + 0 * leaf.sum()), leaf, (o.detach(), lse.detach()), create_graph=True
+        )
+        (expected2,) = torch.autograd.grad(expected, leaf, first.detach(), materialize_grads=True)
+        assert largest_difference((first, second), (expected, expected2)) < 1e-12
+
+    @pytest.mark.parametrize("used", ["o", "lse"])
+    def test_an_unused_output_gives_no_cotangent(self, used: str, backend: str, recorder: Recorder) -> None:
+        call = make_call()
+        x = [t.requires_grad_() for t in call.tensors]
+        o, lse = call.function(backend)(*x)
+        torch.autograd.grad((o if used == "o" else lse).sum(), x, allow_unused=True)
+        do, dlse = recorder.calls[1][1][4:6]
+        assert (do is None, dlse is None) == (used == "lse", used == "o")
+
+    def test_only_the_cotangent_requires_grad(self, backend: str, recorder: Recorder) -> None:
+        """The gradient of a gradient in do alone is a jvp; no vjp_jvp runs."""
+        call = make_call()
+        x = [t.requires_grad_() for t in call.tensors]
+        o, _ = call.function(backend)(*x)
+        do = torch.ones_like(o, requires_grad=True)
+        first = torch.autograd.grad(o, x, do, create_graph=True)
+        node = first[0].grad_fn
+        fixed = (t if t is None else t.detach() for t in node.saved_tensors[:12])
+        gradients = autodiff.Vjp.apply(node.problem, node.needs, *fixed, do, None)
+        recorder.calls.clear()
+        torch.autograd.grad(sum(g.sum() for g in gradients[:3]), do)
+        assert recorder.names == ["jvp"]
+
+    def test_a_hessian_vector_product_forward_over_reverse(self, backend: str, recorder: Recorder) -> None:
+        """Four maps, none twice: the tangents of o and lse serve vjp_jvp too."""
+        call = make_call()
+        torch.func.jvp(
+            torch.func.grad(lambda *x: call.function(backend)(*x)[0].sum(), argnums=(0, 1, 2)),
+            call.tensors,
+            call.tensors,
+        )
+        assert sorted(recorder.names) == ["forward", "jvp", "vjp", "vjp_jvp"]
+
+
+class TestAutogradContract:
+    @pytest.mark.parametrize("changed", ["q", "k", "v", "bias", "sinks", "mask", "o"])
+    def test_in_place_changes_are_refused(self, changed: str, backend: str) -> None:
+        call = make_call(("bias", "sinks", "mask"))
+        x = {name: t.requires_grad_() * 1 for name, t in call.inputs.items()}
+        o, _ = call.function(backend)(*x.values())
+        with torch.no_grad():
+            {**x, "o": o, "mask": call.constants["mask"]}[changed].logical_not_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            o.sum().backward()
+
+    def test_in_place_changes_between_the_orders_are_refused(self, backend: str) -> None:
+        call = make_call()
+        x = [t.requires_grad_() * 1 for t in call.tensors]
+        o, _ = call.function(backend)(*x)
+        first = torch.autograd.grad(o.sum(), x, create_graph=True)
+        with torch.no_grad():
+            x[0].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(sum(g.sum() for g in first), x)
+
+    def test_two_backward_passes(self, backend: str) -> None:
+        call = make_call(("bias", "sinks", "dropout"), Shape(n=33, m=65, d=16, dv=16), torch.float32)
+        x = [t.requires_grad_() for t in call.tensors]
+        o, lse = call.function(backend)(*x)
+        once = torch.autograd.grad(o.sum() + lse.sum(), x, retain_graph=True)
+        again = torch.autograd.grad(o.sum() + lse.sum(), x)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+    def test_nothing_outlives_a_call(self, backend: str) -> None:
+        """No reference cycle holds the saved tensors: they go with the outputs, without the collector."""
+        call = make_call()
+        gc.disable()
+        try:
+            x = [t.requires_grad_() for t in call.tensors]
+            o, lse = call.function(backend)(*x)
+            first = torch.autograd.grad(o.sum() + lse.sum(), x, create_graph=True)
+            second = torch.autograd.grad(sum(g.sum() for g in first), x, create_graph=True)
+            held = [weakref.ref(t) for t in (o, lse, *first, *second)]
+            del o, lse, first, second
+            assert [ref() for ref in held] == [None] * len(held)
+        finally:
+            gc.enable()
+
+    def test_saved_tensor_hooks(self, backend: str) -> None:
+        """Checkpointing recomputes the forward in each order's backward: the same results."""
+        call = make_call(("bias", "dropout"))
+        run = call.function(backend)
+
+        def checkpointed(*x: Tensor) -> tuple[Tensor, Tensor]:
+            return checkpoint(run, *x, use_reentrant=False)
+
+        plain, again = both_orders(run, call.inputs), both_orders(checkpointed, call.inputs)
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+    def test_no_graph_without_need(self, backend: str) -> None:
+        """Without an input that requires a gradient there is no graph at all."""
+        call = make_call()
+        o, lse = call.function(backend)(*call.tensors)
+        assert o.grad_fn is None
+        assert lse.grad_fn is None
