@@ -21,7 +21,8 @@ build: $(BUILT)
 
 .venv/.installed: requirements-dev.txt
 	python3 -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+# torch has thousands of modules: those that are used are compiled when they are, which saves a minute
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-compile --requirement requirements-dev.txt
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
