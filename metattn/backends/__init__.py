@@ -20,6 +20,7 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  
 
 _loaded: dict[str, ModuleType] = {}
 _reasons: dict[str, str | None] = {}
+_loading = threading.RLock()  # a library is loaded, and its operators described, once
 
 
 class _Named(threading.local):
@@ -40,15 +41,16 @@ def load(name: str) -> ModuleType:
 
 def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None; asked once a process."""
-    if name not in _reasons:
-        if name not in MODULES:
-            _reasons[name] = "not part of this version of metattn"
-        else:
-            try:
-                _reasons[name] = load(name).unavailable_reason()
-            except ImportError as error:
-                _reasons[name] = str(error)
-    return _reasons[name]
+    with _loading:
+        if name not in _reasons:
+            if name not in MODULES:
+                _reasons[name] = "not part of this version of metattn"
+            else:
+                try:
+                    _reasons[name] = load(name).unavailable_reason()
+                except ImportError as error:
+                    _reasons[name] = str(error)
+        return _reasons[name]
 
 
 # A constant of the process for Dynamo too: asking may load a library, which cannot be traced.
