@@ -319,7 +319,7 @@ def largest_difference(xs: Iterable[Tensor | None], ys: Iterable[Tensor | None])
         assert (x is None) == (y is None)
         if x is not None and y is not None:
             assert x.shape == y.shape, f"{list(x.shape)} is not {list(y.shape)}"
-            difference = (x.double() - y.double()).abs()
+            difference = (x.detach().double() - y.detach().double()).abs()
             assert not difference.isnan().any()
             largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
     return largest
