@@ -101,7 +101,7 @@ def attention(
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; nothing was computed.
         NotImplementedError: a layout that is not strided; a named backend that cannot serve the call.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762; docs/maths.md has the formulas of the derivatives.
+    Source: Vaswani et al. 2017, arXiv 1706.03762; docs/math.md has the formulas of the derivatives.
     """
     options = Options(
         mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed

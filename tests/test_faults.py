@@ -1,8 +1,8 @@
 """Known ways in which attention kernels fail, one test each at least; names carry the fault's number.
 
 Refusals (20, 22, 24, 38) are in test_problem.py, torch's own signature (12, 19) in test_functional.py,
-torch.compile (32) in test_compile.py. `check` compares with the reference's formula in float64, differentiated
-by torch itself.
+torch.compile (32) in test_compile.py. `check` compares with the reference's formula in float64,
+differentiated by torch itself.
 """
 
 from __future__ import annotations
