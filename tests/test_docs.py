@@ -36,6 +36,13 @@ def test_example_runs(code: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_forces_example_learns() -> None:
+    example = [sys.executable, str(ROOT / "examples/forces.py"), "--steps", "40"]
+    done = subprocess.run(example, capture_output=True, text=True, check=True)
+    before, after = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert after < before / 2
+
+
 def test_readme_example_is_ten_lines() -> None:
     example = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
     assert len(example.splitlines()) <= 10
