@@ -24,6 +24,7 @@ using metattn::View;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor>;  // o, lse, o_lo; or their tangents
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // ---- threads ----
@@ -221,18 +222,27 @@ void run(metattn::MapName map, const Call& call) {
 
 // ---- the four maps ----
 
-std::tuple<Tensor, Tensor> forward(METATTN_PROBLEM_ARGUMENTS) {
-  Call call = make_call(METATTN_PROBLEM_NAMES);
+// Allocates o, lse and, for dtypes that o is rounded to, o_lo (no elements otherwise), and runs a row sweep.
+Results run_row_sweep(metattn::MapName map, Call& call) {
+  const bool rounded = call.q.scalar_type() != call.compute_type();
   Tensor o = call.new_query(call.p.dv), lse = call.new_statistic();
+  Tensor o_lo = rounded ? torch::stable::empty_like(o) : call.nothing();
   call.p.out_o = call.query_like(o, "o", call.p.dv);
   call.p.out_lse = call.statistic(lse, "lse");
-  run(metattn::kForward, call);
-  return {o, lse};
+  if (rounded) call.p.out_o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
+  run(map, call);
+  return {o, lse, o_lo};
 }
 
-void set_results(Call& call, const Tensor& o, const Tensor& lse) {
+Results forward(METATTN_PROBLEM_ARGUMENTS) {
+  Call call = make_call(METATTN_PROBLEM_NAMES);
+  return run_row_sweep(metattn::kForward, call);
+}
+
+void set_results(Call& call, const Tensor& o, const Tensor& lse, const Maybe& o_lo) {
   call.p.o = call.query_like(o, "o", call.p.dv);
   call.p.lse = call.statistic(lse, "lse");
+  if (o_lo) call.p.o_lo = call.query_like(*o_lo, "o_lo", call.p.dv);
 }
 void set_cotangents(Call& call, const Maybe& d_o, const Maybe& d_lse) {
   if (d_o) call.p.d_o = call.query_like(*d_o, "do", call.p.dv);
@@ -249,16 +259,12 @@ void set_tangents(Call& call, const Maybe& t_q, const Maybe& t_k, const Maybe& t
   if (t_sinks) call.p.t_sinks = call.head_like(*t_sinks, "tsinks");
 }
 
-std::tuple<Tensor, Tensor> jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe t_q, Maybe t_k, Maybe t_v,
-                               Maybe t_bias, Maybe t_sinks) {
+Results jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe t_q, Maybe t_k, Maybe t_v, Maybe t_bias,
+            Maybe t_sinks) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_results(call, o, lse);
+  set_results(call, o, lse, o_lo);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
-  Tensor o_t = call.new_query(call.p.dv), lse_t = call.new_statistic();
-  call.p.out_o = call.query_like(o_t, "ot", call.p.dv);
-  call.p.out_lse = call.statistic(lse_t, "lt");
-  run(metattn::kJvp, call);
-  return {o_t, lse_t};
+  return run_row_sweep(metattn::kJvp, call);
 }
 
 // Allocates the gradients that are needed, runs a key sweep, and hands them over; what is not needed comes back with
@@ -331,34 +337,37 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   return {grad_q, grad_k, grad_v, grad_bias, grad_sinks};
 }
 
-Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe d_o, Maybe d_lse, int64_t needs) {
+Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_results(call, o, lse);
+  set_results(call, o, lse, o_lo);
   set_cotangents(call, d_o, d_lse);
   return run_key_sweep(metattn::kVjp, call, needs);
 }
 
-Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe d_o, Maybe d_lse, Maybe t_q, Maybe t_k,
-                  Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, int64_t needs) {
+Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
+                  Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, Maybe o_t_lo,
+                  int64_t needs) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_results(call, o, lse);
+  set_results(call, o, lse, o_lo);
   set_cotangents(call, d_o, d_lse);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
   call.p.o_t = call.query_like(o_t, "ot", call.p.dv);
   call.p.lse_t = call.statistic(lse_t, "lt");
+  if (o_t_lo) call.p.o_t_lo = call.query_like(*o_t_lo, "ot_lo", call.p.dv);
   return run_key_sweep(metattn::kVjpJvp, call, needs);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(metattn, library) {
-  library.def("forward(" METATTN_PROBLEM_SCHEMA ") -> (Tensor o, Tensor lse)");
-  library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? do_, Tensor? dlse, int needs) -> "
+  library.def("forward(" METATTN_PROBLEM_SCHEMA ") -> (Tensor o, Tensor lse, Tensor o_lo)");
+  library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, int needs) -> "
               "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)");
-  library.def("jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? tq, Tensor? tk, Tensor? tv, "
-              "Tensor? tbias, Tensor? tsinks) -> (Tensor ot, Tensor lt)");
-  library.def("vjp_jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? do_, Tensor? dlse, Tensor? tq, "
-              "Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor ot, Tensor lt, int needs) -> "
+  library.def("jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? tq, Tensor? tk, "
+              "Tensor? tv, Tensor? tbias, Tensor? tsinks) -> (Tensor ot, Tensor lt, Tensor ot_lo)");
+  library.def("vjp_jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "
+              "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor ot, Tensor lt, "
+              "Tensor? ot_lo, int needs) -> "
               "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)");
 }
 

@@ -51,15 +51,17 @@ struct Params {
 
   // Results of earlier maps and cotangents.
   View o;       // [B, Hq, N, dv]
+  View o_lo;    // what rounding o to its dtype lost; absent where nothing is
   View lse;     // float64 [B, Hq, N], as all row statistics
   View d_o;     // cotangent of o
   View d_lse;   // cotangent of lse
   View t_q, t_k, t_v, t_bias, t_sinks;  // tangents, shaped as their primals
   View o_t;     // [B, Hq, N, dv] tangent of o
+  View o_t_lo;
   View lse_t;   // [B, Hq, N] tangent of lse
 
   // Outputs; absent where not wanted.
-  View out_o, out_lse;                    // forward (o, lse) and jvp (their tangents)
+  View out_o, out_o_lo, out_lse;          // forward (o, lse) and jvp (their tangents)
   View grad_q, grad_k, grad_v;            // vjp and vjp_jvp
   char* grad_q_parts;                     // compute type [key_chunks, B, Hq, N, d]; null when key_chunks is 1
   int64_t grad_q_parts_stride[4];         // elements; over (chunk, seq, head, row), columns contiguous

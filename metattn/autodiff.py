@@ -6,7 +6,7 @@
     Jvp(p, t) = (ot, lt)           VjpJvp, Vjp            the reference, Jvp of t's tangents
     VjpJvp(p, do, dlse, t) = dpt   the reference, VjpJvp  the reference
 
-Whatever a map needs again (o, lse, ot, lt) is an output of one Function and an input of the next, never a
+Whatever a map needs again (o, lse, o_lo and their tangents) is an output of one Function and an input of the next, never a
 hidden intermediate. As an input it takes no gradient: the maps' formulas are total derivatives, the gradients
 of the primals hold its share. Its tangent is what Jvp gave, so Vjp's jvp need not compute it again.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from metattn.backends import load, reference
-from metattn.problem import Constants, Primals, Problem
+from metattn.problem import Constants, Primals, Problem, Results
 
 Tensors = Sequence[Tensor | None]
 _NONE5 = (None,) * 5
@@ -40,9 +40,8 @@ class HigherOrderWarning(UserWarning):
 def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
     """(o, lse) of a validated call; differentiable to any order, reverse and forward, and under vmap."""
     compiled = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    result: tuple[Tensor, Tensor]
-    result = (CompiledForward if compiled else Forward).apply(problem, *primals, *constants)
-    return result
+    o, lse, _ = (CompiledForward if compiled else Forward).apply(problem, *primals, *constants)
+    return o, lse
 
 
 class _Map(Function):
@@ -58,22 +57,23 @@ class _Map(Function):
 
 
 class Forward(_Map):
-    """(problem, 5 primals, 5 constants) → o, lse."""
+    """(problem, 5 primals, 5 constants) → o, lse, o_lo."""
 
     @staticmethod
-    def forward(problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
-        o, lse = load(problem.backend).forward(problem, Primals(*tensors[:5]), Constants(*tensors[5:]))
-        return o, lse
+    def forward(problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        primals, constants = Primals(*tensors[:5]), Constants(*tensors[5:])
+        results: Results = load(problem.backend).forward(problem, primals, constants)
+        return tuple(results)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.problem = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output)
         ctx.save_for_forward(*inputs[1:], *output)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
         if do is None and dlse is None:
             return (None,) * 11
         gradients = Vjp.apply(ctx.problem, ctx.needs_input_grad[1:6], *ctx.saved_tensors, do, dlse)
@@ -86,8 +86,8 @@ class Forward(_Map):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, *tensors: Any) -> Any:  # type: ignore[override]
         fold = _Fold(info.batch_size, tensors, in_dims[1:])
-        o, lse = Forward.apply(problem, *fold.primals_and_constants())
-        return fold.unfold((o, lse)), (fold.axis, fold.axis)
+        results = Forward.apply(problem, *fold.primals_and_constants())
+        return fold.unfold(results), fold.results_axes(results)
 
 
 class CompiledForward(Function):
@@ -99,23 +99,26 @@ class CompiledForward(Function):
     forward = Forward.forward
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.problem = inputs[0]
         ctx.save_for_backward(*inputs[1:], *output)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor, dlse: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         gradients = Vjp.forward(ctx.problem, ctx.needs_input_grad[1:6], *ctx.saved_tensors, do, dlse)
         return (None, *gradients, *_NONE5)
 
 
 class Vjp(_Map):
-    """(problem, needs, 5 primals, 5 constants, o, lse, do, dlse) → 5 gradients, None where not needed."""
+    """(problem, needs, 5 primals, 5 constants, 3 results, do, dlse) → 5 gradients, None where not needed."""
 
     @staticmethod
     def forward(problem: Problem, needs: reference.Needs, *tensors: Any) -> Primals:
         primals, constants = Primals(*tensors[:5]), Constants(*tensors[5:10])
-        gradients: Primals = load(problem.backend).vjp(problem, primals, constants, *tensors[10:], needs)
+        results = Results(*tensors[10:13])
+        gradients: Primals = load(problem.backend).vjp(
+            problem, primals, constants, results, *tensors[13:], needs
+        )
         return gradients
 
     @staticmethod
@@ -129,28 +132,28 @@ class Vjp(_Map):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[2:7]
         if all(tangent is None for tangent in tangents) or not any(ctx.needs_input_grad):
-            return (None,) * 16
+            return (None,) * 17
         saved = ctx.saved_tensors
-        ot, lt = Jvp.apply(ctx.problem, *saved[:12], *tangents)
-        gradients = VjpJvp.apply(ctx.problem, needs, *saved, *tangents, ot, lt) if any(needs) else _NONE5
-        do, dlse = saved[12:]
+        results_t = Jvp.apply(ctx.problem, *saved[:13], *tangents)
+        gradients = VjpJvp.apply(ctx.problem, needs, *saved, *tangents, *results_t) if any(needs) else _NONE5
+        do, dlse = saved[13:]
         return (
-            *(None, None, *gradients, *_NONE5, None, None),
-            ot if do is not None and ctx.needs_input_grad[14] else None,
-            lt if dlse is not None and ctx.needs_input_grad[15] else None,
+            *(None, None, *gradients, *_NONE5, None, None, None),
+            results_t[0] if do is not None and ctx.needs_input_grad[15] else None,
+            results_t[1] if dlse is not None and ctx.needs_input_grad[16] else None,
         )
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Any) -> Any:
         problem, needs, saved = ctx.problem, ctx.needs, ctx.saved_tensors
-        primals, (ot, lt, do, dlse) = tangents[:5], tangents[10:]
+        primals, results_t, (do, dlse) = tangents[:5], tangents[10:13], tangents[13:]
         along_primals = along_cotangents = _NONE5
         if _any(primals):
-            if ot is None or lt is None:
-                ot, lt = Jvp.apply(problem, *saved[:12], *primals)
-            along_primals = VjpJvp.apply(problem, needs, *saved, *primals, ot, lt)
+            if results_t[0] is None or results_t[1] is None:
+                results_t = Jvp.apply(problem, *saved[:13], *primals)
+            along_primals = VjpJvp.apply(problem, needs, *saved, *primals, *results_t)
         if do is not None or dlse is not None:
-            along_cotangents = Vjp.apply(problem, needs, *saved[:12], do, dlse)
+            along_cotangents = Vjp.apply(problem, needs, *saved[:13], do, dlse)
         return _sum(along_primals, along_cotangents)
 
     @staticmethod
@@ -158,82 +161,75 @@ class Vjp(_Map):
         info: Any, in_dims: tuple[Any, ...], problem: Problem, needs: reference.Needs, *tensors: Any
     ) -> Any:  # type: ignore[override]
         fold = _Fold(info.batch_size, tensors, in_dims[2:], needs=needs)
-        gradients = Vjp.apply(problem, needs, *fold.primals_and_constants(), *fold.rows(10, 14))
+        gradients = Vjp.apply(problem, needs, *fold.primals_and_constants(), *fold.rows(10, 15))
         return fold.unfold_gradients(gradients), (fold.axis, fold.axis, fold.axis, 0, 0)
 
 
 class Jvp(_Map):
-    """(problem, 5 primals, 5 constants, o, lse, 5 tangents) → ot, lt."""
+    """(problem, 5 primals, 5 constants, 3 results, 5 tangents) → ot, lt, ot_lo."""
 
     @staticmethod
-    def forward(problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
-        primals, constants, tangents = (
-            Primals(*tensors[:5]),
-            Constants(*tensors[5:10]),
-            Primals(*tensors[12:]),
-        )
-        ot, lt = load(problem.backend).jvp(problem, primals, constants, *tensors[10:12], tangents)
-        return ot, lt
+    def forward(problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        primals, constants = Primals(*tensors[:5]), Constants(*tensors[5:10])
+        results, tangents = Results(*tensors[10:13]), Primals(*tensors[13:])
+        results_t: Results = load(problem.backend).jvp(problem, primals, constants, results, tangents)
+        return tuple(results_t)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.problem = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output)
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        needs, tangent_needs = ctx.needs_input_grad[1:6], ctx.needs_input_grad[13:]
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
+        needs, tangent_needs = ctx.needs_input_grad[1:6], ctx.needs_input_grad[14:]
         if do is None and dlse is None:
-            return (None,) * 18
+            return (None,) * 19
         problem, saved = ctx.problem, ctx.saved_tensors
         gradients = tangent_gradients = _NONE5
         if any(needs):
-            gradients = VjpJvp.apply(problem, needs, *saved[:12], do, dlse, *saved[12:])
+            gradients = VjpJvp.apply(problem, needs, *saved[:13], do, dlse, *saved[13:])
         if any(tangent_needs):
-            tangent_gradients = Vjp.apply(problem, tangent_needs, *saved[:12], do, dlse)
-        return (None, *gradients, *_NONE5, None, None, *tangent_gradients)
+            tangent_gradients = Vjp.apply(problem, tangent_needs, *saved[:13], do, dlse)
+        return (None, *gradients, *_NONE5, None, None, None, *tangent_gradients)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *moves: Any) -> Any:
         """Along the tangents Jvp is linear; along the primals it is the reference's."""
         problem, saved = ctx.problem, ctx.saved_tensors
-        along_primals: Tensors = (None, None)
-        along_tangents: Tensors = (None, None)
+        along_primals: Tensors = (None, None, None)
+        along_tangents: Tensors = (None, None, None)
         if _any(moves[:5]):
             _warn("the forward-mode derivative of a forward-mode derivative")
 
             def function(*x: Any) -> tuple[Tensor, ...]:
-                primals, constants, tangents = Primals(*x[:5]), Constants(*x[5:10]), Primals(*x[12:])
-                return reference.jvp(problem, primals, constants, *x[10:12], tangents)
+                primals, constants, tangents = Primals(*x[:5]), Constants(*x[5:10]), Primals(*x[13:])
+                return reference.jvp(problem, primals, constants, Results(*x[10:13]), tangents)[:2]
 
-            along_primals = _reference_jvp(function, saved, (*moves[:5], *(None,) * 12))
-        if _any(moves[12:]):
-            along_tangents = Jvp.apply(problem, *saved[:12], *moves[12:])
+            along_primals = (*_reference_jvp(function, saved, (*moves[:5], *(None,) * 13)), None)
+        if _any(moves[13:]):
+            along_tangents = Jvp.apply(problem, *saved[:13], *moves[13:])
         return _sum(along_primals, along_tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, *tensors: Any) -> Any:  # type: ignore[override]
-        fold = _Fold(info.batch_size, tensors, in_dims[1:], tangents=12)
-        tangents = fold.primals(12)
-        ot, lt = Jvp.apply(problem, *fold.primals_and_constants(), *fold.rows(10, 12), *tangents)
-        return fold.unfold((ot, lt)), (fold.axis, fold.axis)
+        fold = _Fold(info.batch_size, tensors, in_dims[1:], tangents=13)
+        tangents = fold.primals(13)
+        results_t = Jvp.apply(problem, *fold.primals_and_constants(), *fold.rows(10, 13), *tangents)
+        return fold.unfold(results_t), fold.results_axes(results_t)
 
 
 class VjpJvp(_Map):
-    """(problem, needs, 5 primals, 5 constants, o, lse, do, dlse, 5 tangents, ot, lt) → Vjp's tangents."""
+    """(problem, needs, 5 primals, 5 constants, 3 results, do, dlse, 5 tangents, their 3) → Vjp's tangents."""
 
     @staticmethod
     def forward(problem: Problem, needs: reference.Needs, *tensors: Any) -> Primals:
-        primals, constants, tangents = (
-            Primals(*tensors[:5]),
-            Constants(*tensors[5:10]),
-            Primals(*tensors[14:19]),
-        )
-        statistics, results = tensors[10:14], tensors[19:]
+        primals, constants = Primals(*tensors[:5]), Constants(*tensors[5:10])
+        results, tangents = Results(*tensors[10:13]), Primals(*tensors[15:20])
         gradients: Primals = load(problem.backend).vjp_jvp(
-            problem, primals, constants, *statistics, tangents, *results, needs
+            *(problem, primals, constants, results, *tensors[13:15], tangents, Results(*tensors[20:]), needs)
         )
         return gradients
 
@@ -249,12 +245,12 @@ class VjpJvp(_Map):
         """In its tangents VjpJvp is its own transpose (a Hessian is symmetric); else the reference's."""
         problem, saved, needed = ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[2:]
         if not _any(cotangents):
-            return (None,) * 23
-        gradients: list[Tensor | None] = [None] * 21
-        if any(needed[14:19]):
-            ot, lt = Jvp.apply(problem, *saved[:12], *cotangents)
-            gradients[14:19] = VjpJvp.apply(problem, needed[14:19], *saved[:14], *cotangents, ot, lt)
-        wanted = [i for i in (0, 1, 2, 3, 4, 12, 13) if needed[i]]
+            return (None,) * 25
+        gradients: list[Tensor | None] = [None] * 23
+        if any(needed[15:20]):
+            results_t = Jvp.apply(problem, *saved[:13], *cotangents)
+            gradients[15:20] = VjpJvp.apply(problem, needed[15:20], *saved[:15], *cotangents, *results_t)
+        wanted = [i for i in (0, 1, 2, 3, 4, 13, 14) if needed[i]]
         if wanted:
             _warn("a third derivative")
             function = _vjp_jvp(problem, tuple(c is not None for c in cotangents))
@@ -266,23 +262,23 @@ class VjpJvp(_Map):
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         _warn("a third derivative")
-        statistics = (10, 11, 19, 20)  # the reference computes its own
-        moves = tuple(None if i in statistics else move for i, move in enumerate(moves))
-        results = iter(_reference_jvp(_vjp_jvp(ctx.problem, ctx.needs), ctx.saved_tensors, moves))
-        return tuple(next(results) if need else None for need in ctx.needs)
+        results = (10, 11, 12, 20, 21, 22)  # the reference computes its own
+        moves = tuple(None if i in results else move for i, move in enumerate(moves))
+        tangents = iter(_reference_jvp(_vjp_jvp(ctx.problem, ctx.needs), ctx.saved_tensors, moves))
+        return tuple(next(tangents) if need else None for need in ctx.needs)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], problem: Problem, needs: reference.Needs, *tensors: Any
     ) -> Any:  # type: ignore[override]
-        fold = _Fold(info.batch_size, tensors, in_dims[2:], needs=needs, tangents=14)
+        fold = _Fold(info.batch_size, tensors, in_dims[2:], needs=needs, tangents=15)
         gradients = VjpJvp.apply(
             problem,
             needs,
             *fold.primals_and_constants(),
-            *fold.rows(10, 14),
-            *fold.primals(14),
-            *fold.rows(19, 21),
+            *fold.rows(10, 15),
+            *fold.primals(15),
+            *fold.rows(20, 23),
         )
         return fold.unfold_gradients(gradients), (fold.axis, fold.axis, fold.axis, 0, 0)
 
@@ -303,9 +299,12 @@ def _vjp_jvp(problem: Problem, needs: Sequence[bool]) -> Callable[..., tuple[Ten
     """The reference's vjp_jvp as a function of all of VjpJvp's tensors; the needed results only."""
 
     def function(*x: Any) -> tuple[Tensor, ...]:
-        primals, constants, tangents = Primals(*x[:5]), Constants(*x[5:10]), Primals(*x[14:19])
-        results = reference.vjp_jvp(problem, primals, constants, *x[10:14], tangents, *x[19:], tuple(needs))
-        return tuple(result for result in results if result is not None)
+        primals, constants, tangents = Primals(*x[:5]), Constants(*x[5:10]), Primals(*x[15:20])
+        results, results_t = Results(*x[10:13]), Results(*x[20:])
+        gradients = reference.vjp_jvp(
+            *(problem, primals, constants, results, *x[13:15], tangents, results_t, tuple(needs))
+        )
+        return tuple(gradient for gradient in gradients if gradient is not None)
 
     return function
 
@@ -451,6 +450,9 @@ class _Fold:
             else x.unflatten(self.axis, (self.size, x.shape[self.axis] // max(self.size, 1)))
             for x in results
         )
+
+    def results_axes(self, results: Sequence[Tensor | None]) -> tuple[int | None, ...]:
+        return tuple(None if x is None else self.axis for x in results)
 
     def unfold_gradients(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         shared = []

@@ -42,6 +42,14 @@ class Constants(NamedTuple):
     cu_k: Tensor | None
 
 
+class Results(NamedTuple):
+    """What forward gives; also the type of its tangents, which jvp gives."""
+
+    o: Tensor  # [B, Hq, N, dv] in q's dtype
+    lse: Tensor  # [B, Hq, N] float64, as every row statistic between the maps
+    o_lo: Tensor | None = None  # what rounding o to its dtype lost; the reference needs none
+
+
 @dataclass(frozen=True)
 class Problem:
     """Everything about a call that is no tensor; hashable."""

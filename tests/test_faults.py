@@ -30,7 +30,7 @@ import metattn
 from metattn import backends, functional
 from metattn.backends import reference
 from metattn.cli import doctor
-from metattn.problem import Options, Primals, dense
+from metattn.problem import Options, Primals, Results, dense
 
 INF = math.inf
 Leaves = dict[str, Tensor]
@@ -522,21 +522,31 @@ def dropout_masks(backend: str, seed: int, p: float = 0.3) -> list[Tensor]:
     )
     module = backends.load(backend)
     problem, primals, constants = dense(q, k, values, options)
-    o, lse = module.forward(problem.on(backend), primals, constants)
+    o, lse = module.forward(problem.on(backend), primals, constants)[:2]
     ot, _ = module.jvp(
-        problem, Primals(q, k, torch.zeros_like(values), None, None), constants, torch.zeros_like(o), lse,
+        problem, Primals(q, k, torch.zeros_like(values), None, None), constants, Results(torch.zeros_like(o), lse),
         Primals(None, None, values, None, None),
-    )  # fmt: skip
+    )[:2]  # fmt: skip
     problem, primals, constants = dense(q, k, narrow, options)
-    o2, lse = module.forward(problem, primals, constants)
-    dv = module.vjp(problem, primals, constants, o2, lse, do, None, (False, False, True, False, False)).v
+    o2, lse = module.forward(problem, primals, constants)[:2]
+    dv = module.vjp(
+        problem, primals, constants, Results(o2, lse), do, None, (False, False, True, False, False)
+    ).v
     # with scores 0 everywhere their tangent has to come from q and k: here from k's alone, with q of ones
     ones = primals._replace(q=tangent_q)
-    o2, lse = module.forward(problem, ones, constants)
+    o2, lse = module.forward(problem, ones, constants)[:2]
     tangents = Primals(None, tangent_k, None, None, None)
-    ot2, lt = module.jvp(problem, ones, constants, o2, lse, tangents)
+    ot2, lt = module.jvp(problem, ones, constants, Results(o2, lse), tangents)[:2]
     dvt = module.vjp_jvp(
-        problem, ones, constants, o2, lse, do, None, tangents, ot2, lt, (False, False, True, False, False)
+        problem,
+        ones,
+        constants,
+        Results(o2, lse),
+        do,
+        None,
+        tangents,
+        Results(ot2, lt),
+        (False, False, True, False, False),
     ).v
     return [(t != 0).cpu() for t in (o, ot, dv.mT, dvt.mT)]
 
@@ -728,10 +738,12 @@ def test_row33_a_thousand_repeats_are_bit_equal(backend: str) -> None:
     torch.set_num_threads(2 if backend == "cpu" else 1)
     first: tuple[Tensor, ...] = ()
     for repeat in range(1000):
-        o, lse = module.forward(problem, primals, constants)
-        gradients = module.vjp(problem, primals, constants, o, lse, o, lse, needs)
-        ot, lt = module.jvp(problem, primals, constants, o, lse, tangents)
-        second = module.vjp_jvp(problem, primals, constants, o, lse, o, lse, tangents, ot, lt, needs)
+        o, lse = module.forward(problem, primals, constants)[:2]
+        gradients = module.vjp(problem, primals, constants, Results(o, lse), o, lse, needs)
+        ot, lt = module.jvp(problem, primals, constants, Results(o, lse), tangents)[:2]
+        second = module.vjp_jvp(
+            problem, primals, constants, Results(o, lse), o, lse, tangents, Results(ot, lt), needs
+        )
         results = (o, lse, *gradients, ot, lt, *second)
         first = first or results
         for index, (found, expected) in enumerate(zip(results, first, strict=True)):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import metattn
 from metattn.autodiff import HigherOrderWarning
 from metattn.backends import reference
-from metattn.problem import Constants, Options, Primals, Problem, dense
+from metattn.problem import Constants, Options, Primals, Problem, Results, dense
 
 ALL = (True,) * 5
 Canonical = tuple[Problem, Primals, Constants]
@@ -57,17 +57,17 @@ class TestAgainstMaths:
             return Primals(*(by_name.get(field) for field in Primals._fields))
 
         moves = tuple(like(t, generator) for t in x)
-        o, lse = reference.forward(problem, primals, constants)
+        o, lse = reference.forward(problem, primals, constants)[:2]
         cotangents = like(o, generator), like(lse, generator)
         expected = maths(*x)
         assert largest_difference((o, finite(lse)), expected) < 1e-12
-        ot, lt = reference.jvp(problem, primals, constants, o, lse, to_primals(moves))
+        ot, lt = reference.jvp(problem, primals, constants, Results(o, lse), to_primals(moves))[:2]
         assert largest_difference((ot, lt), torch.func.jvp(maths, x, moves)[1]) < 1e-12
         needs = tuple(t is not None for t in primals)
-        arguments = (problem, primals, constants, o, lse, *cotangents)
+        arguments = (problem, primals, constants, Results(o, lse), *cotangents)
         first = reference.vjp(*arguments, needs)
         assert largest_difference(first, to_primals(gradients(*x))) < 1e-12
-        second = reference.vjp_jvp(*arguments, to_primals(moves), ot, lt, needs)
+        second = reference.vjp_jvp(*arguments, to_primals(moves), Results(ot, lt), needs)
         assert largest_difference(second, to_primals(torch.func.jvp(gradients, x, moves)[1])) < 1e-12
 
     @pytest.mark.parametrize("name", list(OPTIONS))
@@ -96,17 +96,19 @@ class TestAbsentTerms:
     @pytest.mark.parametrize("absent", [(True, False), (False, True)], ids=["no do", "no dlse"])
     def test_cotangents(self, absent: tuple[bool, bool]) -> None:
         problem, primals, constants = canonical(make_call(("bias", "sinks", "softcap")))
-        o, lse = reference.forward(problem, primals, constants)
+        o, lse = reference.forward(problem, primals, constants)[:2]
         given = [None if missing else torch.ones_like(x) for missing, x in zip(absent, (o, lse), strict=True)]
         zeros = [
             torch.zeros_like(x) if missing else torch.ones_like(x)
             for missing, x in zip(absent, (o, lse), strict=True)
         ]
-        arguments = (problem, primals, constants, o, lse)
+        arguments = (problem, primals, constants, Results(o, lse))
         ours, expected = (reference.vjp(*arguments, *x, ALL) for x in (given, zeros))
         assert largest_difference(ours, expected) == 0
-        ot, lt = reference.jvp(*arguments, primals)
-        ours, expected = (reference.vjp_jvp(*arguments, *x, primals, ot, lt, ALL) for x in (given, zeros))
+        ot, lt = reference.jvp(*arguments, primals)[:2]
+        ours, expected = (
+            reference.vjp_jvp(*arguments, *x, primals, Results(ot, lt), ALL) for x in (given, zeros)
+        )
         assert largest_difference(ours, expected) == 0
 
     @pytest.mark.parametrize("field", Primals._fields)
@@ -114,22 +116,24 @@ class TestAbsentTerms:
         problem, primals, constants = canonical(make_call(("bias", "sinks", "softcap")))
         alone = Primals(None, None, None, None, None)._replace(**{field: getattr(primals, field)})
         filled = Primals(*(torch.zeros_like(x) for x in primals))._replace(**{field: getattr(primals, field)})
-        arguments = (problem, primals, constants, *reference.forward(problem, primals, constants))
+        arguments = (problem, primals, constants, reference.forward(problem, primals, constants))
         tangents = reference.jvp(*arguments, alone)
-        assert largest_difference(tangents, reference.jvp(*arguments, filled)) < 1e-15
-        cotangents = torch.ones_like(tangents[0]), torch.ones_like(tangents[1])
+        assert largest_difference(tangents[:2], reference.jvp(*arguments, filled)[:2]) < 1e-15
+        cotangents = torch.ones_like(tangents.o), torch.ones_like(tangents.lse)
         ours, expected = (
-            reference.vjp_jvp(*arguments, *cotangents, x, *tangents, ALL) for x in (alone, filled)
+            reference.vjp_jvp(*arguments, *cotangents, x, tangents, ALL) for x in (alone, filled)
         )
         assert largest_difference(ours, expected) < 1e-14
 
     def test_what_is_not_needed(self) -> None:
         problem, primals, constants = canonical(make_call(("bias", "sinks")))
-        o, lse = reference.forward(problem, primals, constants)
+        o, lse = reference.forward(problem, primals, constants)[:2]
         for wanted in range(5):
             needs = tuple(i == wanted for i in range(5))
-            first = reference.vjp(problem, primals, constants, o, lse, o, lse, needs)
-            second = reference.vjp_jvp(problem, primals, constants, o, lse, o, lse, primals, o, lse, needs)
+            first = reference.vjp(problem, primals, constants, Results(o, lse), o, lse, needs)
+            second = reference.vjp_jvp(
+                problem, primals, constants, Results(o, lse), o, lse, primals, o, lse, needs
+            )
             assert tuple(x is not None for x in first) == tuple(x is not None for x in second) == needs
 
 
@@ -155,13 +159,17 @@ class TestMaskedAway:
 
     def test_cotangents_of_dead_rows_do_not_matter(self) -> None:
         problem, primals, constants = canonical(make_call(("mask",)))
-        o, lse = reference.forward(problem, primals, constants)
+        o, lse = reference.forward(problem, primals, constants)[:2]
         dead = lse == -torch.inf
         assert dead.any()
         do, dlse = torch.ones_like(o), torch.ones_like(lse)
-        clean = reference.vjp(problem, primals, constants, o, lse, do, dlse, (True, True, True, False, False))
+        clean = reference.vjp(
+            problem, primals, constants, Results(o, lse), do, dlse, (True, True, True, False, False)
+        )
         do[dead], dlse[dead] = torch.nan, torch.inf
-        dirty = reference.vjp(problem, primals, constants, o, lse, do, dlse, (True, True, True, False, False))
+        dirty = reference.vjp(
+            problem, primals, constants, Results(o, lse), do, dlse, (True, True, True, False, False)
+        )
         assert largest_difference(dirty, clean) == 0
 
     def test_every_row_dead(self) -> None:
@@ -226,10 +234,12 @@ class TestShapesAndTypes:
         """Results in the inputs' dtypes, statistics in float64, whatever the bias's dtype."""
         problem, primals, constants = canonical(make_call(("bias", "sinks"), dtype=dtype))
         primals = primals._replace(bias=primals.bias.to(torch.bfloat16))
-        o, lse = reference.forward(problem, primals, constants)
-        ot, lt = reference.jvp(problem, primals, constants, o, lse, primals)
-        first = reference.vjp(problem, primals, constants, o, lse, o, lse, ALL)
-        second = reference.vjp_jvp(problem, primals, constants, o, lse, o, lse, primals, ot, lt, ALL)
+        o, lse = reference.forward(problem, primals, constants)[:2]
+        ot, lt = reference.jvp(problem, primals, constants, Results(o, lse), primals)[:2]
+        first = reference.vjp(problem, primals, constants, Results(o, lse), o, lse, ALL)
+        second = reference.vjp_jvp(
+            problem, primals, constants, Results(o, lse), o, lse, primals, Results(ot, lt), ALL
+        )
         assert (o.dtype, ot.dtype, lse.dtype, lt.dtype) == (dtype, dtype, torch.float64, torch.float64)
         for gradients in (first, second):
             for gradient, primal in zip(gradients, primals, strict=True):
@@ -285,11 +295,11 @@ class TestShapesAndTypes:
     def test_autocast_does_not_touch_it(self) -> None:
         call = make_call(("bias",), dtype=torch.float32)
         problem, primals, constants = canonical(call)
-        o, lse = reference.forward(problem, primals, constants)
-        plain = reference.vjp(problem, primals, constants, o, lse, o, lse, ALL)
+        o, lse = reference.forward(problem, primals, constants)[:2]
+        plain = reference.vjp(problem, primals, constants, Results(o, lse), o, lse, ALL)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(reference.forward(problem, primals, constants)[0], o)
-            inside = reference.vjp(problem, primals, constants, o, lse, o, lse, ALL)
+            inside = reference.vjp(problem, primals, constants, Results(o, lse), o, lse, ALL)
         assert largest_difference(inside, plain) == 0
 
     def test_large_scores_keep_their_probabilities(self) -> None:

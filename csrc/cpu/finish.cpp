@@ -29,7 +29,8 @@ void sum_parts_of(const PartSum& job, int64_t begin, int64_t end) {
   }
 }
 
-double dot(const View& a, const View& b, int64_t seq, int64_t head, int64_t row, int64_t width) {
+// Σ (a + a_lo)∘b over a row.
+double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t head, int64_t row, int64_t width) {
   constexpr int64_t kSpan = 256;
   double x[kSpan], y[kSpan], total = 0;
   for (int64_t c0 = 0; c0 < width; c0 += kSpan) {
@@ -37,6 +38,10 @@ double dot(const View& a, const View& b, int64_t seq, int64_t head, int64_t row,
     load_row(a, offset_of(a, seq, head, row) + c0 * a.stride[3], a.stride[3], span, x);
     load_row(b, offset_of(b, seq, head, row) + c0 * b.stride[3], b.stride[3], span, y);
     for (int64_t c = 0; c < span; ++c) total += x[c] * y[c];
+    if (a_lo) {
+      load_row(a_lo, offset_of(a_lo, seq, head, row) + c0 * a_lo.stride[3], a_lo.stride[3], span, x);
+      for (int64_t c = 0; c < span; ++c) total += x[c] * y[c];
+    }
   }
   return total;
 }
@@ -61,12 +66,12 @@ void sink_gradient(const Params& p, bool is_double, bool second, int64_t slot) {
       const double lse = *double_at(p.lse, seq, head, row);
       if (lse == -kInfinity<double>) continue;
       const double weight = __builtin_exp(sink - lse);
-      double d = p.d_o ? dot(p.o, p.d_o, seq, head, row, p.dv) : 0;
+      double d = p.d_o ? dot(p.o, p.o_lo, p.d_o, seq, head, row, p.dv) : 0;
       if (p.d_lse) d -= *double_at(p.d_lse, seq, head, row);
       if (!second) {
         total -= weight * d;
       } else {
-        const double d_t = p.d_o ? dot(p.o_t, p.d_o, seq, head, row, p.dv) : 0;
+        const double d_t = p.d_o ? dot(p.o_t, p.o_t_lo, p.d_o, seq, head, row, p.dv) : 0;
         total -= weight * ((sigma - *double_at(p.lse_t, seq, head, row)) * d + d_t);
       }
     }

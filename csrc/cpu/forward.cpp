@@ -79,8 +79,8 @@ struct Forward {
       T* o = acc + r * wide_dv;
       const bool dead = total[r] == 0;
       if (dead) memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
-      store_row(p.out_o, offset_of(p.out_o, tile.seq, tile.head, i), p.out_o.stride[3], p.dv,
-                dead ? T{1} : 1 / total[r], o);
+      store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
+                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / total[r], o, row);
       *double_at(p.out_lse, tile.seq, tile.head, i) =
           dead ? -kInfinity<double> : static_cast<double>(top[r]) + __builtin_log(static_cast<double>(total[r]));
     }

@@ -13,7 +13,7 @@ struct Jvp {
   T* row;
   PackedRows<T> q, a;
   PackedKeys<T> k, b, v, c;
-  T *s, *tanh_tile, *z, *t;
+  T *s, *tanh_tile, *z, *t, *scratch_row;
   T* acc;  // [kRows][padded(dv)]
   double tau[kRows];
   LogSumExp<T> lse;
@@ -35,6 +35,7 @@ struct Jvp {
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     t = has_scores ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
+    scratch_row = arena.take<T>(wide_dv);
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
@@ -107,10 +108,11 @@ struct Jvp {
           const T weight = exp(splat((load_scalar<T>(p.sinks, at) - lse.high[r]) - lse.low[r]))[0];
           tau[r] += static_cast<double>(weight * load_scalar<T>(p.t_sinks, tangent_at));
         }
-        load_row(p.o, offset_of(p.o, tile.seq, tile.head, i), p.o.stride[3], p.dv, row);
+        load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, i, p.dv, row, scratch_row);
         for (int64_t col = 0; col < p.dv; ++col) o_t[col] -= static_cast<T>(tau[r]) * row[col];
       }
-      store_row(p.out_o, offset_of(p.out_o, tile.seq, tile.head, i), p.out_o.stride[3], p.dv, T{1}, o_t);
+      store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
+                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, T{1}, o_t, row);
       *double_at(p.out_lse, tile.seq, tile.head, i) = tau[r];
     }
   }

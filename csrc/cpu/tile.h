@@ -138,6 +138,17 @@ static void store_row(const View& view, int64_t offset, int64_t stride, int64_t 
   }
 }
 
+// Row `row` of an output in its dtype, times a factor, and what rounding lost of it in `low`, where that is kept.
+template <class T>
+static void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
+                             T factor, T* row, T* scratch) {
+  store_row(high, high_at, high.stride[3], count, factor, row);
+  if (!low) return;
+  load_row(high, high_at, high.stride[3], count, scratch);
+  for (int64_t c = 0; c < count; ++c) row[c] = row[c] * factor - scratch[c];
+  store_row(low, low_at, low.stride[3], count, T{1}, row);
+}
+
 static inline int64_t offset_of(const View& view, int64_t seq, int64_t head, int64_t row) {
   return seq * view.stride[0] + head * view.stride[1] + row * view.stride[2];
 }
@@ -420,18 +431,29 @@ static inline Vec<T> probability(const LogSumExp<T>& lse, int64_t r, const T* s)
   return exp((metattn::METATTN_ISA::load(s) - lse.high[r]) - lse.low[r]);
 }
 
-// Σ o∘cotangent over the columns of each row, less the cotangent of lse: D of docs/math.md, or Dt with o's tangent
-// and none. `row` is scratch, padded<T>(dv) long. Dead rows get 0.
+// A row of a tensor that is kept in two parts: without the lost digits, D = rowsum(dO∘O) would be off by as much as
+// the dP − D of a sharply peaked row is large.
 template <class T>
-static void row_dots(const View& values, const View& minus, const Tile& tile, const PackedRows<T>& d_o,
-                     const bool* dead, int64_t dv, T* row, T* result) {
+static void load_row_in_two(const View& high, const View& low, int64_t seq, int64_t head, int64_t i, int64_t count,
+                            T* row, T* scratch) {
+  load_row(high, offset_of(high, seq, head, i), high.stride[3], count, row);
+  if (!low) return;
+  load_row(low, offset_of(low, seq, head, i), low.stride[3], count, scratch);
+  for (int64_t c = 0; c < count; ++c) row[c] += scratch[c];
+}
+
+// Σ o∘cotangent over the columns of each row, less the cotangent of lse: D of docs/math.md, or Dt with o's tangent
+// and none. `row` and `scratch` are padded<T>(dv) long. Dead rows get 0.
+template <class T>
+static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
+                     const PackedRows<T>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     result[r] = 0;
     if (dead[r]) continue;
     const int64_t i = tile.s.q0 + tile.row0 + r;
     if (d_o) {
       for (int64_t c = dv; c < padded<T>(dv); ++c) row[c] = 0;
-      load_row(values, offset_of(values, tile.seq, tile.head, i), values.stride[3], dv, row);
+      load_row_in_two(values, low, tile.seq, tile.head, i, dv, row, scratch);
       result[r] = d_o.dot(r, row);
     }
     if (minus) result[r] -= static_cast<T>(*double_at(minus, tile.seq, tile.head, i));

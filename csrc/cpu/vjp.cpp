@@ -13,7 +13,7 @@ struct Vjp {
   T* row;
   PackedRows<T> q, d_o;
   PackedKeys<T> k, v;
-  T *s, *tanh_tile, *z, *d_p;
+  T *s, *tanh_tile, *z, *d_p, *scratch_row;
   LogSumExp<T> lse;
   T D[kRows];
   bool want_scores;  // somebody needs dS
@@ -30,6 +30,7 @@ struct Vjp {
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     d_p = arena.take<T>(kRows * kKeys);
+    scratch_row = arena.take<T>(padded<T>(p.dv));
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
@@ -44,7 +45,7 @@ struct Vjp {
     lse.load(p, tile);
     q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
     if (d_o) d_o.pack(p.d_o, tile, T{1}, lse.dead, row);
-    row_dots(p.o, p.d_lse, tile, d_o, lse.dead, p.dv, row, D);
+    row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     results.begin_rows();
   }
 

@@ -16,6 +16,7 @@ struct VjpJvp {
   PackedKeys<T> k, b, v, c;
   T *s, *tanh_tile, *z, *d_p, *t_r, *e;  // tiles; t_r and e stay zero where nothing is added to them
   T *beta, *d_s_t;                       // [kKeys] a row of the bias' tangent, and of dSt
+  T* scratch_row;
   LogSumExp<T> lse;
   T D[kRows], Dt[kRows], tau[kRows];
 
@@ -38,6 +39,7 @@ struct VjpJvp {
     e = arena.take<T>(kRows * kKeys);
     beta = arena.take<T>(kKeys);
     d_s_t = arena.take<T>(kKeys);
+    scratch_row = arena.take<T>(padded<T>(p.dv));
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
@@ -53,8 +55,8 @@ struct VjpJvp {
     q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
     if (a) a.pack(p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
     if (d_o) d_o.pack(p.d_o, tile, T{1}, lse.dead, row);
-    row_dots(p.o, p.d_lse, tile, d_o, lse.dead, p.dv, row, D);
-    row_dots(p.o_t, View{}, tile, d_o, lse.dead, p.dv, row, Dt);
+    row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
+    row_dots(p.o_t, p.o_t_lo, View{}, tile, d_o, lse.dead, p.dv, row, scratch_row, Dt);
     for (int64_t r = 0; r < tile.rows; ++r)
       tau[r] = lse.dead[r] ? 0 : static_cast<T>(*double_at(p.lse_t, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
     results.begin_rows();

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from metattn.problem import Constants, Primals, Problem
+from metattn.problem import Constants, Primals, Problem, Results
 
 Needs = tuple[bool, bool, bool, bool, bool]
 LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cpu.so"
+ROUNDED = (torch.bfloat16, torch.float16)  # dtypes of results that are computed in a wider one
 CAUSAL = {None: 0, "top-left": 1, "bottom-right": 2}
 
 
@@ -64,50 +65,53 @@ def _gradients(needs: Needs, results: tuple[Tensor, ...]) -> Primals:
     return Primals(*[result if need else None for need, result in zip(needs, results, strict=True)])  # type: ignore[arg-type]
 
 
-def forward(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
-    """o [B, Hq, N, dv] and lse [B, Hq, N], float64."""
-    return torch.ops.metattn.forward(*_call(problem, primals, constants))  # type: ignore[no-any-return]
+def _results(primals: Primals, o: Tensor, lse: Tensor, o_lo: Tensor) -> Results:
+    """An operator has to return a tensor for what there is none of, in the dtypes that o is not rounded to."""
+    return Results(o, lse, o_lo if primals.q.dtype in ROUNDED else None)
+
+
+def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
+    """o, lse, and what rounding o lost."""
+    return _results(primals, *torch.ops.metattn.forward(*_call(problem, primals, constants)))
 
 
 def vjp(
     problem: Problem,
     primals: Primals,
     constants: Constants,
-    o: Tensor,
-    lse: Tensor,
+    results: Results,
     do: Tensor | None,
     dlse: Tensor | None,
     needs: Needs,
 ) -> Primals:
     """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
     call = _call(problem, primals, constants)
-    return _gradients(needs, torch.ops.metattn.vjp(*call, o, lse, do, dlse, _wanted(needs)))
+    return _gradients(needs, torch.ops.metattn.vjp(*call, *results, do, dlse, _wanted(needs)))
 
 
 def jvp(
-    problem: Problem, primals: Primals, constants: Constants, o: Tensor, lse: Tensor, tangents: Primals
-) -> tuple[Tensor, Tensor]:
-    """The tangents of o and lse."""
-    return torch.ops.metattn.jvp(*_call(problem, primals, constants), o, lse, *tangents)  # type: ignore[no-any-return]
+    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
+) -> Results:
+    """The tangents of what forward gives."""
+    call = _call(problem, primals, constants)
+    return _results(primals, *torch.ops.metattn.jvp(*call, *results, *tangents))
 
 
 def vjp_jvp(
     problem: Problem,
     primals: Primals,
     constants: Constants,
-    o: Tensor,
-    lse: Tensor,
+    results: Results,
     do: Tensor | None,
     dlse: Tensor | None,
     tangents: Primals,
-    ot: Tensor,
-    lt: Tensor,
+    results_t: Results,
     needs: Needs,
 ) -> Primals:
     """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
     call = _call(problem, primals, constants)
-    results = torch.ops.metattn.vjp_jvp(*call, o, lse, do, dlse, *tangents, ot, lt, _wanted(needs))
-    return _gradients(needs, results)
+    arguments = (*call, *results, do, dlse, *tangents, *results_t, _wanted(needs))
+    return _gradients(needs, torch.ops.metattn.vjp_jvp(*arguments))
 
 
 # Shapes, for FakeTensor and torch.compile; costs, for torch.utils.flop_counter.
@@ -115,11 +119,12 @@ def vjp_jvp(
 PRIMALS = 5  # q, k, v, bias, sinks come first in every operator's arguments
 
 
-def _fake_like_o(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     width = v.shape[3]
     o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
-    return o, q.new_empty(q.shape[:3], dtype=torch.float64)
+    o_lo = torch.empty_like(o) if q.dtype in ROUNDED else q.new_empty(0)
+    return o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo
 
 
 def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
@@ -158,28 +163,28 @@ def _flop_forward(*arguments: Any, **_: Any) -> int:
 
 def _flop_vjp(*arguments: Any, **_: Any) -> int:
     """S; dP where there is a dO; then one product a gradient."""
-    has_do, needs = arguments[20] is not None, arguments[22]
+    has_do, needs = arguments[21] is not None, arguments[23]
     return _products(arguments, 1 + (needs & 1) + (needs >> 1 & 1), has_do + (has_do and needs >> 2 & 1))
 
 
 def _flop_jvp(*arguments: Any, **_: Any) -> int:
-    tangent_q, tangent_k, tangent_v, tangent_bias = (x is not None for x in arguments[20:24])
+    tangent_q, tangent_k, tangent_v, tangent_bias = (x is not None for x in arguments[21:25])
     scores = tangent_q or tangent_k or tangent_bias
     return _products(arguments, 1 + tangent_q + tangent_k, scores + tangent_v)
 
 
 def _flop_vjp_jvp(*arguments: Any, **_: Any) -> int:
-    has_do = arguments[20] is not None
-    tangent_q, tangent_k, tangent_v = (x is not None for x in arguments[22:25])
-    need_q, need_k, need_v = (arguments[29] >> index & 1 for index in range(3))
+    has_do = arguments[21] is not None
+    tangent_q, tangent_k, tangent_v = (x is not None for x in arguments[23:26])
+    need_q, need_k, need_v = (arguments[31] >> index & 1 for index in range(3))
     of_d = 1 + tangent_q + tangent_k + need_q * (1 + tangent_k) + need_k * (1 + tangent_q)
     return _products(arguments, of_d, has_do * (1 + tangent_v + need_v))
 
 
 def _describe_operators() -> None:
     for name, fake, flop in (
-        ("forward", _fake_like_o, _flop_forward),
-        ("jvp", _fake_like_o, _flop_jvp),
+        ("forward", _fake_results, _flop_forward),
+        ("jvp", _fake_results, _flop_jvp),
         ("vjp", _fake_gradients, _flop_vjp),
         ("vjp_jvp", _fake_gradients, _flop_vjp_jvp),
     ):

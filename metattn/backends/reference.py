@@ -19,11 +19,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from metattn.problem import Constants, Primals, Problem
+from metattn.problem import Constants, Primals, Problem, Results
 
 Term = Tensor | float  # a term that is absent is the number 0.0: formulas stay as they are written
 Needs = tuple[bool, bool, bool, bool, bool]
-Result = TypeVar("Result")
+Output = TypeVar("Output")
 
 
 def unavailable_reason() -> str | None:
@@ -241,11 +241,11 @@ def _rowsum(x: Tensor) -> Tensor:
     return x.sum(-1, keepdim=True)
 
 
-def _in_full_precision(map_: Callable[..., Result]) -> Callable[..., Result]:
+def _in_full_precision(map_: Callable[..., Output]) -> Callable[..., Output]:
     """Autocast would take the products to a lower precision: the inputs' dtypes decide alone."""
 
     @functools.wraps(map_)
-    def run(problem: Problem, primals: Primals, *arguments: object) -> Result:
+    def run(problem: Problem, primals: Primals, *arguments: object) -> Output:
         device = primals.q.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return map_(problem, primals, *arguments)
@@ -259,11 +259,11 @@ def _in_full_precision(map_: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @_in_full_precision
-def forward(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
     """O = (P∘Z)V and L = logsumexp(S) → o [B, Hq, N, dv] in q's dtype, lse [B, Hq, N] float64."""
     state = _state(problem, primals, constants)
     o = (state.p * state.z) @ state.v
-    return _unpad(o, state.rows).to(primals.q.dtype), _unpad(state.lse, state.rows).squeeze(-1)
+    return Results(_unpad(o, state.rows).to(primals.q.dtype), _unpad(state.lse, state.rows).squeeze(-1))
 
 
 @_in_full_precision
@@ -278,8 +278,7 @@ def vjp(
     problem: Problem,
     primals: Primals,
     constants: Constants,
-    o: Tensor,
-    lse: Tensor,
+    results: Results,
     do: Tensor | None,
     dlse: Tensor | None,
     needs: Needs,
@@ -302,14 +301,14 @@ def vjp(
 
 @_in_full_precision
 def jvp(
-    problem: Problem, primals: Primals, constants: Constants, o: Tensor, lse: Tensor, tangents: Primals
-) -> tuple[Tensor, Tensor]:
+    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
+) -> Results:
     """The tangents of O and L → ot [B, Hq, N, dv] in q's dtype, lt = τ [B, Hq, N] float64."""
     state = _state(problem, primals, constants)
     c = state.columns(tangents.v)
     _, pt, _, tau = _score_tangent(problem, state, tangents)
     ot = (pt * state.z) @ state.v + _matmul(state.p * state.z, c)
-    return _unpad(ot, state.rows).to(primals.q.dtype), _unpad(tau, state.rows).squeeze(-1).double()
+    return Results(_unpad(ot, state.rows).to(primals.q.dtype), _unpad(tau, state.rows).squeeze(-1).double())
 
 
 @_in_full_precision
@@ -317,13 +316,11 @@ def vjp_jvp(
     problem: Problem,
     primals: Primals,
     constants: Constants,
-    o: Tensor,
-    lse: Tensor,
+    results: Results,
     do: Tensor | None,
     dlse: Tensor | None,
     tangents: Primals,
-    ot: Tensor,
-    lt: Tensor,
+    results_t: Results,
     needs: Needs,
 ) -> Primals:
     """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""

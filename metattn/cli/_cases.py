@@ -256,12 +256,14 @@ def _raw_vjp_jvp(contestant: Contestant, case: Case, inputs: Inputs) -> Step:
     do = inputs.do.detach()
     needs = (True, True, True, bool(bias), False)
     with torch.no_grad():
-        o, lse = module.forward(problem, primals, constants)
-        ot, lt = module.jvp(problem, primals, constants, o, lse, tangents)
+        results = module.forward(problem, primals, constants)
+        results_t = module.jvp(problem, primals, constants, results, tangents)
 
     def step() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            gradients = module.vjp_jvp(problem, primals, constants, o, lse, do, None, tangents, ot, lt, needs)
+            gradients = module.vjp_jvp(
+                problem, primals, constants, results, do, None, tangents, results_t, needs
+            )
         return tuple(g for g in gradients if g is not None)
 
     return step
