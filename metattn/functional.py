@@ -427,7 +427,7 @@ def _torch_combines(
 ) -> bool:
     """Whether torch has a fused kernel for attn_mask with is_causal: its math path refuses them together."""
     if torch.compiler.is_compiling():
-        return True
+        return True  # the choice cannot be traced; where torch refuses, both hold too
     try:
         choice = torch._fused_sdp_choice(
             query, key, value, attn_mask, dropout_p, True, scale=scale, enable_gqa=enable_gqa
