@@ -157,7 +157,7 @@ def varlen_attention(
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
-def varlen_attention(  # noqa: PLR0917, flash-attention's order
+def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -208,7 +208,7 @@ def varlen_attention(  # noqa: PLR0917, flash-attention's order
     return (o, _public_lse(lse.squeeze(0), o)) if return_lse else o
 
 
-def scaled_dot_product_attention(  # noqa: PLR0917, torch's signature
+def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

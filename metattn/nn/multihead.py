@@ -31,7 +31,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       makes such tensors in evaluation without gradients).
     """
 
-    def __init__(  # noqa: PLR0917 (torch.nn's signature)
+    def __init__(
         self,
         embed_dim: int,
         num_heads: int,
@@ -63,7 +63,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dtype=dtype,
         )
 
-    def forward(  # noqa: PLR0917 (torch.nn's signature)
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
