@@ -6,9 +6,9 @@
     Jvp(p, t) = (ot, lt)           VjpJvp, Vjp            the reference, Jvp of t's tangents
     VjpJvp(p, do, dlse, t) = dpt   the reference, VjpJvp  the reference
 
-Whatever a map needs again (o, lse, o_lo and their tangents) is an output of one Function and an input of the next, never a
-hidden intermediate. As an input it takes no gradient: the maps' formulas are total derivatives, the gradients
-of the primals hold its share. Its tangent is what Jvp gave, so Vjp's jvp need not compute it again.
+Whatever a map needs again (o, lse, o_lo and their tangents) is an output of one Function and an input of the
+next, never a hidden intermediate. As an input it takes no gradient: the maps' formulas are total derivatives,
+the gradients of the primals hold its share. Its tangent is what Jvp gave: Vjp's jvp need not compute it.
 
 Every Function's vmap folds the mapped dimension into the batch (of packed sequences: into the tokens).
 """
@@ -39,8 +39,12 @@ class HigherOrderWarning(UserWarning):
 
 def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
     """(o, lse) of a validated call; differentiable to any order, reverse and forward, and under vmap."""
-    compiled = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    o, lse, _ = (CompiledForward if compiled else Forward).apply(problem, *primals, *constants)
+    if not torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        o, lse, _ = Forward.apply(problem, *primals, *constants)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in primals):
+        o, lse, _ = CompiledForward.apply(problem, *primals, *constants)
+    else:
+        o, lse, _ = load(problem.backend).forward(problem, primals, constants)
     return o, lse
 
 
@@ -63,7 +67,7 @@ class Forward(_Map):
     def forward(problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         primals, constants = Primals(*tensors[:5]), Constants(*tensors[5:])
         results: Results = load(problem.backend).forward(problem, primals, constants)
-        return tuple(results)
+        return results.o, results.lse, results.o_lo
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -173,7 +177,7 @@ class Jvp(_Map):
         primals, constants = Primals(*tensors[:5]), Constants(*tensors[5:10])
         results, tangents = Results(*tensors[10:13]), Primals(*tensors[13:])
         results_t: Results = load(problem.backend).jvp(problem, primals, constants, results, tangents)
-        return tuple(results_t)
+        return results_t.o, results_t.lse, results_t.o_lo
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -80,13 +81,13 @@ class TestEachFunction:
         problem = problem.on(backend)
         needs = tuple(t is not None for t in primals)
 
-        def forward(*p: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(*p: Tensor) -> tuple[Any, ...]:
             return autodiff.Forward.apply(problem, *p, *constants)
 
         def vjp(*p: Tensor) -> tuple[Tensor, ...]:
             return autodiff.Vjp.apply(problem, needs, *p[:5], *constants, *forward(*p[:5]), *p[5:])
 
-        def jvp(*p: Tensor) -> tuple[Tensor, Tensor]:
+        def jvp(*p: Tensor) -> tuple[Any, ...]:
             return autodiff.Jvp.apply(problem, *p[:5], *constants, *forward(*p[:5]), *p[5:])
 
         def vjp_jvp(*p: Tensor) -> tuple[Tensor, ...]:
@@ -95,12 +96,12 @@ class TestEachFunction:
                 problem, needs, *p[:5], *constants, *forward(*p[:5]), *p[5:], *results
             )
 
-        o, lse = forward(*primals)
+        o, lse, _ = forward(*primals)
         cotangents = torch.randn_like(o), torch.randn_like(lse)
         tangents = tuple(torch.randn_like(t) for t in primals)
         return {
             "Vjp": (vjp, (*primals, *cotangents)),
-            "Jvp": (jvp, (*primals, *tangents)),
+            "Jvp": (lambda *p: jvp(*p)[:2], (*primals, *tangents)),
             "VjpJvp": (vjp_jvp, (*primals, *cotangents, *tangents)),
         }
 
@@ -194,7 +195,7 @@ class TestNoWastedProducts:
         (second,) = torch.autograd.grad(first, x[wanted], first.detach(), materialize_grads=True)
         assert recorder.names == ["forward", "vjp", "jvp", "vjp_jvp"]
         assert recorder.calls[3][1][-1] == needs
-        tangents = recorder.calls[2][1][4]
+        tangents = recorder.calls[2][1][3]
         assert tuple(t is not None for t in tangents) == needs
         leaf = x[wanted].detach().clone().requires_grad_()
         expected_o, expected_lse = call.math(*{**call.inputs, wanted: leaf}.values())
@@ -210,7 +211,7 @@ class TestNoWastedProducts:
         x = [t.requires_grad_() for t in call.tensors]
         o, lse = call.function(backend)(*x)
         torch.autograd.grad((o if used == "o" else lse).sum(), x, allow_unused=True)
-        do, dlse = recorder.calls[1][1][4:6]
+        do, dlse = recorder.calls[1][1][3:5]
         assert (do is None, dlse is None) == (used == "lse", used == "o")
 
     def test_only_the_cotangent_requires_grad(self, backend: str, recorder: Recorder) -> None:
@@ -221,7 +222,7 @@ class TestNoWastedProducts:
         do = torch.ones_like(o, requires_grad=True)
         first = torch.autograd.grad(o, x, do, create_graph=True)
         node = first[0].grad_fn
-        fixed = (t if t is None else t.detach() for t in node.saved_tensors[:12])
+        fixed = (t if t is None else t.detach() for t in node.saved_tensors[:13])
         gradients = autodiff.Vjp.apply(node.problem, node.needs, *fixed, do, None)
         recorder.calls.clear()
         torch.autograd.grad(sum(g.sum() for g in gradients[:3]), do)

@@ -1,0 +1,102 @@
+"""Errors of every output of both orders in float32, bfloat16 and float16: the rule of helpers.check_errors.
+
+The truth is float64 maths on the same rounded inputs, cotangents and tangents; the yardstick is plain PyTorch
+in the same dtype. The thresholds were fixed before anything was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import FLOAT_DTYPES, OPTIONS, Call, Shape, both_orders, check_errors, make_call, relative_error
+
+SHAPE = Shape(
+    batch=2,
+    heads=4,
+    n=33,
+    m=35,
+    d=16,
+    dv=24,
+    kv_heads=4,
+    lengths=((33, 31), (1, 3), (7, 0), (0, 2), (17, 65)),
+)
+SHAPES = {
+    "1x1": Shape(batch=3, heads=2, n=1, m=3, d=8, dv=8),
+    "odd": Shape(batch=1, heads=2, n=31, m=129, d=40, dv=59),
+    "wide": Shape(batch=1, heads=2, n=33, m=65, d=128, dv=128),
+    "long": Shape(batch=1, heads=1, n=129, m=257, d=64, dv=64, kv_heads=1),
+    "more queries": Shape(batch=1, heads=2, n=127, m=31, d=3, dv=1),
+}
+dtypes = pytest.mark.parametrize("dtype", list(FLOAT_DTYPES.values()), ids=list(FLOAT_DTYPES))
+
+
+def check(call: Call, backend: str, dtype: torch.dtype) -> None:
+    packed = call.lengths is not None
+    truth = both_orders(call.to(torch.float64).math, call.to(torch.float64).inputs, rounding=dtype)
+    baseline = both_orders(call.math, call.inputs, rounding=dtype)
+    ours = both_orders(call.function(backend), call.inputs, rounding=dtype)
+    check_errors(ours, baseline, truth, dtype, packed)
+
+
+class TestEveryOption:
+    @dtypes
+    @pytest.mark.parametrize("name", list(OPTIONS))
+    def test_option(self, name: str, dtype: torch.dtype, backend: str) -> None:
+        check(make_call((name,), SHAPE, dtype), backend, dtype)
+
+    @dtypes
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("bias", "sinks", "softcap", "causal_bottom_right", "grouped"),
+            ("mask", "bias_of_heads", "alibi", "dropout"),
+            ("packed", "grouped", "window", "sinks", "dropout"),
+        ],
+        ids="+".join,
+    )
+    def test_together(self, names: tuple[str, ...], dtype: torch.dtype, backend: str) -> None:
+        check(make_call(names, SHAPE, dtype), backend, dtype)
+
+
+class TestEveryShape:
+    @dtypes
+    @pytest.mark.parametrize("shape", list(SHAPES))
+    def test_shape(self, shape: str, dtype: torch.dtype, backend: str) -> None:
+        check(make_call(("causal_bottom_right",), SHAPES[shape], dtype), backend, dtype)
+
+    @dtypes
+    def test_many_heads_of_one_group(self, dtype: torch.dtype, backend: str) -> None:
+        """dk and dv are sums over 27 heads, in float32."""
+        check(make_call(("grouped",), replace(SHAPE, heads=27), dtype), backend, dtype)
+
+
+class TestPeakedSoftmax:
+    """Where a few keys hold all the weight, what depends on differences of large terms is at stake."""
+
+    @dtypes
+    @pytest.mark.parametrize("scale", [2.0, 30.0])
+    def test_scale(self, scale: float, dtype: torch.dtype, backend: str) -> None:
+        call = make_call(("plain",), replace(SHAPE, d=8), dtype)
+        call.constants["scale"] = scale
+        check(call, backend, dtype)
+
+
+class TestTheRuleItself:
+    def test_whole_and_worst_head(self) -> None:
+        truth = torch.ones(1, 2, 4, 4)
+        x = truth.clone()
+        x[0, 1] += 0.1
+        whole, worst = relative_error(x, truth)
+        assert abs(worst - 0.1) < 1e-6
+        assert abs(whole - 0.1 / 2**0.5) < 1e-6
+
+    def test_it_refuses(self) -> None:
+        truth = {"o": torch.ones(1, 2, 4, 4, dtype=torch.float64)}
+        ours = {"o": truth["o"] + 6e-6}
+        with pytest.raises(AssertionError, match=r"o \(whole\)"):
+            check_errors(ours, truth, truth, torch.float32)
+        check_errors({"o": truth["o"] + 4e-6}, truth, truth, torch.float32)
+        with pytest.raises(AssertionError, match="nan"):
+            check_errors({"o": truth["o"] * torch.nan}, truth, truth, torch.float32)
