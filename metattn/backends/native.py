@@ -66,7 +66,7 @@ def _gradients(needs: Needs, results: tuple[Tensor, ...]) -> Primals:
 
 
 def _results(primals: Primals, o: Tensor, lse: Tensor, o_lo: Tensor) -> Results:
-    """Where o is not rounded there is no o_lo: the operator, which must return a tensor, gives an empty one."""
+    """Where o is not rounded there is no o_lo; the operator, bound to return a tensor, gives an empty one."""
     return Results(o, lse, o_lo if primals.q.dtype in ROUNDED else None)
 
 
