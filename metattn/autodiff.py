@@ -42,10 +42,18 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
     if not torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         o, lse, _ = Forward.apply(problem, *primals, *constants)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in primals):
-        o, lse, _ = CompiledForward.apply(problem, *primals, *constants)
+        o, lse, _ = CompiledForward.apply(problem, *_distinct(primals), *_distinct(constants))
     else:
         o, lse, _ = load(problem.backend).forward(problem, primals, constants)
     return o, lse
+
+
+def _distinct(tensors: Tensors) -> Tensors:
+    """The tensors, with views for repeats: torch.compile refuses one twice, as in attention(x, x, x)."""
+    return [
+        t.view_as(t) if t is not None and any(t is before for before in tensors[:index]) else t
+        for index, t in enumerate(tensors)
+    ]
 
 
 class _Map(Function):

@@ -566,7 +566,7 @@ class TestCompiled:
         def call(q: Tensor, cu: Tensor) -> Tensor:
             return metattn.varlen_attention(q, q, q, cu, cu, 5, 5, causal=True)
 
-        q, cu = randn(8, 3, 8), torch.tensor([0, 3, 8])
+        q, cu = randn(8, 3, 8).requires_grad_(), torch.tensor([0, 3, 8], dtype=torch.int32)
         torch.testing.assert_close(self.compiled(call)(q, cu), call(q, cu))
 
     def test_use_backend_is_guarded(self) -> None:

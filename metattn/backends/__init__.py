@@ -10,7 +10,10 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
+
+import torch
 
 from metattn.problem import Constants, Primals, Problem
 
@@ -23,13 +26,10 @@ _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
 
 
-class _Named(threading.local):
-    """What use_backend names. A thread-local, for Dynamo guards those; it cannot trace a ContextVar."""
-
-    backend: str | None = None
-
-
-_thread = _Named()
+# What use_backend names: for eager code in this thread or task; for Dynamo, which guards a global but cannot
+# trace a ContextVar, the name last entered or restored.
+_named: ContextVar[str | None] = ContextVar("metattn_backend", default=None)
+_named_for_dynamo: str | None = None
 
 
 def load(name: str) -> ModuleType:
@@ -70,8 +70,15 @@ def check_name(name: str | None) -> None:
 
 
 def named() -> str | None:
-    """The backend that use_backend names in this thread."""
-    return _thread.backend
+    """The backend that use_backend names."""
+    return _named_for_dynamo if torch.compiler.is_compiling() else _named.get()
+
+
+def _name(name: str | None) -> None:
+    global _named_for_dynamo  # noqa: PLW0603
+    _named_for_dynamo = name
+    if not torch.compiler.is_compiling():
+        _named.set(name)
 
 
 def objection(name: str, problem: Problem, primals: Primals, constants: Constants) -> str | None:
@@ -101,12 +108,13 @@ def choose(problem: Problem, primals: Primals, constants: Constants, name: str |
 def use_backend(name: str | None) -> Iterator[None]:
     """Context manager: calls in this thread that name no backend use this one, or raise saying why.
 
-    None restores the automatic choice inside.
+    None restores the automatic choice inside. Code under torch.compile goes by the name last entered in any
+    thread, and is compiled again when it changes.
     """
     check_name(name)
-    outer = _thread.backend
-    _thread.backend = name
+    outer = named()
+    _name(name)
     try:
         yield
     finally:
-        _thread.backend = outer
+        _name(outer)
