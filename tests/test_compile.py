@@ -16,12 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import metattn
 from metattn import autodiff
 from metattn.backends import available_backends
-from metattn.problem import Options, Problem, dense, packed
+from metattn.problem import Options, Primals, Problem, dense, packed
 from metattn.problem import Packing as Lengths
 
 native = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"
 )
+
+# The reference is traced operation by operation, which takes seconds a call: some tests of it stand for all.
+MAIN = "cpu" if available_backends()["cpu"] is None else "reference"
+TRACED = [(MAIN, name) for name in OPTIONS] + [("reference", name) for name in ("plain", "dropout", "packed")]
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +43,17 @@ def gradients(function: Any, call: Call) -> tuple[Tensor, ...]:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("name", list(OPTIONS))
-    def test_no_graph_break(self, name: str, backend: str) -> None:
+    @pytest.mark.parametrize(("backend", "name"), list(dict.fromkeys(TRACED)))
+    def test_no_graph_break(self, backend: str, name: str) -> None:
         """fullgraph=True refuses any break, in the forward and in its backward."""
         call = make_call((name,), dtype=torch.float32)
         compiled = torch.compile(call.function(backend), fullgraph=True, backend="aot_eager")
         assert largest_difference(gradients(compiled, call), gradients(call.function(backend), call)) < 1e-5
 
-    @pytest.mark.parametrize("names", [("plain",), ("bias", "sinks", "softcap", "dropout")], ids="+".join)
-    def test_inductor(self, names: tuple[str, ...], backend: str) -> None:
-        call = make_call(names, Shape(n=33, m=31, d=16, dv=8), torch.float32)
+    def test_inductor(self, backend: str) -> None:
+        call = make_call(
+            ("bias", "sinks", "softcap", "dropout"), Shape(n=33, m=31, d=16, dv=8), torch.float32
+        )
         compiled = torch.compile(call.function(backend), fullgraph=True)
         assert largest_difference(gradients(compiled, call), gradients(call.function(backend), call)) < 1e-4
 
@@ -57,9 +62,9 @@ class TestCompile:
         compiled = torch.compile(call.function(backend), fullgraph=True, backend="aot_eager")
         assert largest_difference(compiled(*call.tensors), call.function(backend)(*call.tensors)) < 1e-6
 
-    def test_dynamic_shapes(self, backend: str) -> None:
+    def test_dynamic_shapes(self) -> None:
         compiled = torch.compile(
-            lambda q, k, v: metattn.attention(q, k, v, causal=True, backend=backend),
+            lambda q, k, v: metattn.attention(q, k, v, causal=True, backend=MAIN),
             fullgraph=True,
             dynamic=True,
             backend="aot_eager",
@@ -68,7 +73,7 @@ class TestCompile:
             q = torch.randn(2, 2, n, 4)
             assert (
                 largest_difference(
-                    [compiled(q, q, q)], [metattn.attention(q, q, q, causal=True, backend=backend)]
+                    [compiled(q, q, q)], [metattn.attention(q, q, q, causal=True, backend=MAIN)]
                 )
                 < 1e-6
             )
@@ -98,17 +103,17 @@ class TestCompile:
             double_backward()
 
     @pytest.mark.parametrize("transform", ["grad", "vmap", "grad of grad", "jvp of grad"])
-    def test_transforms_inside_are_left_to_eager(self, transform: str, backend: str) -> None:
+    def test_transforms_inside_are_left_to_eager(self, transform: str) -> None:
         q, k, v = torch.randn(3, 2, 2, 5, 4)
 
         def loss(*x: Tensor) -> Tensor:
-            return metattn.attention(*x, causal=True, backend=backend).sin().sum()
+            return metattn.attention(*x, causal=True, backend=MAIN).sin().sum()
 
         grad = torch.func.grad(loss, (0, 1, 2))
         function = {
             "grad": grad,
             "vmap": lambda *x: (
-                torch.func.vmap(lambda *y: metattn.attention(*(t[None] for t in y), backend=backend))(*x),
+                torch.func.vmap(lambda *y: metattn.attention(*(t[None] for t in y), backend=MAIN))(*x),
             ),
             "grad of grad": torch.func.grad(lambda *x: sum(g.sum() for g in grad(*x)), (0, 1, 2)),
             "jvp of grad": lambda *x: torch.func.jvp(grad, x, x)[1],
@@ -116,10 +121,10 @@ class TestCompile:
         compiled = torch.compile(function, backend="aot_eager")
         assert largest_difference(compiled(q, k, v), function(q, k, v)) < 1e-6
 
-    def test_a_module_after_eager_use(self, backend: str) -> None:
+    def test_after_eager_use(self) -> None:
         """The eager Functions, used first, do not stand in the compiled call's way, nor it in theirs."""
         call = make_call(dtype=torch.float32)
-        function = call.function(backend)
+        function = call.function(MAIN)
         before = gradients(function, call)
         compiled = gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), call)
         x = [t.requires_grad_() for t in call.tensors]
@@ -177,8 +182,8 @@ def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
         problem, primals, constants = packed(x["q"], x["k"], x["v"], lengths, options)
     shared = module._call(problem, primals, constants)
     moves = [None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals]
-    results = torch.ops.metattn.forward(*shared)
-    results_t = torch.ops.metattn.jvp(*shared, *results, *moves)
+    results = module.forward(problem, primals, constants)
+    results_t = module.jvp(problem, primals, constants, results, Primals(*moves))
     cotangents, needs = results[:2], sum(1 << i for i, primal in enumerate(primals) if primal is not None)
     return {
         "forward": shared,
@@ -188,21 +193,39 @@ def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
     }
 
 
+OPERATORS = ("forward", "vjp", "jvp", "vjp_jvp")
+
+
+def check_operator(name: str, arguments: tuple[Any, ...], tests: tuple[str, ...]) -> None:
+    torch.library.opcheck(getattr(torch.ops.metattn, name).default, arguments, test_utils=tests)
+
+
 @native
 class TestOperators:
     @pytest.mark.parametrize("name", list(OPTIONS))
-    @pytest.mark.parametrize("operator", ["forward", "vjp", "jvp", "vjp_jvp"])
-    def test_opcheck(self, operator: str, name: str) -> None:
-        """Schema, fake implementation, and AOT dispatch with dynamic shapes, as torch.library checks them."""
+    @pytest.mark.parametrize("operator", OPERATORS)
+    def test_schema_and_fake(self, operator: str, name: str) -> None:
         arguments = operator_arguments(make_call((name,), dtype=torch.float32))[operator]
-        torch.library.opcheck(
-            getattr(torch.ops.metattn, operator).default,
-            arguments,
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-        )
+        check_operator(operator, arguments, ("test_schema", "test_faketensor"))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("plain",),
+            ("mask", "bias", "sinks", "grouped", "dropout", "alibi"),
+            ("packed", "softcap", "window"),
+        ],
+        ids="+".join,
+    )
+    @pytest.mark.parametrize("operator", OPERATORS)
+    def test_opcheck(self, operator: str, names: tuple[str, ...], dtype: torch.dtype) -> None:
+        """All that torch.library checks: AOT dispatch with dynamic shapes too."""
+        arguments = operator_arguments(make_call(names, dtype=dtype))[operator]
+        check_operator(operator, arguments, ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
     @pytest.mark.parametrize("name", ["plain", "bias", "sinks", "grouped", "packed"])
-    @pytest.mark.parametrize("operator", ["forward", "vjp", "jvp", "vjp_jvp"])
+    @pytest.mark.parametrize("operator", OPERATORS)
     def test_fakes_have_the_real_strides(self, operator: str, name: str) -> None:
         arguments = operator_arguments(make_call((name,)))[operator]
         function = getattr(torch.ops.metattn, operator)
