@@ -132,7 +132,7 @@ class TestAbsentTerms:
             needs = tuple(i == wanted for i in range(5))
             first = reference.vjp(problem, primals, constants, Results(o, lse), o, lse, needs)
             second = reference.vjp_jvp(
-                problem, primals, constants, Results(o, lse), o, lse, primals, o, lse, needs
+                problem, primals, constants, Results(o, lse), o, lse, primals, Results(o, lse), needs
             )
             assert tuple(x is not None for x in first) == tuple(x is not None for x in second) == needs
 
