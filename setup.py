@@ -25,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU_LIBRARY = "metattn.libmetattn_cpu"
 HOST_MODULE = "metattn._host"
-MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
+# Compiled once for each ISA: the micro-kernels, and the four maps on them.
+PER_ISA = ("gemm", "forward", "vjp", "jvp", "vjp_jvp")
 # The oldest libtorch whose stable ABI the operators use.
 TORCH_TARGET = (2, 10)
 
@@ -135,9 +136,9 @@ class NinjaBuildExt(build_ext):
                 compile_object("cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *isas()["baseline"]]),
             ]
             for isa, isa_flags in isas().items():
-                for map_name in MAPS:
+                for name in PER_ISA:
                     extra = [f"-DMETATTN_ISA={isa}", *isa_flags]
-                    objects.append(compile_object(f"cpu/{map_name}.cpp", f"{map_name}_{isa}", extra))
+                    objects.append(compile_object(f"cpu/{name}.cpp", f"{name}_{isa}", extra))
             libdir = torch / "lib"
             ninja.build(
                 [str(library)],

@@ -7,13 +7,6 @@
 
 namespace metattn::METATTN_ISA {
 
-// Rows of C that a micro-kernel keeps in registers.
-#if METATTN_VECTOR_BYTES == 64
-constexpr int kMicroRows = 12;
-#else
-constexpr int kMicroRows = 6;
-#endif
-
 // Where element (row, k) of A lies: data[row·row_stride + (k / kPanel)·panel_stride + (k % kPanel)·k_stride].
 // Transposed says that row_stride is 1, otherwise k_stride is.
 template <class T>
@@ -37,64 +30,10 @@ static inline Operand<T> panels(const T* data, int64_t rows) {
   return {data, kPanel<T>, rows * kPanel<T>};
 }
 
-template <class T, bool Transposed, int Rows, int Vectors>
-static inline void micro_kernel(int64_t k_count, const Operand<T>& a, int64_t row, const T* b, T* c, int64_t c_stride,
-                                bool accumulate) {
-  constexpr int64_t kStep = kPanel<T>;
-  Vec<T> acc[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j)
-      acc[i][j] = accumulate ? load(c + i * c_stride + j * kLanes<T>) : Vec<T>{};
-  const T* a_panel = a.data + row * (Transposed ? 1 : a.stride);
-  for (int64_t k0 = 0; k0 < k_count; k0 += kStep, a_panel += a.panel_stride) {
-    const int64_t steps = k_count - k0 < kStep ? k_count - k0 : kStep;
-    const T* a_k = a_panel;
-    for (int64_t k = 0; k < steps; ++k, b += kStep, a_k += Transposed ? a.stride : 1) {
-      Vec<T> b_k[Vectors];
-      for (int j = 0; j < Vectors; ++j) b_k[j] = load(b + j * kLanes<T>);
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-        const Vec<T> a_ik = splat(a_k[Transposed ? i : i * a.stride]);
-        for (int j = 0; j < Vectors; ++j) acc[i][j] += a_ik * b_k[j];
-      }
-    }
-  }
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) store(c + i * c_stride + j * kLanes<T>, acc[i][j]);
-}
-
-// The rows left over when M is no multiple of kMicroRows.
-template <class T, bool Transposed, int Vectors, int Rows>
-static void last_rows(int64_t rows, int64_t k_count, const Operand<T>& a, int64_t row, const T* b, T* c,
-                      int64_t c_stride, bool accumulate) {
-  if constexpr (Rows > 0) {
-    if (rows == Rows) {
-      micro_kernel<T, Transposed, Rows, Vectors>(k_count, a, row, b, c, c_stride, accumulate);
-    } else {
-      last_rows<T, Transposed, Vectors, Rows - 1>(rows, k_count, a, row, b, c, c_stride, accumulate);
-    }
-  }
-}
-
-template <class T, bool Transposed, int Vectors>
-static void gemm_panel(int64_t m, int64_t k, const Operand<T>& a, const T* b, T* c, int64_t c_stride, bool accumulate) {
-  int64_t row = 0;
-  for (; row + kMicroRows <= m; row += kMicroRows)
-    micro_kernel<T, Transposed, kMicroRows, Vectors>(k, a, row, b, c + row * c_stride, c_stride, accumulate);
-  last_rows<T, Transposed, Vectors, kMicroRows - 1>(m - row, k, a, row, b, c + row * c_stride, c_stride, accumulate);
-}
-
-// b_stride: from one panel of B to the next. Columns of C up to the next multiple of kLanes are written.
+// C [m, n], rows c_stride apart, columns contiguous; b_stride: from one panel of B to the next. Columns of C up to the
+// next multiple of kLanes are written. Compiled in gemm.cpp alone.
 template <bool Transposed = false, class T>
-static void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const T* b, int64_t b_stride, T* c,
-                 int64_t c_stride, bool accumulate) {
-  for (int64_t col = 0; col < n; col += kPanel<T>, b += b_stride, c += kPanel<T>) {
-    if (n - col > kLanes<T>) {
-      gemm_panel<T, Transposed, 2>(m, k, a, b, c, c_stride, accumulate);
-    } else {
-      gemm_panel<T, Transposed, 1>(m, k, a, b, c, c_stride, accumulate);
-    }
-  }
-}
+void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+          bool accumulate);
 
 }  // namespace metattn::METATTN_ISA
