@@ -62,7 +62,7 @@ void gemm_panel(int64_t m, int64_t k, const Operand<T>& a, const T* b, T* c, int
 
 template <bool Transposed, class T>
 void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const T* b, int64_t b_stride, T* c,
-                 int64_t c_stride, bool accumulate) {
+          int64_t c_stride, bool accumulate) {
   for (int64_t col = 0; col < n; col += kPanel<T>, b += b_stride, c += kPanel<T>) {
     if (n - col > kLanes<T>) {
       gemm_panel<T, Transposed, 2>(m, k, a, b, c, c_stride, accumulate);
