@@ -53,8 +53,9 @@ class AttentionMetaLearner(nn.Module):
         )
         self.pooling = AttentionPooling(hidden_size, device=device, dtype=dtype) if pooling else None
         self.decoder = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
-            nn.ReLU(),
+            nn.LayerNorm(
+                hidden_size, elementwise_affine=False
+            ),  # what follows has weight and bias of its own
             nn.Linear(hidden_size, output_size, device=device, dtype=dtype),
         )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.functional import batch_norm, instance_norm, layer_norm
+from torch.overrides import TorchFunctionMode
 
 Samples: TypeAlias = tuple[Tensor, Tensor]  # (inputs, targets)
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) → scalar
@@ -59,7 +63,8 @@ def adapt(
     inputs, targets = support
 
     def loss(current: Mapping[str, Tensor]) -> Tensor:
-        return loss_fn(functional_call(model, dict(current), (inputs,)), targets)
+        with _AffineApart():
+            return loss_fn(functional_call(model, dict(current), (inputs,)), targets)
 
     def rate(name: str) -> float | Tensor:
         return lr[name] if isinstance(lr, Mapping) else lr
@@ -120,3 +125,35 @@ def maml_loss(
 
     losses = vmap(task_loss, randomness=randomness, chunk_size=chunk_size)(support, query)
     return torch.mean(losses)
+
+
+class _AffineApart(TorchFunctionMode):
+    """Within it layer_norm, batch_norm and instance_norm apply their weight and bias as separate operations.
+
+    Under vmap with a weight for every task, torch's rules for the backward of these three take the saved
+    mean and variance for constants (pytorch/functorch#534): differentiated once more they would be silently
+    wrong. Without weight and bias they are right.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func not in (layer_norm, batch_norm, instance_norm):
+            return func(*args, **(kwargs or {}))
+        arguments = _signature(func).bind(*args, **(kwargs or {})).arguments
+        weight, bias = arguments.pop("weight", None), arguments.pop("bias", None)
+        output = func(**arguments)
+        channels = (-1,) + (1,) * (output.dim() - 2)  # dimension 1 of batch_norm and instance_norm
+        for combine, tensor in ((torch.mul, weight), (torch.add, bias)):
+            if tensor is not None:
+                output = combine(output, tensor if func is layer_norm else tensor.view(channels))
+        return output
+
+
+@functools.cache
+def _signature(func: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(func)
