@@ -64,7 +64,7 @@ class _Map(Function):
         if torch._C._are_functorch_transforms_active():
             return _torch_apply(cls, *arguments)
         # what is saved in a torch.func transform may be used after its end
-        alive = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments]
+        alive = [x if x is None or not isinstance(x, Tensor) else _unwrap_if_dead(x) for x in arguments]
         return _bare_apply(cls, *alive)
 
 
