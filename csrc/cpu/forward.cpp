@@ -73,7 +73,7 @@ struct Forward {
     gemm(tile.rows, p.dv, tile.keys, row_major(s, kKeys), v.natural_block(block), v.natural_stride(), acc, wide_dv, true);
   }
 
-  void end(const Tile& tile) {
+  bool end(const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       T* o = acc + r * wide_dv;
@@ -84,6 +84,7 @@ struct Forward {
       *double_at(p.out_lse, tile.seq, tile.head, i) =
           dead ? -kInfinity<double> : static_cast<double>(top[r]) + __builtin_log(static_cast<double>(total[r]));
     }
+    return false;
   }
 };
 

@@ -1,10 +1,13 @@
 // jvp: the tangents of O and L for tangents A, B, C, β, σ of Q, K, V, bias and sinks, in one pass over the keys:
-// Ot = (P∘T∘Z)V + (P∘Z)C − τ·O.
+// Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O for any t. With t = 0 the terms cancel where a sharply peaked row has large
+// T; rows that lost more than kCancellation so are walked once more, with t = τ of the first pass.
 #include "kernels.h"
 #include "sweep.h"
 
 namespace metattn::METATTN_ISA {
 namespace {
+
+constexpr int kCancellation = 16;
 
 template <class T>
 struct Jvp {
@@ -15,7 +18,9 @@ struct Jvp {
   PackedKeys<T> k, b, v, c;
   T *s, *tanh_tile, *z, *t, *scratch_row;
   T* acc;  // [kRows][padded(dv)]
-  double tau[kRows];
+  T base[kRows];        // t
+  double excess[kRows];  // τ − t
+  bool again;            // this is the second pass
   LogSumExp<T> lse;
   int64_t wide_dv;
   bool has_scores;  // a tangent reaches the scores
@@ -46,11 +51,17 @@ struct Jvp {
     lse.load(p, tile);
     q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
     if (a) a.pack(p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
-    memset(acc, 0, sizeof(T) * kRows * wide_dv);
-    for (int64_t r = 0; r < tile.rows; ++r) tau[r] = 0;
+    again = false;
+    for (int64_t r = 0; r < tile.rows; ++r) base[r] = 0;
+    clear();
   }
 
-  // t = P∘T∘Z and s = P∘Z; τ gains Σ P∘T.
+  void clear() {
+    memset(acc, 0, sizeof(T) * kRows * wide_dv);
+    for (int64_t r = 0; r < kRows; ++r) excess[r] = 0;
+  }
+
+  // t = P∘(T − base)∘Z and s = P∘Z; excess gains Σ P∘(T − base).
   template <bool Capped>
   void weigh_row(const Tile& tile, int64_t r) {
     T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
@@ -65,13 +76,13 @@ struct Jvp {
           tangent *= 1 - u * u;
         }
         if (p.t_bias) tangent += load(row + j);
-        const Vec<T> weighted = weight * tangent;
+        const Vec<T> weighted = weight * (tangent - base[r]);
         total += weighted;
         store(t_row + j, weighted * keep);
       }
       store(s_row + j, weight * keep);
     }
-    tau[r] += static_cast<double>(sum<T>(total));
+    excess[r] += static_cast<double>(sum<T>(total));
   }
 
   void visit(const Tile& tile, int64_t block) {
@@ -94,27 +105,53 @@ struct Jvp {
            true);
   }
 
-  void end(const Tile& tile) {
+  // Adds the sink's share, Ps·(σ − base), to the excess, and leaves Ot in acc. Whether too many digits were lost.
+  bool finish_row(const Tile& tile, int64_t r) {
+    T* o_t = acc + r * wide_dv;
+    if (lse.dead[r]) {
+      memset(o_t, 0, sizeof(T) * wide_dv);
+      return false;
+    }
+    if (p.sinks) {
+      const T sink = load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0));
+      const T weight = exp(splat((sink - lse.high[r]) - lse.low[r]))[0];
+      const T tangent =
+          p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
+      excess[r] += static_cast<double>(weight * (tangent - base[r]));
+    }
+    load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, tile.s.q0 + tile.row0 + r, p.dv, row, scratch_row);
+    T largest_term = 0, largest = 0;
+    for (int64_t col = 0; col < p.dv; ++col) {
+      const T term = static_cast<T>(excess[r]) * row[col];
+      o_t[col] -= term;
+      largest_term = larger_magnitude(term, largest_term);
+      largest = larger_magnitude(o_t[col], largest);
+    }
+    return largest_term > kCancellation * largest;
+  }
+
+  static T larger_magnitude(T x, T so_far) {
+    const T magnitude = x < 0 ? -x : x;
+    return magnitude > so_far ? magnitude : so_far;
+  }
+
+  bool end(const Tile& tile) {
+    bool lossy = false;
+    for (int64_t r = 0; r < tile.rows; ++r) lossy |= finish_row(tile, r);
+    if (lossy && has_scores && !again) {
+      again = true;
+      for (int64_t r = 0; r < tile.rows; ++r) base[r] = lse.dead[r] ? 0 : static_cast<T>(excess[r]);
+      clear();
+      return true;
+    }
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
-      T* o_t = acc + r * wide_dv;
-      if (lse.dead[r]) {
-        memset(o_t, 0, sizeof(T) * wide_dv);
-        tau[r] = 0;
-      } else {
-        if (p.t_sinks) {
-          const int64_t at = offset_of(p.sinks, tile.seq, tile.head, 0);
-          const int64_t tangent_at = offset_of(p.t_sinks, tile.seq, tile.head, 0);
-          const T weight = exp(splat((load_scalar<T>(p.sinks, at) - lse.high[r]) - lse.low[r]))[0];
-          tau[r] += static_cast<double>(weight * load_scalar<T>(p.t_sinks, tangent_at));
-        }
-        load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, i, p.dv, row, scratch_row);
-        for (int64_t col = 0; col < p.dv; ++col) o_t[col] -= static_cast<T>(tau[r]) * row[col];
-      }
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
-                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, T{1}, o_t, row);
-      *double_at(p.out_lse, tile.seq, tile.head, i) = tau[r];
+                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, T{1}, acc + r * wide_dv, row);
+      *double_at(p.out_lse, tile.seq, tile.head, i) =
+          lse.dead[r] ? 0 : static_cast<double>(base[r]) + excess[r];
     }
+    return false;
   }
 };
 

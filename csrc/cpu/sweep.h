@@ -9,7 +9,8 @@ namespace metattn::METATTN_ISA {
 
 // A Map of a row sweep offers:
 //   pack(seq, kv_head, s, key0, keys, block)   packs one block of keys
-//   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results
+//   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results; or end
+//                                              asks for the tiles once more, by true
 template <class T, class Map>
 static void row_sweep(const Params& p, int64_t unit, Map& map) {
   int64_t seq = 0, past = p.batch;  // first_unit[seq] <= unit < first_unit[seq + 1]
@@ -32,11 +33,12 @@ static void row_sweep(const Params& p, int64_t unit, Map& map) {
       Tile tile{seq, head, kv_head, s, row0, smaller(kRows, row_end - row0), 0, 0, 0, false};
       map.begin(tile);
       const int64_t lo = attended_keys(p, s, row0).lo, hi = attended_keys(p, s, row0 + tile.rows - 1).hi;
-      for (int64_t key0 = lo / kKeys * kKeys; key0 < hi; key0 += kKeys) {
-        place_keys<T>(p, tile, key0, s.m);
-        map.visit(tile, (key0 - key_begin) / kKeys);
-      }
-      map.end(tile);
+      do {
+        for (int64_t key0 = lo / kKeys * kKeys; key0 < hi; key0 += kKeys) {
+          place_keys<T>(p, tile, key0, s.m);
+          map.visit(tile, (key0 - key_begin) / kKeys);
+        }
+      } while (map.end(tile));
     }
   }
 }
