@@ -82,6 +82,8 @@ class NinjaBuildExt(build_ext):
             self.extensions = []
             return
         if self.inplace:
+            for extension in self.extensions:  # a running process keeps the file it has mapped
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.copy_extensions_to_source()
 
     def _ninja(self) -> None:
