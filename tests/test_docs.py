@@ -15,18 +15,20 @@ from metattn.cli import _report
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-EXAMPLES = [
-    pytest.param(code, id=f"{document.relative_to(ROOT)}-{number}")
+BLOCKS = {
+    document: re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
     for document in DOCUMENTS
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S))
-]
+}
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if BLOCKS[d]], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_examples_run(document: Path, tmp_path: Path) -> None:
+    """A page's blocks in order, as one program: their own asserts check what the page claims."""
     places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", "-c", code],
+        [sys.executable, "-W", "error::FutureWarning", "-c", "\n".join(BLOCKS[document])],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": places},
         capture_output=True,
@@ -44,8 +46,12 @@ def test_forces_example_learns() -> None:
 
 
 def test_readme_example_is_ten_lines() -> None:
-    example = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
-    assert len(example.splitlines()) <= 10
+    assert len(BLOCKS[ROOT / "README.md"][0].splitlines()) <= 10
+
+
+def test_maml_recipe_is_twenty_lines() -> None:
+    recipe = BLOCKS[ROOT / "docs/recipes/maml.md"][0]
+    assert len([line for line in recipe.splitlines() if line]) <= 20
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
