@@ -345,5 +345,11 @@ def test_isa_override() -> None:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == name
+    code = "import metattn; print(metattn.available_backends()['cpu'])"
+    environment = {**os.environ, "METATTN_ISA": "mmx"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "METATTN_ISA=mmx" in done.stdout
     assert set(_host.usable_isas()) <= set(_host.build_info()["isas"])
     assert "baseline" in _host.usable_isas()

@@ -43,15 +43,12 @@ const Isa kIsas[] = {
 
 const Isa* find_isa(const char* name) {
   for (const Isa& isa : kIsas)
-    if (isa.usable() && (name == nullptr || *name == '\0' || strcmp(isa.name, name) == 0)) return &isa;
+    if (isa.usable() && (*name == '\0' || strcmp(isa.name, name) == 0)) return &isa;
   return nullptr;
 }
 
 std::atomic<const Isa*>& active_isa() {
-  static std::atomic<const Isa*> active = [] {
-    const Isa* asked = find_isa(std::getenv("METATTN_ISA"));
-    return asked != nullptr ? asked : find_isa(nullptr);
-  }();
+  static std::atomic<const Isa*> active{find_isa("")};
   return active;
 }
 

@@ -6,7 +6,9 @@ mean is in csrc/ops.cpp; here a call is flattened into them, and torch is told t
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ def unavailable_reason() -> str | None:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} cannot be loaded into torch {torch.__version__}: {error}"
+    asked = os.environ.get("METATTN_ISA", "")
+    if asked and ctypes.CDLL(str(LIBRARY)).metattn_set_isa(asked.encode()) != 0:
+        return f"METATTN_ISA={asked} names no instruction set that was built and that this CPU has"
     _describe_operators()
     return None
 
