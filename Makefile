@@ -33,8 +33,11 @@ $(BUILT): $(ENVIRONMENT) $(SOURCES)
 demo: build
 	$(PY) -m metattn demo --out demo-output
 
+# With pytest-xdist (an interpreter of your own may lack it) files are spread over the processors, a thread each.
 test: build
-	$(PY) -m pytest
+	if $(PY) -c 'import xdist' 2>/dev/null; \
+	then OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile; \
+	else $(PY) -m pytest; fi
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff format --check .
