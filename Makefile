@@ -31,7 +31,7 @@ $(BUILT): $(ENVIRONMENT) $(SOURCES)
 	touch $@
 
 demo: build
-	$(PY) -m metattn demo --out demo-output
+	$(PY) -m metattn demo --out metattn-demo
 
 # With pytest-xdist (an interpreter of your own may lack it) files are spread over the processors, a thread each.
 test: build
@@ -48,6 +48,6 @@ bench: build
 	$(PY) -m metattn bench --out benchmarks/results/cpu --readme README.md
 
 clean:
-	rm -rf build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info metattn-demo metattn-bench .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find metattn -name '*.so' -delete
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
