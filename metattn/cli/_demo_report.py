@@ -81,7 +81,7 @@ def show(results: dict[str, Any]) -> None:
     )
     errors = results["agreement"]
     console.print(
-        "\n[bold]Meta-gradient in float32, relative distance from float64 through torch's math attention[/bold]\n"
+        "\n[bold]Meta-gradient (float32), relative distance from float64 by torch's math attention[/bold]\n"
         f"  metattn {errors['metattn']:.1e}, torch math {errors[MATH]:.1e}",
         highlight=False,
     )

@@ -28,7 +28,7 @@ from metattn.meta import AttentionMetaLearner, adapt, maml_loss
 
 EXTRAS = ("matplotlib", "numpy", "rich", "sklearn")
 SHOTS = 10  # points of a sinusoid to learn it from: the paper's K
-WAYS, DIGIT_SHOTS, DIGIT_QUERIES = 3, 5, 15
+WAYS, DIGIT_SHOTS, DIGIT_QUERIES, DIGIT_STEPS = 3, 5, 15, 5
 SHOWN_STEPS = (0, 1, 5, 10)
 
 Advance = Callable[[str, float, str], None]  # (stage, share of it done, remark)
@@ -46,7 +46,7 @@ class Size:
     seconds: float  # of measuring a length
 
 
-FULL = Size(900, 500, 400, 60, (512, 1024, 2048, 4096), 1.0)
+FULL = Size(900, 350, 400, 60, (512, 1024, 2048, 4096), 1.0)
 QUICK = Size(30, 15, 20, 10, (128, 256), 0.1)
 
 
@@ -98,7 +98,7 @@ def meta_train(
     seconds: float,
     report: Callable[[float, str], None],
 ) -> int:
-    """Adam on `loss`, its step size falling as a cosine to 0 when the iterations, or the seconds, are used up."""
+    """Adam on `loss`, its step size falling as a cosine to 0 at the end of the iterations, or the seconds."""
     optimizer = torch.optim.Adam(groups)
     highest = [group["lr"] for group in optimizer.param_groups]
     started = time.perf_counter()
@@ -248,7 +248,7 @@ def digits(size: Size, seed: int, seconds: float, advance: Advance) -> dict[str,
     def loss() -> Tensor:
         drawn = training.draw(4, generator, queries=DIGIT_SHOTS, **task)
         points = [(rows(images), labels) for images, labels in drawn]
-        return maml_loss(learner, params, cross_entropy, points[0], points[1], steps=3, lr=rates())
+        return maml_loss(learner, params, cross_entropy, points[0], points[1], steps=DIGIT_STEPS, lr=rates())
 
     untrained = accuracies()
     iterations = meta_train(
@@ -286,7 +286,7 @@ def agreement(learner: AttentionMetaLearner, seed: int) -> dict[str, float]:
     attention = nn.MultiheadAttention(
         learner.attention.embed_dim, learner.attention.num_heads, batch_first=True
     )
-    attention.load_state_dict(ours.state_dict())
+    attention.load_state_dict(learner.attention.state_dict())
     plain.attention = attention  # type: ignore[assignment]
 
     def gradient(model: nn.Module, dtype: torch.dtype, context: AbstractContextManager[Any]) -> Tensor:
