@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -369,35 +370,65 @@ def test_unknown_pooling_is_refused() -> None:
         AttentionMetaLearner(2, 8, 3, pooling="mean")
 
 
+class ElementaryNorm(nn.Module):
+    """A normalisation's formula: torch's own third derivatives are wrong, under plain autograd too."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, norm: Any, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.dims = norm.weight, norm.bias, norm.eps, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, self.dims, correction=0, keepdim=True)
+        affine = (-1,) if self.dims == (-1,) else (-1, 1)
+        normal = (x - mean) / torch.sqrt(variance + self.eps)
+        return normal * self.weight.view(affine) + self.bias.view(affine)
+
+
 class TestSecondDerivativeOfTheMetaLoss:
     @pytest.mark.parametrize(
-        "normalisation",
+        ("norm", "dims"),
         [
-            nn.LayerNorm(4),
-            nn.BatchNorm1d(POINTS, track_running_stats=False),
-            nn.InstanceNorm1d(POINTS, affine=True),
+            (nn.LayerNorm(4), (-1,)),
+            (nn.BatchNorm1d(POINTS, track_running_stats=False), (0, 2)),
+            (nn.InstanceNorm1d(POINTS, affine=True), (2,)),
         ],
         ids=["layer", "batch", "instance"],
     )
-    @pytest.mark.parametrize("steps", [0, 1])
-    def test_against_unrolled_autograd(self, normalisation: nn.Module, steps: int) -> None:
+    @pytest.mark.parametrize("steps", [0, 1, 2])
+    def test_against_unrolled_autograd(self, norm: nn.Module, dims: tuple[int, ...], steps: int) -> None:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), copy.deepcopy(normalisation), nn.Linear(4, 3))
-        model.double()
+        model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), copy.deepcopy(norm), nn.Linear(4, 3)).double()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.5)
+        plain = nn.Sequential(model[0], model[1], ElementaryNorm(model[2], dims), model[3])
         support, query = task_batch(None)
-        values = list(model.parameters())
-        expected = torch.stack(
-            [
-                unrolled(model, (support[0][i], support[1][i]), (query[0][i], query[1][i]), steps=steps)
-                for i in range(TASKS)
-            ]
-        ).mean()
-        loss = maml_loss(model, dict(model.named_parameters()), mse_loss, support, query, steps=steps, lr=0.1)
-        seconds = []
-        for of in (loss, expected):
-            first = torch.autograd.grad(of, values, create_graph=True)
-            seconds.append(torch.autograd.grad(sum(x.sin().sum() for x in first), values))
-        for ours, theirs in zip(*seconds, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        params = dict(model.named_parameters())
+        loss = maml_loss(model, params, mse_loss, support, query, steps=steps, lr=0.1)
+        per_task = [
+            unrolled(plain, (support[0][i], support[1][i]), (query[0][i], query[1][i]), steps=steps)
+            for i in range(TASKS)
+        ]
+        values, seconds = list(params.values()), []
+        for scalar in (loss, torch.stack(per_task).mean()):
+            first = torch.autograd.grad(scalar, values, create_graph=True)
+            total = torch.stack([x.sin().sum() for x in first]).sum()
+            seconds.append(torch.autograd.grad(total, values))
+        for ours, expected in zip(*seconds, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+    def test_statistics_that_are_kept(self) -> None:
+        """In evaluation they are used; where a batch is too small for statistics it is still refused."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+        model(torch.randn(20, 2, dtype=torch.float64))
+        x, y = torch.randn(2, 5, 2, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+        params = dict(model.eval().named_parameters())
+        loss = maml_loss(model, params, mse_loss, (x, y), (x, y), steps=0, lr=0.1)
+        torch.testing.assert_close(loss, mse_loss(model(x.flatten(0, 1)), y.flatten(0, 1)))
+        single = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)).double()
+        one = x[:, :1], x[:, :1]
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            maml_loss(single, dict(single.named_parameters()), mse_loss, one, one, steps=1, lr=0.1)

@@ -63,7 +63,7 @@ def adapt(
     inputs, targets = support
 
     def loss(current: Mapping[str, Tensor]) -> Tensor:
-        with _AffineApart():
+        with _ExactNorms():
             return loss_fn(functional_call(model, dict(current), (inputs,)), targets)
 
     def rate(name: str) -> float | Tensor:
@@ -119,20 +119,20 @@ def maml_loss(
         )
 
     def task_loss(support: Samples, query: Samples) -> Tensor:
-        adapted = adapt(model, params, loss_fn, support, steps=steps, lr=lr, first_order=first_order)
-        inputs, targets = query
-        return loss_fn(functional_call(model, adapted, (inputs,)), targets)
+        with _ExactNorms():  # the query's loss too: of maml_loss there may be a second derivative
+            adapted = adapt(model, params, loss_fn, support, steps=steps, lr=lr, first_order=first_order)
+            inputs, targets = query
+            return loss_fn(functional_call(model, adapted, (inputs,)), targets)
 
     losses = vmap(task_loss, randomness=randomness, chunk_size=chunk_size)(support, query)
     return torch.mean(losses)
 
 
-class _AffineApart(TorchFunctionMode):
-    """Within it layer_norm, batch_norm and instance_norm apply their weight and bias as separate operations.
+class _ExactNorms(TorchFunctionMode):
+    """Within it layer_norm, batch_norm and instance_norm are made of operations that torch differentiates.
 
-    Under vmap with a weight for every task, torch's rules for the backward of these three take the saved
-    mean and variance for constants (pytorch/functorch#534): differentiated once more they would be silently
-    wrong. Without weight and bias they are right.
+    Their own backward takes the saved mean and variance for constants: under vmap with a weight for every
+    task their second derivative is silently wrong (pytorch/functorch#534), the third is everywhere.
     """
 
     def __torch_function__(
@@ -144,9 +144,25 @@ class _AffineApart(TorchFunctionMode):
     ) -> Any:
         if func not in (layer_norm, batch_norm, instance_norm):
             return func(*args, **(kwargs or {}))
-        arguments = _signature(func).bind(*args, **(kwargs or {})).arguments
-        weight, bias = arguments.pop("weight", None), arguments.pop("bias", None)
-        output = func(**arguments)
+        bound = _signature(func).bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        options = bound.arguments
+        weight, bias = options.pop("weight"), options.pop("bias")
+        if func is layer_norm:
+            dims = tuple(range(-len(options["normalized_shape"]), 0))
+        else:
+            rest = range(2, options["input"].dim())
+            dims = (0, *rest) if func is batch_norm else tuple(rest)
+        if options.get("training", options.get("use_input_stats", True)):
+            with torch.no_grad():  # its refusals, its dtype, and what it does to running statistics
+                dtype = func(**options).dtype
+            x = options["input"]
+            x = x if x.dtype == torch.float64 else x.float()
+            centred = x - x.mean(dims, keepdim=True)
+            variance = centred.square().mean(dims, keepdim=True)
+            output = (centred * torch.rsqrt(variance + options["eps"])).to(dtype)
+        else:
+            output = func(**options)
         channels = (-1,) + (1,) * (output.dim() - 2)  # dimension 1 of batch_norm and instance_norm
         for combine, tensor in ((torch.mul, weight), (torch.add, bias)):
             if tensor is not None:
