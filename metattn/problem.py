@@ -261,7 +261,9 @@ def _window(window: Sequence[int]) -> tuple[int, int]:
             raise TypeError(f"window: expected two integers, got {window!r}")
         if side < -1:
             raise ValueError(f"window: expected sides of at least -1 (unlimited), got {window!r}")
-    return window[0], window[1]
+    # no sequence is as long as 2**31: such a side is none, and the kernels' sums of it would overflow
+    left, right = (-1 if side >= 2**31 else side for side in window)
+    return left, right
 
 
 def _is_int(value: Any) -> bool:

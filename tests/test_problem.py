@@ -391,6 +391,15 @@ class TestCanonical:
     def test_window_may_be_a_list(self) -> None:
         assert dense(Q, K, V, Options(window=[2, -1]))[0].window == (2, -1)
 
+    def test_window_side_beyond_any_length_is_no_limit(self) -> None:
+        for given, canonical in (
+            ((2**31 - 1, 0), (2**31 - 1, 0)),
+            ((2**31, 0), (-1, 0)),
+            ((2**63 - 1, -1), (-1, -1)),
+            ((0, 2**63), (0, -1)),
+        ):
+            assert dense(Q, K, V, Options(window=given))[0].window == canonical
+
     def test_no_features(self) -> None:
         assert dense(Q[..., :0], K[..., :0], V, Options())[0].scale == 1.0
 
