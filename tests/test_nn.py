@@ -318,6 +318,16 @@ def test_dropout_of_weights_and_output_is_the_same_mask() -> None:
         ({"key_padding_mask": torch.zeros(BATCH, L)}, ValueError, "key_padding_mask"),
         ({"key_padding_mask": torch.zeros(BATCH, S, dtype=torch.uint8)}, TypeError, "key_padding_mask"),
         ({"is_causal": True}, ValueError, "is_causal"),
+        ({"query": None}, TypeError, "query"),
+        ({"query": [[0.0] * E]}, TypeError, "query"),
+        ({"key": None}, TypeError, "key"),
+        ({"value": 1.0}, TypeError, "value"),
+        ({"query": torch.zeros(BATCH, L, E, dtype=torch.float64)}, TypeError, "query"),
+        ({"key": torch.zeros(BATCH, S, E, dtype=torch.bfloat16)}, TypeError, "key"),
+        ({"value": torch.zeros(BATCH, S, E, dtype=torch.int64)}, TypeError, "value"),
+        ({"query": torch.zeros(BATCH, L, E).to_sparse()}, TypeError, "query"),
+        ({"attn_mask": [[True]]}, TypeError, "attn_mask"),
+        ({"key_padding_mask": True}, TypeError, "key_padding_mask"),
     ],
 )
 def test_refusals_name_the_argument(change: dict[str, Any], error: type[Exception], argument: str) -> None:
@@ -336,6 +346,9 @@ def test_constructor_refusals() -> None:
         MultiheadAttention(12, 5)
     with pytest.raises(ValueError, match="num_heads"):
         MultiheadAttention(12, 0)
+    for dropout in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="dropout: expected a probability between 0 and 1, got"):
+            MultiheadAttention(12, 3, dropout=dropout)
 
 
 def test_transforms_of_torch_func() -> None:

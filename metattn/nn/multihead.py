@@ -24,7 +24,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       orders of derivatives, under autograd and torch.func. ``need_weights=True`` works so too, but the
       weights asked for are an N×M matrix for each head, made eagerly beside the output: ask with
       ``need_weights=False`` for memory.
-    * a query that may attend to nothing gets zeros (before the output projection), where torch gives NaN.
+    * a query that may attend to nothing gets zeros (before the output projection) and weights of zero, where
+      torch with ``need_weights=True`` gives NaN.
     * dropout draws its own mask from torch's generator; the same seed drops other entries than in torch.
     * what is refused raises ValueError or TypeError, naming the argument.
     * a NestedTensor takes torch's own inference path, which has no derivatives (torch.nn.TransformerEncoder
@@ -49,6 +50,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise ValueError(
                 f"embed_dim: expected a multiple of num_heads={num_heads}, got embed_dim={embed_dim}"
             )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: expected a probability between 0 and 1, got {dropout}")
         super().__init__(
             embed_dim,
             num_heads,
@@ -95,9 +98,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         keys too.
         Dtypes: those of :func:`metattn.attention`, parameters and inputs alike (or autocast).
         Differentiable twice in every float argument and parameter, masks included; beyond that slowly.
-        Errors: ValueError for shapes that do not fit and for is_causal without attn_mask; TypeError for a
-        mask that is neither bool nor float.
+        Errors: ValueError for shapes that do not fit and for is_causal without attn_mask; TypeError for what
+        is no tensor or not strided, inputs of another dtype than the module's (outside autocast), and a mask
+        that is neither bool nor float.
         """
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if query.is_nested or key.is_nested or value.is_nested:
             nested: tuple[Tensor, Tensor | None] = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -171,6 +178,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> None:
         """Refuse what does not fit together, before anything is computed."""
+        dtype, device = self.out_proj.weight.dtype, query.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.layout != torch.strided:
+                raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+            if tensor.dtype != dtype and not (casts and tensor.is_floating_point()):
+                raise TypeError(f"{name}: expected the module's dtype, {dtype}, got {tensor.dtype}")
         if query.dim() not in (2, 3):
             raise ValueError(f"query: expected 2 or 3 dimensions, got {query.dim()}: {list(query.shape)}")
         for name, tensor, size in (("key", key, self.kdim), ("value", value, self.vdim)):
@@ -202,6 +216,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         ):
             if mask is None:
                 continue
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise TypeError(f"{name}: expected bool or a floating-point dtype, got {mask.dtype}")
             if tuple(mask.shape) not in shapes:
