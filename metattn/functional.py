@@ -99,7 +99,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; nothing was computed.
-        NotImplementedError: a layout that is not strided; a named backend that cannot serve the call.
+        NotImplementedError: a layout that is not strided; alibi_slopes whose derivative is asked for; a named
+            backend that cannot serve the call.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; docs/math.md has the formulas of the derivatives.
     """
@@ -181,7 +182,7 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention() of each of S packed sequences: rows cu_seqlens[s] to cu_seqlens[s+1] see one another only.
 
-    Options, errors and orders of differentiation are attention()'s, with S for B, max_seqlen_q for N and
+    Options and orders of differentiation are attention()'s, with S for B, max_seqlen_q for N and
     max_seqlen_k for M in the shapes of mask, bias, alibi_slopes and sinks; causal, window and ALiBi use each
     sequence's own lengths.
 
@@ -195,6 +196,11 @@ def varlen_attention(
 
     Returns:
         o [total_q, Hq, dv]; with return_lse also lse [Hq, total_q].
+
+    Raises:
+        TypeError, ValueError: as attention(); cu_seqlens that are not 1-D int32 or int64 or differ in length,
+            or whose values do not go from 0 to the total without decreasing; a longest length too short.
+        NotImplementedError: as attention(); cu_seqlens mapped by vmap.
 
     Source: the packed layout of Dao 2023, arXiv 2307.08691.
     """
@@ -290,14 +296,23 @@ class Explanation:
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
     """Which backend attention(q, k, v, **options) runs on, and why not each other one; nothing is computed.
 
-    With cu_seqlens_q among the options the call is varlen_attention's. Raises what the call would raise.
+    With cu_seqlens_q among the options the call is varlen_attention's. Raises what the call would raise, and
+    TypeError for an option that neither function has.
     """
     named = options.pop("backend", None)
     options.pop("return_lse", None)
+    unknown = [name for name in options if name not in (*Options._fields, *Packing._fields)]
+    if unknown:
+        raise TypeError(
+            f"{unknown[0]}: expected an option of attention() or varlen_attention(), got an unknown one"
+        )
     if options.get("dropout_seed") is None:
         options["dropout_seed"] = 0  # explaining a call draws nothing from torch's generator
     packing = {name: options.pop(name) for name in Packing._fields if name in options}
     if packing:
+        for name in Packing._fields:
+            if name not in packing:
+                raise TypeError(f"{name}: expected it with {', '.join(packing)}, got nothing")
         problem, primals, constants = packed(q, k, v, Packing(**packing), Options(**options))
     else:
         problem, primals, constants = dense(q, k, v, Options(**options))

@@ -433,6 +433,14 @@ class TestBackends:
         q, k, v = randn(4, 2, 8), randn(4, 2, 8), randn(4, 2, 8)
         options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 4, "max_seqlen_k": 4}
         assert metattn.explain(q, k, v, **options).backend == metattn.explain(Q, K, V).backend
+        for name in options:
+            others = {other: value for other, value in options.items() if other != name}
+            with pytest.raises(TypeError, match=f"^{name}: expected it with "):
+                metattn.explain(q, k, v, **others)
+
+    def test_explain_refuses_unknown_options(self) -> None:
+        with pytest.raises(TypeError, match="is_causal: expected an option of"):
+            metattn.explain(Q, K, V, is_causal=True)
 
 
 class TestOverride:
@@ -498,6 +506,20 @@ class TestOverride:
             thread.start()
             thread.join()
         assert override.calls == 0
+
+    @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+    def test_nested_tensors_go_to_torch(self, layout: torch.layout) -> None:
+        if layout is torch.jagged:
+            nested = torch.nested.nested_tensor([randn(3, 2, 8), randn(5, 2, 8)], layout=layout)
+            nested = nested.transpose(1, 2)
+        else:
+            nested = torch.nested.nested_tensor([randn(2, 3, 8), randn(2, 5, 8)], layout=layout)
+        expected = F.scaled_dot_product_attention(nested, nested, nested)
+        with metattn.sdpa_override() as override:
+            o = F.scaled_dot_product_attention(nested, nested, value=nested)
+        assert override.calls == 0
+        for found, exact in zip(o.unbind(), expected.unbind(), strict=True):
+            assert torch.equal(found, exact)
 
     def test_causal_bias_inside(self) -> None:
         expected = F.scaled_dot_product_attention(Q, K, V, causal_lower_right(4, 5))

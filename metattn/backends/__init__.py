@@ -7,6 +7,7 @@ Each backend's module offers forward, vjp, jvp and vjp_jvp, and says why it cann
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 
 from metattn.problem import Constants, Primals, Problem
 
+IMPORTING_PROCESS = os.getpid()  # a child that was forked from it has none of its threads
 NAMES = ("reference", "cpu", "cuda", "triton")
 MODULES = {"reference": "metattn.backends.reference", "cpu": "metattn.backends.native"}
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
@@ -109,7 +111,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Context manager: calls in this thread that name no backend use this one, or raise saying why.
 
     None restores the automatic choice inside. Code under torch.compile goes by the name last entered in any
-    thread, and is compiled again when it changes.
+    thread, and is compiled again when it changes. Raises ValueError for a name that is no backend's and
+    TypeError for what is no name; a call inside that the backend cannot serve raises NotImplementedError.
     """
     check_name(name)
     outer = named()

@@ -19,6 +19,7 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
 
     So is the one inside torch.nn.MultiheadAttention (when it need not return weights) and torch's Transformer
     layers. Inside a `sdpa_kernel(...)` entered within the override torch's own runs: a kernel was asked for.
+    So it does for nested tensors, which metattn does not take.
     Derivatives may be taken outside. Raises what metattn.scaled_dot_product_attention raises.
     """
 
@@ -50,7 +51,7 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         return func(*args, **(kwargs or {}))
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        if _enabled_kernels() != self._kernels[-1]:
+        if _enabled_kernels() != self._kernels[-1] or _any_nested(*args, **kwargs):
             return F.scaled_dot_product_attention(*args, **kwargs)
         self.calls += 1
         return scaled_dot_product_attention(*args, **kwargs)
@@ -62,6 +63,10 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         bound = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
         names[original.__name__] = bound  # what the function hands to the next mode, if any
         return bound
+
+
+def _any_nested(*args: Any, **kwargs: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values()))
 
 
 def _enabled_kernels() -> tuple[bool, ...]:
