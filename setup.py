@@ -1,10 +1,10 @@
 """The extension build; metadata is in pyproject.toml, so that reading it needs neither torch nor a compiler.
 
-Two artefacts, both linked by one ninja file: `metattn/libmetattn_cpu.so`, the operators against LibTorch's stable
-ABI (any torch >= 2.10, any Python), and `metattn._host`, the pybind11 module that tells about them.
+Two artefacts, both linked by one ninja file: `metattn/libmetattn_cpu.so`, the operators against LibTorch's
+stable ABI (any torch >= 2.10, any Python), and `metattn._host`, the pybind11 module that tells about them.
 
-Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed build an error; unset, a failed build
-warns and leaves the pure-Python package. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
+Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed build an error; unset, a failed
+build warns and leaves the pure-Python package. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class NinjaBuildExt(build_ext):
         import pybind11
         from ninja import BIN_DIR, ninja_syntax
 
-        compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "")]
+        found = next(filter(shutil.which, ("g++", "clang++")), "")
+        compiler = shlex.split(os.environ.get("CXX", "")) or [found]
         if not compiler[0] or shutil.which(compiler[0]) is None:
             raise BuildError(f"no C++ compiler ({compiler[0] or 'g++, clang++'} is not on the PATH)")
         torch = torch_root()
@@ -103,8 +104,9 @@ class NinjaBuildExt(build_ext):
             host = (Path(self.build_lib) / self.get_ext_filename(HOST_MODULE)).resolve()
 
         major, minor = TORCH_TARGET
-        flags = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast"]
-        flags += ["-fno-math-errno", "-fno-trapping-math", f"-ffile-prefix-map={ROOT}=.", f"-I{ROOT / 'csrc'}"]
+        flags = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        flags += [f"-ffile-prefix-map={ROOT}=.", f"-I{ROOT / 'csrc'}"]
         if platform.machine() == "x86_64" and not sysconfig.get_platform().startswith("macosx"):
             flags.append("-Wno-psabi")
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -113,8 +115,10 @@ class NinjaBuildExt(build_ext):
             f"-isystem{torch / 'include'}",
         ]
         host_flags = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
-        host_flags += [f'-DMETATTN_TORCH_TARGET=\\"{major}.{minor}\\"', f'-DMETATTN_ISAS=\\"{",".join(isas())}\\"']
-        link = ["-shared", "-Wl,-z,defs" if sys.platform == "linux" else "", *shlex.split(os.environ.get("LDFLAGS", ""))]
+        host_flags += [f'-DMETATTN_TORCH_TARGET="{major}.{minor}"', f'-DMETATTN_ISAS="{",".join(isas())}"']
+        link = [*shlex.split(os.environ.get("LDFLAGS", "")), "-shared"]
+        if sys.platform == "linux":
+            link.append("-Wl,-z,defs")
 
         with (build / "build.ninja").open("w") as handle:
             ninja = ninja_syntax.Writer(handle)
@@ -125,10 +129,13 @@ class NinjaBuildExt(build_ext):
                 depfile="$out.d",
                 description="CXX $out",
             )
-            ninja.rule("link", f"{shlex.join(compiler)} $in -o $out {' '.join(link)} $flags", description="LINK $out")
+            ninja.rule(
+                "link", f"{shlex.join([*compiler, *link])} $in -o $out $flags", description="LINK $out"
+            )
 
             def compile_object(source: str, name: str, extra: list[str]) -> str:
-                ninja.build([f"{name}.o"], "cxx", [str(ROOT / "csrc" / source)], variables={"flags": " ".join(extra)})
+                path = str(ROOT / "csrc" / source)
+                ninja.build([f"{name}.o"], "cxx", [path], variables={"flags": shlex.join(extra)})
                 return f"{name}.o"
 
             isa_macros = [f"-DMETATTN_HAS_{isa.upper()}" for isa in isas()]
@@ -142,25 +149,24 @@ class NinjaBuildExt(build_ext):
                     extra = [f"-DMETATTN_ISA={isa}", *isa_flags]
                     objects.append(compile_object(f"cpu/{name}.cpp", f"{name}_{isa}", extra))
             libdir = torch / "lib"
+            library_flags = [f"-L{libdir}", "-ltorch_cpu", f"-Wl,-soname,{library.name}"]
+            host_link = f"-Wl,-rpath,'$$ORIGIN' {shlex.quote(f'-Wl,-rpath-link,{libdir}')} -Wl,-z,undefs"
             ninja.build(
                 [str(library)],
                 "link",
                 objects,
-                variables={"flags": f"-L{libdir} -ltorch_cpu -Wl,-soname,{library.name}"},
+                variables={"flags": shlex.join(library_flags)},
             )
             ninja.build(
                 [str(host)],
                 "link",
                 [compile_object("host.cpp", "host", host_flags), str(library)],
-                variables={"flags": f"-Wl,-rpath,'$$ORIGIN' -Wl,-rpath-link,{libdir} -Wl,-z,undefs"},
+                variables={"flags": host_link},
             )
         library.parent.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(
-            [str(Path(BIN_DIR) / "ninja"), *(["-j", jobs] if jobs else []), *(["-v"] if self.verbose > 1 else [])],
-            cwd=build,
-            check=True,
-        )
+        options = [*(["-j", jobs] if jobs else []), *(["-v"] if self.verbose > 1 else [])]
+        subprocess.run([str(Path(BIN_DIR) / "ninja"), *options], cwd=build, check=True)
 
 
 setup(

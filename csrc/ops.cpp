@@ -33,6 +33,13 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+}  // namespace
+
+// For a library that is loaded in a child: torch's threads may have been lost in the fork before.
+extern "C" __attribute__((visibility("default"))) void metattn_work_alone() { forked = true; }
+
+namespace {
+
 void for_each_task(int tasks, void (*run)(void*, int), void* context) {
   if (tasks <= 1 || forked) {
     for (int task = 0; task < tasks; ++task) run(context, task);
@@ -91,7 +98,8 @@ struct Call {
   bool packed = false;
   bool is_double = false;
   int64_t leading = 0;  // size of dimension 0 of q: B, or 1 when packed
-  int64_t rows = 0, keys = 0;  // sizes of dimension 2: N, M, or the packed totals
+  int64_t rows = 0, keys = 0;            // sizes of dimension 2: N, M, or the packed totals
+  int64_t mask_rows = 0, mask_keys = 0;  // what masks and biases broadcast to: N, M, or the bounds of packed lengths
 
   View like(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) const {
     check_sizes(x, name, sizes, false);
@@ -109,7 +117,7 @@ struct Call {
     return strided(x, DType::f64, false, packed);
   }
   View bias_like(const Tensor& x, const char* name) const {
-    check_sizes(x, name, {p.batch, p.heads, p.n, p.m}, true);
+    check_sizes(x, name, {p.batch, p.heads, mask_rows, mask_keys}, true);
     return strided(x, dtype_of(x, name), true, false);
   }
   View head_like(const Tensor& x, const char* name) const {
@@ -140,16 +148,21 @@ struct Call {
   "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
   "int window_right, float dropout_p"
 
-const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_t longest) {
+// The offsets of packed sequences, checked; `longest` becomes that of the sequences there are.
+const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_t most, int64_t& longest) {
   STD_TORCH_CHECK(cu.is_cpu() && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous() &&
                       cu.scalar_type() == ScalarType::Int,
                   "metattn: ", name, " must be a contiguous int32 tensor of at least one offset");
   const int32_t* data = static_cast<const int32_t*>(cu.const_data_ptr());
   const int64_t count = cu.size(0);
   STD_TORCH_CHECK(data[0] == 0 && data[count - 1] == total, "metattn: ", name, " must run from 0 to ", total);
-  for (int64_t i = 1; i < count; ++i)
-    STD_TORCH_CHECK(data[i] >= data[i - 1] && data[i] - data[i - 1] <= longest, "metattn: ", name,
+  longest = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    const int64_t length = static_cast<int64_t>(data[i]) - data[i - 1];
+    STD_TORCH_CHECK(length >= 0 && length <= most, "metattn: ", name,
                     " must not decrease, nor step by more than the longest sequence");
+    if (length > longest) longest = length;
+  }
   return data;
 }
 
@@ -176,14 +189,14 @@ Call make_call(METATTN_PROBLEM_ARGUMENTS) {
     STD_TORCH_CHECK(cu_q->dim() == 1 && cu_k->dim() == 1 && cu_q->size(0) == cu_k->size(0),
                     "metattn: cu_q and cu_k must have one length");
     p.batch = cu_q->size(0) - 1;
-    p.n = max_q;
-    p.m = max_k;
-    p.cu_q = offsets(*cu_q, "cu_q", call.rows, max_q);
-    p.cu_k = offsets(*cu_k, "cu_k", call.keys, max_k);
+    p.cu_q = offsets(*cu_q, "cu_q", call.rows, max_q, p.n);
+    p.cu_k = offsets(*cu_k, "cu_k", call.keys, max_k, p.m);
+    call.mask_rows = max_q;
+    call.mask_keys = max_k;
   } else {
     p.batch = call.leading;
-    p.n = call.rows;
-    p.m = call.keys;
+    call.mask_rows = p.n = call.rows;
+    call.mask_keys = p.m = call.keys;
   }
   p.q = call.query_like(q, "q", p.d);
   p.k = call.key_like(k, "k", p.d);
@@ -192,7 +205,7 @@ Call make_call(METATTN_PROBLEM_ARGUMENTS) {
   if (sinks) p.sinks = call.head_like(*sinks, "sinks");
   if (slopes) p.slopes = call.head_like(*slopes, "slopes");
   if (mask) {
-    check_sizes(*mask, "mask", {p.batch, p.heads, p.n, p.m}, true);
+    check_sizes(*mask, "mask", {p.batch, p.heads, call.mask_rows, call.mask_keys}, true);
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "metattn: mask must be bool");
     p.mask = strided(*mask, DType::f32, true, false);
   }
@@ -211,8 +224,9 @@ Call make_call(METATTN_PROBLEM_ARGUMENTS) {
   p.scale = scale;
   p.softcap = softcap;
   p.causal = static_cast<Causal>(causal);
-  p.window_left = window_left;
-  p.window_right = window_right;
+  constexpr int64_t kFar = int64_t{1} << 40;  // beyond any key, and sums of it do not overflow
+  p.window_left = window_left < kFar ? window_left : kFar;
+  p.window_right = window_right < kFar ? window_right : kFar;
   return call;
 }
 
@@ -226,7 +240,9 @@ void run(metattn::MapName map, const Call& call) {
 Results run_row_sweep(metattn::MapName map, Call& call) {
   const bool rounded = call.q.scalar_type() != call.compute_type();
   Tensor o = call.new_query(call.p.dv), lse = call.new_statistic();
-  Tensor o_lo = rounded ? torch::stable::empty_like(o) : call.nothing();
+  // bfloat16 for float16 too: where o overflows, o_lo holds it
+  Tensor o_lo = rounded ? torch::stable::new_empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, ScalarType::BFloat16)
+                        : call.nothing();
   call.p.out_o = call.query_like(o, "o", call.p.dv);
   call.p.out_lse = call.statistic(lse, "lse");
   if (rounded) call.p.out_o_lo = call.query_like(o_lo, "o_lo", call.p.dv);

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -163,6 +163,10 @@ CALLS = {
     "everything": EVERYTHING,
     "packed": Call(lengths=LENGTHS),
     "packed-everything": Call(**{**vars(EVERYTHING), "lengths": LENGTHS}),
+    "rows-past-the-last-window": Call((1, 1, 1, 97, 65, 8, 8), causal="top-left", window=(0, -1)),
+    "unlimited-window": Call((1, 1, 1, 100, 70, 8, 8), window=(2**63 - 1, 2**63 - 1)),
+    "no-heads": Call((1, 0, 0, 4, 5, 4, 4), bias=(0, 0, 1, 1)),
+    "no-heads-half": Call((1, 0, 0, 4, 5, 4, 4), dtype=torch.float16, bias=(0, 0, 1, 0)),
     "no-batch": Call((0, 2, 2, 3, 4, 4, 4), bias=(0, 1, 1, 1)),
     "no-rows": Call((2, 2, 2, 0, 4, 4, 4), bias=(0, 0, 0, 0)),
     "no-keys": Call((2, 2, 2, 3, 0, 4, 4)),
@@ -227,6 +231,30 @@ def test_probabilities_keep_their_digits_where_scores_are_large(offset: float) -
         assert (mine.double() - right).norm() <= 1e-3 * right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "levels", [(-1e9, -2e9), (-2e9, -4e9), (-1e10, -3.4028234663852886e38), (-1e4, -2e9)], ids=str
+)
+def test_finite_masks_of_several_levels(levels: tuple[float, float], dtype: torch.dtype) -> None:
+    """A row whose scores are all far below zero still prefers the highest, in both orders."""
+    call = Call((1, 2, 2, 3, 70, 8, 8), dtype=dtype, bias=(0, 0, 1, 1))
+    problem, primals, tangents, constants, do, _ = call.make()
+    bias = torch.full_like(primals.bias, levels[1])
+    bias[0, 0, 0, :2] = bias[0, 0, 1, 5:] = levels[0]
+    primals = primals._replace(bias=bias)
+    needs = (True, True, True, True, False)
+
+    def both_orders(backend: Any) -> list[Tensor | None]:
+        results = backend.forward(problem, primals, constants)
+        moved = backend.jvp(problem, primals, constants, results, tangents)
+        first = backend.vjp(problem, primals, constants, results, do, None, needs)
+        second = backend.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
+        return [results.o, moved.o, *first[:3], *second[:3]]
+
+    for mine, right in zip(both_orders(native), both_orders(reference), strict=True):
+        assert (mine - right).norm() <= 2e-5 * right.norm()
+
+
 def test_empty_blocks_are_skipped() -> None:
     """A narrow window of a long sequence costs a small part of the whole: measured 1/16, 1/4 is asked."""
 
@@ -246,6 +274,63 @@ def test_empty_blocks_are_skipped() -> None:
 
     torch.set_num_threads(1)  # waiting threads spin
     assert seconds((64, 0)) < seconds((-1, -1)) / 4
+
+
+def test_a_dead_row_with_a_sink_leaks_nothing() -> None:
+    """Its log-sum-exp is finite, so NaN in its query, cotangent or tangent must be found out by the mask."""
+    call = Call((1, 2, 1, 4, 5, 4, 4), sinks=True, mask=(0, 0, 1, 1))
+    problem, primals, tangents, constants, do, _ = call.make()
+    constants.mask[:, :, 1] = False
+    needs = (True, True, True, False, True)
+
+    def both_orders() -> Outputs:
+        results = native.forward(problem, primals, constants)
+        moved = native.jvp(problem, primals, constants, results, tangents)
+        first = native.vjp(problem, primals, constants, results, do, None, needs)
+        second = native.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
+        named = {**results._asdict(), **{f"d{k}": x for k, x in first._asdict().items()}}
+        return {**named, "ot": moved.o, **{f"d{k}t": x for k, x in second._asdict().items()}}
+
+    clean = both_orders()
+    primals.q[:, :, 1] = do[:, :, 1] = tangents.q[:, :, 1] = torch.nan
+    assert_close(both_orders(), clean, 1e-14)
+
+
+def test_a_tangent_under_a_mask_is_nobodys_business() -> None:
+    call = Call((1, 2, 1, 4, 5, 4, 4), bias=(0, 0, 1, 1))
+    problem, primals, tangents, constants, do, _ = call.make()
+    primals.bias[..., 2] = -torch.inf
+    results = native.forward(problem, primals, constants)
+    outputs = []
+    for value in (1.0, torch.inf, torch.nan):
+        tangents.bias[..., 2] = value
+        moved = native.jvp(problem, primals, constants, results, tangents)
+        needs = (True, True, True, True, False)
+        second = native.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
+        outputs.append({"ot": moved.o, "lt": moved.lse, **second._asdict()})
+    for other in outputs[1:]:
+        assert_close(other, outputs[0], 1e-14)
+
+
+def test_an_output_beyond_float16_leaves_finite_gradients() -> None:
+    call = Call((1, 2, 2, 8, 8, 8, 4), dtype=torch.float16, dropout_p=0.5)
+    problem, primals, _, constants, do, _ = call.make()
+    primals = primals._replace(v=torch.full_like(primals.v, 5e4))
+    needs = (True, True, True, False, False)
+    results = native.forward(problem, primals, constants)
+    assert torch.isinf(results.o).any()
+    found = native.vjp(problem, primals, constants, results, do * 1e-4, None, needs)
+    right = reference.vjp(problem, primals, constants, results, do * 1e-4, None, needs)
+    for mine, exact in zip(found[:3], right[:3], strict=True):
+        assert (mine - exact).norm() <= 2e-2 * exact.norm()
+
+
+def test_a_generous_bound_of_packed_lengths_costs_nothing() -> None:
+    call = Call(lengths=((3, 4), (4, 3)))
+    problem, primals, _, constants, _, _ = call.make()
+    o = native.forward(problem, primals, constants).o
+    generous = replace(problem, max_q=2**31 - 1, max_k=2**31 - 1)
+    assert torch.equal(native.forward(generous, primals, constants).o, o)
 
 
 def test_outputs_keep_the_layout_of_their_inputs() -> None:

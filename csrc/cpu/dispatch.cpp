@@ -131,7 +131,7 @@ bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
   int64_t units;
   if (key_sweep) {
     const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
-    const bool sweep = p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
+    const bool sweep = p.kv_heads > 0 && p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
     units = sweep ? owners * p.key_chunks : 0;
   } else {
     units = plan_row_sweep(p, threads.count, first_unit);
@@ -150,8 +150,8 @@ bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
                          w.kernel.run_unit(w.p, unit, w.scratch + task * w.scratch_stride);
                      },
                      &walk);
-    if (key_sweep) finish_key_sweep(p, is_double, threads);
   }
+  if (key_sweep) finish_key_sweep(p, is_double, threads);
   if (p.grad_sinks != nullptr)
     parallel(threads, p.sinks_batch * p.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) sink_gradient(p, is_double, map == kVjpJvp, slot);

@@ -1,5 +1,6 @@
 #include "finish.h"
 
+#include "lse.h"
 #include "tile.h"
 
 namespace metattn {
@@ -29,19 +30,17 @@ void sum_parts_of(const PartSum& job, int64_t begin, int64_t end) {
   }
 }
 
+SplitLse<double> widened(SplitLse<float> split) { return {split.high, split.low}; }
+
 // Σ (a + a_lo)∘b over a row.
 double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t head, int64_t row, int64_t width) {
   constexpr int64_t kSpan = 256;
-  double x[kSpan], y[kSpan], total = 0;
+  double x[kSpan], y[kSpan], low[kSpan], total = 0;
   for (int64_t c0 = 0; c0 < width; c0 += kSpan) {
     const int64_t span = smaller(kSpan, width - c0);
-    load_row(a, offset_of(a, seq, head, row) + c0 * a.stride[3], a.stride[3], span, x);
     load_row(b, offset_of(b, seq, head, row) + c0 * b.stride[3], b.stride[3], span, y);
+    load_row_in_two(a, a_lo, seq, head, row, c0, span, x, low);
     for (int64_t c = 0; c < span; ++c) total += x[c] * y[c];
-    if (a_lo) {
-      load_row(a_lo, offset_of(a_lo, seq, head, row) + c0 * a_lo.stride[3], a_lo.stride[3], span, x);
-      for (int64_t c = 0; c < span; ++c) total += x[c] * y[c];
-    }
   }
   return total;
 }
@@ -65,13 +64,18 @@ void sink_gradient(const Params& p, bool is_double, bool second, int64_t slot) {
       const int64_t row = s.q0 + i;
       const double lse = *double_at(p.lse, seq, head, row);
       if (lse == -kInfinity<double>) continue;
-      const double weight = __builtin_exp(sink - lse);
-      double d = p.d_o ? dot(p.o, p.o_lo, p.d_o, seq, head, row, p.dv) : 0;
+      const SplitLse<double> split = is_double ? split_lse<double>(lse) : widened(split_lse<float>(lse));
+      const double weight = __builtin_exp((sink - split.high) - split.low);
+      const auto with_d_o = [&](const View& values, const View& low) {
+        const double total = p.d_o ? dot(values, low, p.d_o, seq, head, row, p.dv) : 0;
+        return is_finite(total) || !dead_row<double>(p, s, seq, head, i) ? total : 0;
+      };
+      double d = with_d_o(p.o, p.o_lo);
       if (p.d_lse) d -= *double_at(p.d_lse, seq, head, row);
       if (!second) {
         total -= weight * d;
       } else {
-        const double d_t = p.d_o ? dot(p.o_t, p.o_t_lo, p.d_o, seq, head, row, p.dv) : 0;
+        const double d_t = with_d_o(p.o_t, p.o_t_lo);
         total -= weight * ((sigma - *double_at(p.lse_t, seq, head, row)) * d + d_t);
       }
     }

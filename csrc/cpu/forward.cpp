@@ -36,7 +36,7 @@ struct Forward {
   }
 
   void begin(const Tile& tile) {
-    q.pack(p.q, tile, static_cast<T>(p.scale), nullptr, row);
+    q.pack(p, p.q, tile, static_cast<T>(p.scale), nullptr, row);
     memset(acc, 0, sizeof(T) * kRows * wide_dv);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -82,7 +82,7 @@ struct Forward {
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
                        offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / total[r], o, row);
       *double_at(p.out_lse, tile.seq, tile.head, i) =
-          dead ? -kInfinity<double> : static_cast<double>(top[r]) + __builtin_log(static_cast<double>(total[r]));
+          dead ? -kInfinity<double> : join_lse(top[r], __builtin_log(static_cast<double>(total[r])));
     }
     return false;
   }

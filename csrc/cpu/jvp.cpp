@@ -49,8 +49,8 @@ struct Jvp {
 
   void begin(const Tile& tile) {
     lse.load(p, tile);
-    q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (a) a.pack(p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
+    q.pack(p, p.q, tile, static_cast<T>(p.scale), lse.dead, row);
+    if (a) a.pack(p, p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
     again = false;
     for (int64_t r = 0; r < tile.rows; ++r) base[r] = 0;
     clear();
@@ -67,7 +67,8 @@ struct Jvp {
     T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
     Vec<T> total = {};
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-      Vec<T> weight = probability(lse, r, s_row + j);
+      const Vec<T> score = load(s_row + j);
+      const Vec<T> weight = probability(lse, r, s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
       if (has_scores) {
         Vec<T> tangent = load(t_row + j);
@@ -75,7 +76,8 @@ struct Jvp {
           const Vec<T> u = load(tanh_tile + r * kKeys + j);
           tangent *= 1 - u * u;
         }
-        if (p.t_bias) tangent += load(row + j);
+        // where nothing is attended, what stands in the bias' tangent is nobody's business
+        if (p.t_bias) tangent += score > -kInfinity<T> ? load(row + j) : Vec<T>{};
         const Vec<T> weighted = weight * (tangent - base[r]);
         total += weighted;
         store(t_row + j, weighted * keep);
@@ -119,7 +121,7 @@ struct Jvp {
           p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
       excess[r] += static_cast<double>(weight * (tangent - base[r]));
     }
-    load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, tile.s.q0 + tile.row0 + r, p.dv, row, scratch_row);
+    load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, tile.s.q0 + tile.row0 + r, 0, p.dv, row, scratch_row);
     T largest_term = 0, largest = 0;
     for (int64_t col = 0; col < p.dv; ++col) {
       const T term = static_cast<T>(excess[r]) * row[col];

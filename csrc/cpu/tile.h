@@ -4,6 +4,7 @@
 
 #include "gemm.h"
 #include "geometry.h"
+#include "lse.h"
 #include "params.h"
 #include "philox.h"
 
@@ -138,6 +139,11 @@ static void store_row(const View& view, int64_t offset, int64_t stride, int64_t 
   }
 }
 
+template <class T>
+static inline bool is_finite(T x) {
+  return x - x == 0;
+}
+
 // Row `row` of an output in its dtype, times a factor, and what rounding lost of it in `low`, where that is kept.
 template <class T>
 static void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
@@ -145,7 +151,8 @@ static void store_row_in_two(const View& high, const View& low, int64_t high_at,
   store_row(high, high_at, high.stride[3], count, factor, row);
   if (!low) return;
   load_row(high, high_at, high.stride[3], count, scratch);
-  for (int64_t c = 0; c < count; ++c) row[c] = row[c] * factor - scratch[c];
+  // where float16 overflowed, low (bfloat16) is the value itself
+  for (int64_t c = 0; c < count; ++c) row[c] = row[c] * factor - (is_finite(scratch[c]) ? scratch[c] : 0);
   store_row(low, low_at, low.stride[3], count, T{1}, row);
 }
 
@@ -160,6 +167,48 @@ static inline T load_scalar(const View& view, int64_t offset) {
 }
 static inline double* double_at(const View& view, int64_t seq, int64_t head, int64_t row) {
   return reinterpret_cast<double*>(view.data) + offset_of(view, seq, head, row);
+}
+
+template <class T>
+static inline bool finite_row(const T* row, int64_t count) {
+  using Word = Bits<T>;
+  using Scalar = decltype(Word{}[0] + 0);
+  constexpr Scalar exponent = sizeof(T) == 4 ? static_cast<Scalar>(0x7f800000) : static_cast<Scalar>(0x7ff0000000000000);
+  Scalar bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (bit_cast<Scalar>(row[i]) & exponent) == exponent;
+  return bad == 0;
+}
+
+// ---- masks by position and by tensor ----
+
+static inline bool mask_keeps(const Params& p, int64_t seq, int64_t head, int64_t i, int64_t j) {
+  return !p.mask || p.mask.data[offset_of(p.mask, seq, head, i) + j * p.mask.stride[3]] != 0;
+}
+
+template <class T>
+static bool attends(const Params& p, const Sequence& s, int64_t seq, int64_t head, int64_t i, int64_t j) {
+  const Range range = attended_keys(p, s, i);
+  return j >= range.lo && j < range.hi && mask_keeps(p, seq, head, i, j) &&
+         (!p.bias || load_scalar<T>(p.bias, offset_of(p.bias, seq, head, i) + j * p.bias.stride[3]) != -kInfinity<T>);
+}
+
+// Whether a query attends to nothing. Asked for rows that hold an infinity or NaN and have a sink: without one, the
+// log-sum-exp tells.
+template <class T>
+static bool dead_row(const Params& p, const Sequence& s, int64_t seq, int64_t head, int64_t i) {
+  for (int64_t j = 0; j < s.m; ++j)
+    if (attends<T>(p, s, seq, head, i, j)) return false;
+  return true;
+}
+
+// Whether no query of any head that reads this key attends to it. Asked for keys that hold an infinity or NaN.
+template <class T>
+static bool dead_key(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t j) {
+  const int64_t group = p.heads / p.kv_heads;
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    for (int64_t i = 0; i < s.n; ++i)
+      if (attends<T>(p, s, seq, head, i, j)) return false;
+  return true;
 }
 
 // ---- a tile's place ----
@@ -178,7 +227,7 @@ static inline void place_keys(const Params& p, Tile& tile, int64_t key0, int64_t
   tile.key0 = key0;
   tile.keys = smaller(kKeys, key_end - key0);
   tile.cols = round_up(tile.keys, kLanes<T>);
-  tile.partial = tile_cover(p, tile.s, tile.row0, tile.rows, tile.key0, tile.keys) == Cover::partial;
+  tile.partial = tile_cover(p, tile.s, tile.row0, tile.rows, tile.key0, tile.keys) != Cover::full;
 }
 
 // ---- packing ----
@@ -200,7 +249,7 @@ struct PackedRows {
   Operand<T> operand() const { return panels(data, kRows); }
   static constexpr int64_t panel_stride() { return kRows * kPanel<T>; }
 
-  void pack(const View& view, const Tile& tile, T factor, const bool* dead, T* row) {
+  void pack(const Params& p, const View& view, const Tile& tile, T factor, const bool* dead, T* row) {
     const int64_t wide = padded<T>(width);
     for (int64_t c = width; c < wide; ++c) row[c] = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -208,6 +257,8 @@ struct PackedRows {
         for (int64_t c = 0; c < width; ++c) row[c] = 0;
       } else {
         load_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + tile.row0 + r), view.stride[3], width, row);
+        if (p.sinks && !finite_row(row, width) && dead_row<T>(p, tile.s, tile.seq, tile.head, tile.row0 + r))
+          for (int64_t c = 0; c < width; ++c) row[c] = 0;
         if (factor != 1)
           for (int64_t c = 0; c < width; ++c) row[c] *= factor;
       }
@@ -227,16 +278,6 @@ struct PackedRows {
     return sum<T>(total);
   }
 };
-
-template <class T>
-static inline bool finite_row(const T* row, int64_t count) {
-  using Word = Bits<T>;
-  using Scalar = decltype(Word{}[0] + 0);
-  constexpr Scalar exponent = sizeof(T) == 4 ? static_cast<Scalar>(0x7f800000) : static_cast<Scalar>(0x7ff0000000000000);
-  Scalar bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad |= (bit_cast<Scalar>(row[i]) & exponent) == exponent;
-  return bad == 0;
-}
 
 // Key blocks of a unit, each as panels over the width (natural: [width / kPanel][kKeys][kPanel], for products over
 // keys) and as panels over the keys (turned: [kKeys / kPanel][width][kPanel], for scores), whichever is wanted.
@@ -290,27 +331,6 @@ struct PackedKeys {
   }
 };
 
-// ---- masks ----
-
-static inline bool mask_keeps(const Params& p, int64_t seq, int64_t head, int64_t i, int64_t j) {
-  return !p.mask || p.mask.data[offset_of(p.mask, seq, head, i) + j * p.mask.stride[3]] != 0;
-}
-
-// Whether no query of any head that reads this key attends to it. Only asked for keys that hold an infinity or NaN.
-template <class T>
-static bool dead_key(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t j) {
-  const int64_t group = p.heads / p.kv_heads;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t i = 0; i < s.n; ++i) {
-      const Range range = attended_keys(p, s, i);
-      if (j < range.lo || j >= range.hi || !mask_keeps(p, seq, head, i, j)) continue;
-      if (!p.bias || load_scalar<T>(p.bias, offset_of(p.bias, seq, head, i) + j * p.bias.stride[3]) != -kInfinity<T>)
-        return false;
-    }
-  }
-  return true;
-}
-
 // Packs one block of keys for all the given tensors, and zeroes the keys that nobody may see.
 template <class T, int Count>
 static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys,
@@ -332,10 +352,9 @@ static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const 
 
 // ---- scores ----
 
-// Finite masks (float32's lowest number, as Hugging Face has them) would swallow log Σ exp in the log-sum-exp of a row
-// that has nothing else, and with it the row's gradients: biased scores stop at −2^30, where float64 still holds both.
+// Where biased scores stop, so that the log-sum-exp can hold what it must (lse.h).
 template <class T>
-constexpr T kScoreFloor = -1073741824;
+constexpr T kScoreFloor = sizeof(T) == sizeof(float) ? -kInfinity<T> : static_cast<T>(-kLarge<T>);
 
 // A row of a [seq, head, row, key] view under a tile; columns past its keys become 0.
 template <class T>
@@ -420,8 +439,9 @@ struct LogSumExp {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const double lse = *double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r);
       dead[r] = lse == -kInfinity<double>;
-      high[r] = dead[r] ? kInfinity<T> : static_cast<T>(lse);
-      low[r] = dead[r] ? 0 : static_cast<T>(lse - static_cast<double>(high[r]));
+      const SplitLse<T> split = split_lse<T>(lse);
+      high[r] = dead[r] ? kInfinity<T> : split.high;
+      low[r] = dead[r] ? 0 : split.low;
     }
   }
 };
@@ -434,12 +454,12 @@ static inline Vec<T> probability(const LogSumExp<T>& lse, int64_t r, const T* s)
 // A row of a tensor that is kept in two parts: without the lost digits, D = rowsum(dO∘O) would be off by as much as
 // the dP − D of a sharply peaked row is large.
 template <class T>
-static void load_row_in_two(const View& high, const View& low, int64_t seq, int64_t head, int64_t i, int64_t count,
-                            T* row, T* scratch) {
-  load_row(high, offset_of(high, seq, head, i), high.stride[3], count, row);
+static void load_row_in_two(const View& high, const View& low, int64_t seq, int64_t head, int64_t i, int64_t first,
+                            int64_t count, T* row, T* scratch) {
+  load_row(high, offset_of(high, seq, head, i) + first * high.stride[3], high.stride[3], count, row);
   if (!low) return;
-  load_row(low, offset_of(low, seq, head, i), low.stride[3], count, scratch);
-  for (int64_t c = 0; c < count; ++c) row[c] += scratch[c];
+  load_row(low, offset_of(low, seq, head, i) + first * low.stride[3], low.stride[3], count, scratch);
+  for (int64_t c = 0; c < count; ++c) row[c] = (is_finite(row[c]) ? row[c] : 0) + scratch[c];
 }
 
 // Σ o∘cotangent over the columns of each row, less the cotangent of lse: D of docs/math.md, or Dt with o's tangent
@@ -453,7 +473,7 @@ static void row_dots(const View& values, const View& low, const View& minus, con
     const int64_t i = tile.s.q0 + tile.row0 + r;
     if (d_o) {
       for (int64_t c = dv; c < padded<T>(dv); ++c) row[c] = 0;
-      load_row_in_two(values, low, tile.seq, tile.head, i, dv, row, scratch);
+      load_row_in_two(values, low, tile.seq, tile.head, i, 0, dv, row, scratch);
       result[r] = d_o.dot(r, row);
     }
     if (minus) result[r] -= static_cast<T>(*double_at(minus, tile.seq, tile.head, i));

@@ -43,8 +43,8 @@ struct Vjp {
 
   void begin(const Tile& tile) {
     lse.load(p, tile);
-    q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (d_o) d_o.pack(p.d_o, tile, T{1}, lse.dead, row);
+    q.pack(p, p.q, tile, static_cast<T>(p.scale), lse.dead, row);
+    if (d_o) d_o.pack(p, p.d_o, tile, T{1}, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     results.begin_rows();
   }

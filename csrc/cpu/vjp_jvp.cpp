@@ -52,9 +52,9 @@ struct VjpJvp {
 
   void begin(const Tile& tile) {
     lse.load(p, tile);
-    q.pack(p.q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (a) a.pack(p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (d_o) d_o.pack(p.d_o, tile, T{1}, lse.dead, row);
+    q.pack(p, p.q, tile, static_cast<T>(p.scale), lse.dead, row);
+    if (a) a.pack(p, p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
+    if (d_o) d_o.pack(p, p.d_o, tile, T{1}, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     row_dots(p.o_t, p.o_t_lo, View{}, tile, d_o, lse.dead, p.dv, row, scratch_row, Dt);
     for (int64_t r = 0; r < tile.rows; ++r)
@@ -67,6 +67,7 @@ struct VjpJvp {
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
+      const Vec<T> score = load(s + at + j);
       const Vec<T> weight = probability(lse, r, s + at + j);
       const Vec<T> keep = z != nullptr ? load(z + at + j) : splat<T>(1);
       const Vec<T> gain = (v ? load(d_p + at + j) * keep : Vec<T>{}) - D[r];
@@ -80,7 +81,7 @@ struct VjpJvp {
         bend = u * slope * static_cast<T>(-2 / p.softcap);
         tangent = raw * slope;
       }
-      if (p.t_bias) tangent += load(beta + j);
+      if (p.t_bias) tangent += score > -kInfinity<T> ? load(beta + j) : Vec<T>{};
       const Vec<T> weight_t = weight * (tangent - tau[r]);
       const Vec<T> d_s = weight * gain;
       const Vec<T> dst = weight_t * gain + weight * extra;

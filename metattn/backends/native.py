@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from metattn.backends import IMPORTING_PROCESS
 from metattn.problem import Constants, Primals, Problem, Results
 
 Needs = tuple[bool, bool, bool, bool, bool]
@@ -33,8 +34,11 @@ def unavailable_reason() -> str | None:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} cannot be loaded into torch {torch.__version__}: {error}"
+    library = ctypes.CDLL(str(LIBRARY))
+    if os.getpid() != IMPORTING_PROCESS:
+        library.metattn_work_alone()
     asked = os.environ.get("METATTN_ISA", "")
-    if asked and ctypes.CDLL(str(LIBRARY)).metattn_set_isa(asked.encode()) != 0:
+    if asked and library.metattn_set_isa(asked.encode()) != 0:
         return f"METATTN_ISA={asked} names no instruction set that was built and that this CPU has"
     _describe_operators()
     return None
@@ -128,7 +132,7 @@ def _fake_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     width = v.shape[3]
     o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
-    o_lo = torch.empty_like(o) if q.dtype in ROUNDED else q.new_empty(0)
+    o_lo = q.new_empty(o.shape, dtype=torch.bfloat16) if q.dtype in ROUNDED else q.new_empty(0)
     return o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo
 
 
