@@ -307,7 +307,7 @@ def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> T
                 f"{name.replace('cu_seqlens', 'max_seqlen')}: expected at least the longest sequence's "
                 f"{max(lengths)}, got {longest}"
             )
-    return cu.to(torch.int32)
+    return cu.to(torch.int32).contiguous()
 
 
 def _readable(t: Tensor) -> bool:
