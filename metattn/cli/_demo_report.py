@@ -181,10 +181,10 @@ def _against_length(axis: Any, results: dict[str, Any], key: str, factor: float,
     for name in names(results):
         points = [(row["length"], row[key] * factor) for row in of(results, name) if row[key] is not None]
         if points:
-            color = THEIRS if name == MATH else OURS
+            color, offset, side = (THEIRS, 7, "bottom") if name == MATH else (OURS, -9, "top")
             axis.plot(*zip(*points, strict=True), color=color, linewidth=2, marker="o", markersize=4)
             axis.annotate(
-                name, points[-1], (0, 7), textcoords="offset points", color=color, ha="right", va="bottom"
+                name, points[-1], (0, offset), textcoords="offset points", color=color, ha="right", va=side
             )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
