@@ -160,18 +160,24 @@ def _sinusoid(axis: Any, curve: dict[str, list[float]], title: str) -> None:
 
 def _digits(axis: Any, digits: dict[str, Any]) -> None:
     steps = range(len(digits["trained"]))
-    axis.plot(steps, digits["trained"], color=OURS, linewidth=2, marker="o", markersize=4)
-    axis.plot(steps, digits["untrained"], color=PALE, linewidth=1.5, marker="o", markersize=3)
-    axis.axhline(digits["centroid"], color=THEIRS, linewidth=1.2, linestyle="--")
-    axis.axhline(1 / 3, color=TRUTH, linewidth=1, linestyle=":")
-    for height, text, color in (
-        (digits["trained"][-1] - 0.05, "meta-learned", OURS),
-        (digits["untrained"][-1] - 0.05, "same network, untrained", PALE),
-        (digits["centroid"] + 0.015, "nearest centroid of pixels", THEIRS),
-        (1 / 3 + 0.015, "chance", TRUTH),
-    ):
-        axis.text(len(digits["trained"]) - 1, height, text, color=color, ha="right")
-    axis.set_ylim(0.25, 1.05)
+    axis.axhline(
+        digits["centroid"], color=THEIRS, linewidth=1.2, linestyle="--", label="nearest centroid of pixels"
+    )
+    axis.plot(
+        steps, digits["trained"], color=OURS, linewidth=2, marker="o", markersize=4, label="meta-learned"
+    )
+    axis.plot(
+        steps,
+        digits["untrained"],
+        color=PALE,
+        linewidth=1.5,
+        marker="o",
+        markersize=3,
+        label="the same network, untrained",
+    )
+    axis.axhline(1 / 3, color=TRUTH, linewidth=1, linestyle=":", label="chance")
+    axis.set_ylim(0.25, 1.0)
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.13), frameon=False)
     axis.set_title("unseen digits 6-9, 3 classes of 5 images")
     axis.set_xlabel("gradient steps on the new task")
     axis.set_ylabel("accuracy")
@@ -181,16 +187,16 @@ def _against_length(axis: Any, results: dict[str, Any], key: str, factor: float,
     for name in names(results):
         points = [(row["length"], row[key] * factor) for row in of(results, name) if row[key] is not None]
         if points:
-            color, offset, side = (THEIRS, 7, "bottom") if name == MATH else (OURS, -9, "top")
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=2, marker="o", markersize=4)
-            axis.annotate(
-                name, points[-1], (0, offset), textcoords="offset points", color=color, ha="right", va=side
+            color = THEIRS if name == MATH else OURS
+            axis.plot(
+                *zip(*points, strict=True), color=color, linewidth=2, marker="o", markersize=4, label=name
             )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(lengths(results), [str(length) for length in lengths(results)])
     axis.minorticks_off()
-    axis.margins(y=0.18)
+    axis.legend(loc="upper left", frameon=False)
+    axis.margins(y=0.12)
     axis.set_title(label)
     axis.set_xlabel("N, queries and keys")
     axis.grid(axis="y", color="#e3e3e3", linewidth=0.7)
