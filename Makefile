@@ -33,10 +33,11 @@ $(BUILT): $(ENVIRONMENT) $(SOURCES)
 demo: build
 	$(PY) -m metattn demo --out metattn-demo
 
-# With pytest-xdist (an interpreter of your own may lack it) files are spread over the processors, a thread each.
+# With pytest-xdist (an interpreter of your own may lack it) files are spread over the processors, a thread each;
+# in their own order, for the slowest are not those with the most tests.
 test: build
 	if $(PY) -c 'import xdist' 2>/dev/null; \
-	then OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile; \
+	then OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder; \
 	else $(PY) -m pytest; fi
 
 lint: $(ENVIRONMENT)

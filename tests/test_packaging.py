@@ -59,6 +59,7 @@ def run(
         [str(part) for part in command],
         cwd=cwd,
         env=environment_without(**changes),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
