@@ -200,6 +200,8 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory,
+        # over the last minute: above the number of threads in use, others were running too
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()}",
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": versions(),

@@ -139,8 +139,10 @@ def show(results: dict[str, Any]) -> None:
 def _machine_line(results: dict[str, Any]) -> str:
     machine = results["machine"]
     version = machine["versions"]
+    load = machine.get("load")
+    busy = "" if load is None else f"load {load:.1f} at the start, "
     return (
-        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used, torch {version['torch']}, "
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used, {busy}torch {version['torch']}, "
         f"Python {version['python']}, commit {machine['commit'] or 'unknown'}, {results['started'][:10]}"
     )
 
