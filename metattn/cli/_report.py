@@ -142,8 +142,8 @@ def _machine_line(results: dict[str, Any]) -> str:
     load = machine.get("load")
     busy = "" if load is None else f"load {load:.1f} at the start, "
     return (
-        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used, {busy}torch {version['torch']}, "
-        f"Python {version['python']}, commit {machine['commit'] or 'unknown'}, {results['started'][:10]}"
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used, {busy}"
+        f"torch {version['torch']}, Python {version['python']}, commit {machine['commit'] or 'unknown'}, {results['started'][:10]}"
     )
 
 
