@@ -143,7 +143,8 @@ def _machine_line(results: dict[str, Any]) -> str:
     busy = "" if load is None else f"load {load:.1f} at the start, "
     return (
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used, {busy}"
-        f"torch {version['torch']}, Python {version['python']}, commit {machine['commit'] or 'unknown'}, {results['started'][:10]}"
+        f"torch {version['torch']}, Python {version['python']}, "
+        f"commit {machine['commit'] or 'unknown'}, {results['started'][:10]}"
     )
 
 
