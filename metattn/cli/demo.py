@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=72.0,
-        help="training ends earlier where the machine would need longer (default 72)",
+        default=60.0,
+        help="training ends earlier where the machine would need longer (default 60)",
     )
 
 
