@@ -2,6 +2,8 @@
 # PYTHON=python3.12 make test   uses that interpreter as it is, installing nothing (machines without a network).
 SHELL := /bin/bash -euo pipefail
 PYTHON ?=
+# Dozens of processes import torch: its bytecode is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 ifeq ($(strip $(PYTHON)),)
 PY := .venv/bin/python

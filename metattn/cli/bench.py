@@ -41,6 +41,7 @@ Advance = Callable[[float, str], None]
 
 # Only the announced duration rests on these guesses: each contestant's share of the matrix product's rate.
 ASSUMED_SHARE = {MATH: 0.2, CHECKPOINTED: 0.15, FLASH: 0.5, "metattn cpu": 0.5, "metattn reference": 0.1}
+LONGEST_PEER = 8192  # N to which torch's memory is measured: 11 GiB there, and four times that at the next
 CHILD_START = 6.0  # seconds to start a process that imports torch
 
 
@@ -171,7 +172,7 @@ def timed_rows(
 def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[dict[str, Any]]:
     """Measures the peak of the second-order step, each contestant in a process of its own."""
     step = "second-order step"
-    able = [contestant for contestant in found if contestant.can(case, step)]
+    able = measured_for_memory(case, found)
     advance(0.0, f"memory at N={case.length}: float64 answer of one head")
     one_head = replace(case, heads=1)
     inputs = make_inputs(case)
@@ -220,6 +221,12 @@ def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[d
     return rows
 
 
+def measured_for_memory(case: Case, found: list[Contestant]) -> list[Contestant]:
+    """The contestants of a memory case: torch's paths up to LONGEST_PEER alone."""
+    able = [contestant for contestant in found if contestant.can(case, "second-order step")]
+    return [contestant for contestant in able if contestant.backend or case.length <= LONGEST_PEER]
+
+
 def allowed_errors(case: Case, math_errors: dict[str, float]) -> dict[str | None, float]:
     """What each output may be off by: a factor times the math path's own error, or the floor (key None)."""
     factor, floor = TOLERANCES[case.torch_dtype]
@@ -260,7 +267,7 @@ def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: 
 
 def expected_seconds_for_memory(case: Case, found: list[Contestant], rate: float) -> float:
     operations = case.operations("second-order step")
-    able = [contestant for contestant in found if contestant.can(case, "second-order step")]
+    able = measured_for_memory(case, found)
     runs = sum(CHILD_START + operations / (ASSUMED_SHARE[contestant.name] * rate) for contestant in able)
     return runs + operations / case.heads / (0.08 * rate)
 

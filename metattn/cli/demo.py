@@ -46,7 +46,7 @@ class Size:
     seconds: float  # of measuring a length
 
 
-FULL = Size(800, 320, 400, 60, (512, 1024, 2048, 4096), 1.0)
+FULL = Size(800, 320, 400, 60, (1024, 2048, 4096), 1.0)
 QUICK = Size(30, 15, 20, 10, (128, 256), 0.1)
 
 
