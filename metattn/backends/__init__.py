@@ -20,7 +20,11 @@ from metattn.problem import Constants, Primals, Problem
 
 IMPORTING_PROCESS = os.getpid()  # a child that was forked from it has none of its threads
 NAMES = ("reference", "cpu", "cuda", "triton")
-MODULES = {"reference": "metattn.backends.reference", "cpu": "metattn.backends.native"}
+MODULES = {
+    "reference": "metattn.backends.reference",
+    "cpu": "metattn.backends.native",
+    "triton": "metattn.backends.triton",
+}
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
 
 _loaded: dict[str, ModuleType] = {}

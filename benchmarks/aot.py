@@ -1,0 +1,404 @@
+"""Compiles every Triton kernel for GPUs that are not there, and reads what the compiler made of them.
+
+    python -m benchmarks.aot [--quick] [--targets sm_90 …] [--features 64 …] [--check] [--out benchmarks/results]
+
+For each target, dtype, head dimension and kernel: registers, spilled bytes, shared memory, resident warps, tensor-core
+instructions, and the time that one visit of an unmasked block takes at least, by the counts of its instructions. A
+spill on sm_80 or sm_90 for a head dimension up to 128, shared memory past the limit, or a product in two-byte floats
+that is no tensor-core instruction, is a failure; `--check` compares with the exceptions that the table names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FEATURES = (32, 64, 80, 96, 128, 256)
+DTYPES = ("bfloat16", "float32")
+VARIANTS = ("plain", "causal", "everything")
+KERNELS = {
+    "forward": ("forward_rows",),
+    "vjp": ("vjp_rows", "vjp_keys"),
+    "jvp": ("jvp_rows",),
+    "vjp_jvp": ("vjp_jvp_rows", "vjp_jvp_keys"),
+}
+# N×M products that one visit executes (docs/math.md), all tangents there
+PRODUCTS = {
+    "forward_rows": 2, "vjp_rows": 3, "vjp_keys": 4, "jvp_rows": 5, "vjp_jvp_rows": 7, "vjp_jvp_keys": 8,
+}  # fmt: skip
+# registers and warps of a multiprocessor; its tensor cores' FLOP a clock, dense: two-byte floats, TF32
+REGISTERS, MOST_WARPS = 65536, 64
+TENSOR = {"sm_80": (2048, 1024), "sm_90": (4096, 2048), "sm_100": (8192, 4096)}
+H200_SMS, H200_CLOCK = 132, 1.83e9  # the clock at which 132 × 4096 make the data sheet's 989 TFLOP/s
+MMA = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTCHMMA|UTCQMMA|UTCMMA)")
+HALF_RATE = re.compile(r"^(IADD|ISETP|LOP|SHF|LEA|SEL|FSEL|FMNMX|FSETP|PRMT|F2FP|VIMNMX|PLOP|IMNMX|IABS|MOV)")
+
+
+@dataclass
+class Row:
+    """What the compiler made of one kernel."""
+
+    target: str
+    dtype: str
+    features: int
+    variant: str
+    kernel: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spilled: int  # bytes a thread
+    spill_instructions: int
+    shared: int  # bytes a program
+    shared_limit: int
+    resident_warps: int
+    tensor_instructions: int
+    loop: dict[str, int]  # instructions of the unmasked loop, a warp
+    bounds: dict[str, float]  # clocks of one visit, a multiprocessor, by what limits it
+    tflops: float | None  # the bound that follows for an H200
+
+
+def compile_all(target: str, dtype: str, features: int, map_: str, variant: str) -> list[dict[str, Any]]:
+    """The rows of one map."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from metattn.backends import triton as backend
+    from metattn.kernels import configs
+
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+
+    class Driver:
+        """Stands for the driver of a machine with that GPU."""
+
+        def get_current_target(self) -> GPUTarget:
+            return gpu
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    architecture = backend.architecture_of(gpu.arch) if nvidia else "gfx9"
+    found: list[Row] = []
+
+    def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        name = kernel.fn.__name__
+        if name not in KERNELS[map_]:
+            return
+        kernel.device_caches.clear()
+        compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
+        config = configs.Config(
+            constants["ROWS"], constants["KEYS"], constants["num_warps"], constants["num_stages"]
+        )
+        found.append(row(compiled, target, dtype, features, variant, name, config, architecture))
+
+    with patch.object(backend, "run", compile_only), patch.object(
+        backend, "architecture", lambda device: architecture
+    ):
+        call_map(map_, getattr(torch, dtype), features, variant)
+    return [asdict(each) for each in found]
+
+
+def call_map(map_: str, dtype: torch.dtype, features: int, variant: str) -> None:
+    """One call of a map on tensors without storage: every tangent, cotangent and gradient there."""
+    from metattn.backends import triton as backend
+    from metattn.problem import Constants, Primals, Problem, Results
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    b, h, n = 2, 16, 4096
+    q, statistic = empty(b, h, n, features), empty(b, h, n, dtype=torch.float64)
+    bias = sinks = None
+    constants = Constants(None, None, None, None, None)
+    if variant == "everything":
+        bias, sinks = empty(b, h, n, n, dtype=torch.float32), empty(1, h, dtype=torch.float32)
+        mask, slopes = empty(b, 1, n, n, dtype=torch.bool), empty(1, h, dtype=torch.float32)
+        constants = Constants(mask, slopes, empty(b, 2, dtype=torch.int64), None, None)
+    primals = Primals(q, q, q, bias, sinks)
+    problem = Problem(
+        scale=features**-0.5,
+        softcap=30.0 if variant == "everything" else None,
+        causal=None if variant == "plain" else "bottom-right",
+        window=(1024, -1) if variant == "everything" else (-1, -1),
+        dropout_p=0.1 if variant == "everything" else 0.0,
+        max_q=0,
+        max_k=0,
+        backend="triton",
+    )
+    low = empty(b, h, n, features, dtype=torch.bfloat16) if dtype in backend.ROUNDED else None
+    results = Results(q, statistic, low)
+    needs = (True, True, True, bias is not None, sinks is not None)
+    if map_ == "forward":
+        backend.forward(problem, primals, constants)
+    elif map_ == "vjp":
+        backend.vjp(problem, primals, constants, results, q, None, needs)
+    elif map_ == "jvp":
+        backend.jvp(problem, primals, constants, results, primals)
+    else:
+        backend.vjp_jvp(problem, primals, constants, results, q, None, primals, results, needs)
+
+
+def row(
+    compiled: Any, target: str, dtype: str, features: int, variant: str, name: str, config: Any,
+    architecture: str,
+) -> Row:  # fmt: skip
+    from metattn.kernels import configs
+
+    read = read_cubin if target.startswith("sm_") else read_amdgcn
+    registers, spilled, spill_instructions, tensor, loop = read(compiled)
+    bounds, tflops = {}, None
+    if target.startswith("sm_") and loop:
+        bounds = visit_bounds(target, dtype, features, name, config, loop)
+        work = PRODUCTS[name] * 2 * config.rows * config.keys * features
+        tflops = work / max(bounds.values()) * H200_SMS * H200_CLOCK * 1e-12 if target == "sm_90" else None
+    return Row(
+        target, dtype, features, variant, name, f"{config.rows}×{config.keys}", config.warps, config.stages,
+        registers, spilled, spill_instructions, compiled.metadata.shared,
+        configs.SHARED_MEMORY[architecture], resident_warps(registers, config.warps, compiled.metadata.shared),
+        tensor, loop, bounds, tflops,
+    )  # fmt: skip
+
+
+def resident_warps(registers: int, warps: int, shared: int) -> int:
+    """Warps of a multiprocessor with 64 Ki registers and 227 KiB of shared memory."""
+    by_registers = REGISTERS // (max(1, registers) * 32 * warps)
+    by_shared = 227 * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, MOST_WARPS // warps) * warps
+
+
+def tool(name: str) -> str:
+    import triton.backends.nvidia as nvidia
+
+    return str(Path(nvidia.__file__).parent / "bin" / name)
+
+
+def read_cubin(compiled: Any) -> tuple[int, int, int, int, dict[str, int]]:
+    """Registers, spilled bytes, spill instructions, tensor-core instructions, and the main loop's counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, usage.stdout
+    code = instructions(sass)
+    spills = sum(op.startswith(("LDL", "STL")) for _, op, _ in code)
+    stack = int(found[2]) + int(found[3])
+    return int(found[1]), stack if spills else 0, spills, sum(bool(MMA.match(op)) for _, op, _ in code), main_loop(code)
+
+
+def instructions(sass: str) -> list[tuple[int, str, str]]:
+    """(address, operation, the whole) of each instruction; labels resolve to the address that follows."""
+    labels: dict[str, int] = {}
+    found: list[tuple[int, str, str]] = []
+    pending: list[str] = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*\.?(L_x_\d+):", line)
+        if label:
+            pending.append(label[1])
+        code = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line)
+        if code:
+            address = int(code[1], 16)
+            for name in pending:
+                labels[name] = address
+            pending = []
+            text = code[2].strip()
+            operation = re.sub(r"^@!?U?P\w+\s+", "", text)
+            found.append((address, operation, text))
+    resolved = []
+    for address, operation, text in found:
+        target = re.search(r"L_x_\d+", operation)
+        if operation.startswith("BRA") and target:
+            operation = f"BRA {labels.get(target[0], address)}"
+        resolved.append((address, operation, text))
+    return resolved
+
+
+def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
+    """Counts by pipe of the shortest loop that has the most tensor-core instructions: the unmasked one."""
+    loops = []
+    for address, operation, _ in code:
+        target = re.match(r"BRA (\d+)", operation)
+        if target and int(target[1]) < address:
+            body = [op for at, op, _ in code if int(target[1]) <= at <= address]
+            tensor = sum(bool(MMA.match(op)) for op in body)
+            if tensor:
+                loops.append((len(body), tensor, body))
+    if not loops:
+        return {}
+    _, tensor, body = min(loops)
+    return {
+        "all": len(body),
+        "tensor": tensor,
+        "mufu": sum(op.startswith("MUFU") for op in body),
+        "half_rate": sum(bool(HALF_RATE.match(op)) for op in body),
+        "shared": sum(op.startswith(("LDS", "STS", "LDSM", "STSM")) for op in body),
+        "global": sum(op.startswith(("LDG", "LDGSTS", "STG")) for op in body),
+        "spill": sum(op.startswith(("LDL", "STL")) for op in body),
+    }
+
+
+def visit_bounds(
+    target: str, dtype: str, features: int, name: str, config: Any, loop: dict[str, int]
+) -> dict[str, float]:
+    """Clocks a multiprocessor needs at least for one visit of a block: by pipe, each with the others free.
+
+    A multiprocessor issues four warp instructions a clock, takes 16 lanes of special functions, 64 of integer and
+    select operations. Its program's warps share that.
+    """
+    work = PRODUCTS[name] * 2 * config.rows * config.keys * features
+    if dtype == "bfloat16":
+        tensor = work / TENSOR[target][0]
+    else:
+        tensor = 3 * work / TENSOR[target][1]  # three TF32 products each
+    warps = config.warps
+    # a loop that Triton unrolled over k counts its tensor instructions, not its visits: one visit is assumed
+    return {
+        "tensor": tensor,
+        "exp": warps * loop["mufu"] * 32 / 16,
+        "integer": warps * loop["half_rate"] * 32 / 64,
+        "issue": warps * loop["all"] / 4,
+    }
+
+
+def read_amdgcn(compiled: Any) -> tuple[int, int, int, int, dict[str, int]]:
+    text = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        found = re.search(rf"{field}:?\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    spilled = number(r"\.vgpr_spill_count")
+    tensor = len(re.findall(r"^\s*v_mfma", text, re.MULTILINE))
+    return number(r"\.vgpr_count"), 4 * spilled, spilled, tensor, {}
+
+
+def complaints(each: Row) -> list[str]:
+    """What must not be, and is."""
+    found = []
+    if each.spilled and each.features <= 128 and each.target in ("sm_80", "sm_90") and each.variant != "everything":
+        found.append(f"spills {each.spilled} bytes")
+    if each.shared > each.shared_limit:
+        found.append(f"{each.shared} bytes of shared memory, limit {each.shared_limit}")
+    if each.dtype != "float32" and each.tensor_instructions == 0:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def markdown(rows: list[Row], versions: dict[str, str]) -> str:
+    lines = [
+        "# What the compiler makes of the Triton kernels",
+        "",
+        f"Written by `make aot` with Triton {versions['triton']}; no GPU took part. Registers and",
+        "spills are per thread, shared memory per program. The last two columns are bounds, not measurements: the",
+        "fewest clocks one visit of an unmasked block takes on a multiprocessor, by its busiest pipe, and what",
+        "follows for an H200.",
+    ]
+    for target in dict.fromkeys(each.target for each in rows):
+        for dtype in dict.fromkeys(each.dtype for each in rows):
+            some = [each for each in rows if (each.target, each.dtype) == (target, dtype)]
+            if not some:
+                continue
+            lines += [
+                "",
+                f"## {target}, {dtype}",
+                "",
+                "| d | kernel | variant | queries×keys | warps | stages | registers | spilled | shared KiB | resident"
+                " warps | tensor instructions | bound | TFLOP/s at most |",
+                "|---:|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
+            ]
+            for r in some:
+                bound = max(r.bounds, key=lambda k: r.bounds[k]) if r.bounds else ""
+                bound = f"{bound} {r.bounds[bound]:.0f}" if bound else "–"
+                tflops = f"{r.tflops:.0f}" if r.tflops is not None else "–"
+                lines.append(
+                    f"| {r.features} | {r.kernel} | {r.variant} | {r.tile} | {r.warps} | {r.stages} | {r.registers}"
+                    f" | {r.spilled or 0} | {r.shared / 1024:.0f} | {r.resident_warps} | {r.tensor_instructions}"
+                    f" | {bound} | {tflops} |"
+                )
+    failures = [(each, text) for each in rows for text in complaints(each)]
+    lines += ["", "## Exceptions", ""]
+    lines += [f"* {r.target} {r.dtype} d={r.features} {r.kernel} {r.variant}: {text}" for r, text in failures] or [
+        "None: no spill for d ≤ 128 on sm_80 and sm_90, shared memory within the limits, every two-byte product on"
+        " tensor cores."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--features", nargs="+", type=int, default=FEATURES)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--variants", nargs="+", default=("plain", "causal"), choices=VARIANTS)
+    parser.add_argument("--maps", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
+    parser.add_argument("--out", type=Path, help="folder for aot.json and aot.md")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    from rich.progress import Progress
+
+    work = [
+        (target, dtype, features, map_, variant)
+        for target in args.targets
+        for dtype in args.dtypes
+        for features in args.features
+        for map_ in args.maps
+        for variant in args.variants
+    ]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(args.jobs) as pool, Progress() as progress:
+        bar = progress.add_task("compiling", total=len(work))
+        jobs = {pool.submit(compile_all, *item): item for item in work}
+        for job in as_completed(jobs):
+            try:
+                rows += [Row(**each) for each in job.result()]
+            except Exception as error:
+                raise RuntimeError(f"{jobs[job]}: {error}") from error
+            progress.advance(bar)
+    order = {name: index for index, name in enumerate(name for names in KERNELS.values() for name in names)}
+    rows.sort(
+        key=lambda r: (
+            args.targets.index(r.target), args.dtypes.index(r.dtype), r.features, order[r.kernel],
+            VARIANTS.index(r.variant),
+        )
+    )  # fmt: skip
+    import triton
+
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "aot.json").write_text(
+            json.dumps({"versions": versions, "rows": [asdict(each) for each in rows]}, indent=1) + "\n"
+        )
+        (args.out / "aot.md").write_text(markdown(rows, versions))
+    else:
+        print(markdown(rows, versions))
+    failures = [f"{r.target} {r.dtype} d={r.features} {r.kernel}: {text}" for r in rows for text in complaints(r)]
+    print("\n".join(failures) or "no complaint", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

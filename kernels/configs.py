@@ -1,0 +1,118 @@
+"""Which tile, warps and pipeline stages each kernel gets: a table, read and never searched at run time.
+
+Chosen against the compiler's report (registers, spills, shared memory) in benchmarks/results/aot.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """A block of queries × a block of keys."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+WIDTHS = (32, 64, 96, 128, 256)  # a head dimension takes the first that holds it
+SMALLEST = 16  # of a tile's sides: what a tensor-core product takes
+
+# architecture → kernel → (two-byte dtypes, float32) → one Config for each of WIDTHS
+_AMPERE = {
+    "forward_rows": (
+        ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+    ),
+    "vjp_rows": (
+        ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 8, 1)),
+        ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+    ),
+    "vjp_keys": (
+        ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+        ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ),
+    "jvp_rows": (
+        ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 1)),
+        ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+    ),
+    "vjp_jvp_rows": (
+        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ),
+    "vjp_jvp_keys": (
+        ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
+        ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ),
+    "bias_sums": (
+        ((64, 64, 8, 1), (64, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+        ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    ),
+}
+TABLE = {
+    "sm80": _AMPERE,
+    "sm86": _AMPERE,
+    "sm90": _AMPERE,
+    "sm100": _AMPERE,
+    "gfx9": _AMPERE,
+    # small blocks, so that short sequences have several; the interpreter minds neither registers nor warps
+    "interpreter": {kernel: (((32, 32, 1, 1),) * len(WIDTHS),) * 2 for kernel in _AMPERE},
+}
+# The few-sample regime: problems so short and narrow that one program of a column pass holds all keys.
+WHOLE_LENGTH = {"interpreter": 32}
+WHOLE_LENGTH.update(dict.fromkeys(("sm80", "sm86", "sm90", "sm100", "gfx9"), 128))
+WHOLE_FEATURES = 64
+# kernel → (two-byte dtypes, float32) → tile side that holds all keys → (rows, warps, stages)
+WHOLE = {
+    "vjp_keys": (
+        {16: (16, 1, 1), 32: (32, 2, 1), 64: (64, 4, 1), 128: (32, 4, 1)},
+        {16: (16, 1, 1), 32: (32, 2, 1), 64: (32, 4, 1), 128: (32, 8, 1)},
+    ),
+    "vjp_jvp_keys": (
+        {16: (16, 1, 1), 32: (32, 2, 1), 64: (32, 4, 1), 128: (32, 8, 1)},
+        {16: (16, 1, 1), 32: (16, 2, 1), 64: (32, 4, 1), 128: (16, 8, 1)},
+    ),
+}
+# bytes of shared memory that one program may have
+SHARED_MEMORY = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx9": 64 * 1024}
+
+
+def choose(architecture: str, kernel: str, features: int, itemsize: int, n: int, m: int) -> Config:
+    """The configuration for a head dimension and dtype, its tile no larger than n × m needs."""
+    by_width = TABLE[architecture][kernel][0 if itemsize == 2 else 1]
+    width = next(index for index, width in enumerate(WIDTHS) if features <= width)
+    rows, keys, warps, stages = by_width[width]
+    fitted_rows, fitted_keys = min(rows, tile_side(n)), min(keys, tile_side(m))
+    # a smaller tile has work for fewer warps
+    while warps > 1 and warps * 16 * 32 > fitted_rows * fitted_keys:
+        warps //= 2
+    return Config(fitted_rows, fitted_keys, warps, stages)
+
+
+def is_whole(architecture: str, features: int, n: int, m: int) -> bool:
+    """Whether one program shall hold a whole (sequence, key head)."""
+    return max(n, m) <= WHOLE_LENGTH[architecture] and features <= WHOLE_FEATURES
+
+
+def choose_whole(kernel: str, itemsize: int, n: int, m: int) -> Config:
+    """The configuration of a column pass whose one block holds all m keys."""
+    keys = tile_side(m)
+    rows, warps, stages = WHOLE[kernel][0 if itemsize == 2 else 1][keys]
+    return Config(min(rows, tile_side(n)), keys, warps, stages)
+
+
+def tile_side(length: int) -> int:
+    """The smallest tile side that holds `length`."""
+    return max(SMALLEST, 1 << max(length - 1, 0).bit_length())
+
+
+def parts(features: int) -> tuple[int, int, int]:
+    """(features, MAIN, REST): the two power-of-two tiles that hold a head dimension, REST 0 where one does."""
+    whole = tile_side(features)
+    main = whole // 2
+    rest = tile_side(features - main)
+    if main < SMALLEST or main + rest >= whole:
+        return features, whole, 0
+    return features, main, rest

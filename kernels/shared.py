@@ -1,0 +1,129 @@
+"""Gradients of what many rows share: a bias that is broadcast somewhere, and sinks. No atomics: one program owns an
+entry, or one of `parts` of its sum, and adds in an order that shapes alone decide.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from metattn.kernels import tiles
+from metattn.kernels.vjp import first_order
+from metattn.kernels.vjp_jvp import second_order
+
+
+class Parts(NamedTuple):
+    """A float32 tensor [parts, 1|B, 1|Hq, 1|N, 1|M] and its strides."""
+
+    ptr: Any
+    part: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+@triton.jit
+def score_gradient(call, given, place, row, key, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
+                   VALUE: tl.constexpr, PRECISION: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
+    """dS, or its tangent, of the tile at (row, key), zeros where there is nothing."""
+    rows, keys = row + tl.arange(0, ROWS), key + tl.arange(0, KEYS)
+    i, j = rows[:, None], keys[None, :]
+    inside, keys_inside = rows < place.n, keys < place.m
+    zero = tl.zeros([ROWS, KEYS], tl.float32)
+    statistics = tiles.load_statistics(given.statistics, place, rows, inside, TANGENT)
+    idle = tiles.idle_rows(call, place, statistics)
+    q = tiles.load_rows(call.q, place, rows, inside, idle, HEAD)
+    k = tiles.load_keys(call.k, place, keys, keys_inside, HEAD)
+    s, bend = tiles.scores(call, place, tiles.dot_features(q, k, zero, PRECISION), i, j, True)
+    do = tiles.load_rows_if(given.do, place, rows, inside, idle, VALUE)
+    v = tiles.load_keys_if(given.do is not None, call.v, place, keys, keys_inside, VALUE)
+    dp = tiles.dot_features(do, v, zero, PRECISION)
+    z = tiles.dropout(call, place, row, key, ROWS, KEYS, False)
+    dpz = tiles.times(dp, z)
+    known = tiles.as_column(statistics)
+    p = tiles.probability(s, known.high, known.low)
+    if TANGENT:
+        c = tiles.load_keys_if(given.do is not None, given.c, place, keys, keys_inside, VALUE)
+        e = tiles.dot_features(do, c, zero, PRECISION)
+        b = tiles.load_keys_if(True, given.b, place, keys, keys_inside, HEAD)
+        a = tiles.load_rows_if(given.a, place, rows, inside, idle, HEAD)
+        tr = tiles.dot_features(q, b, tiles.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
+        t = tiles.score_tangent(call, given, place, s, bend, tr, i, j, True)
+        pt, ez = p * (t - known.tau), tiles.times(e, z)
+        ds, _, _ = second_order(call, s, p, bend, pt, dpz, ez, tr, known.d, known.dt, True)
+    else:
+        ds, _ = first_order(call, s, p, bend, dpz, known.d, True)
+    return ds
+
+
+@triton.jit
+def bias_sums(
+    call, given, out, batches, row_blocks, key_blocks, parts, SUMMED: tl.constexpr, TANGENT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of a tile of the bias' gradient, summed over those of (batch, head, row, column) that SUMMED says."""
+    ALL_BATCHES: tl.constexpr = SUMMED[0]
+    ALL_HEADS: tl.constexpr = SUMMED[1]
+    ALL_ROWS: tl.constexpr = SUMMED[2]
+    ALL_KEYS: tl.constexpr = SUMMED[3]
+    # how many of each this tile sums over, and how many there are to place it in
+    sum_b, sum_h, sum_n, sum_m = 1, 1, 1, 1
+    own_b, own_h, own_n, own_m = batches, call.heads, row_blocks, key_blocks
+    if ALL_BATCHES:
+        sum_b, own_b = batches, 1
+    if ALL_HEADS:
+        sum_h, own_h = call.heads, 1
+    if ALL_ROWS:
+        sum_n, own_n = row_blocks, 1
+    if ALL_KEYS:
+        sum_m, own_m = key_blocks, 1
+    index = tl.program_id(0)
+    part, index = index % parts, index // parts
+    own_key, index = index % own_m, index // own_m
+    own_row, index = index % own_n, index // own_n
+    own_head, own_batch = index % own_h, index // own_h
+    terms = tl.cast(sum_b, tl.int64) * sum_h * sum_n * sum_m
+    share = (terms + parts - 1) // parts
+    total = tl.zeros([ROWS, KEYS], tl.float32)
+    for term in range(part * share, tl.minimum(terms, (part + 1) * share)):
+        key, rest = term % sum_m + own_key, term // sum_m
+        row, rest = rest % sum_n + own_row, rest // sum_n
+        head, batch = rest % sum_h + own_head, rest // sum_h + own_batch
+        place = tiles.place_of(call, batch, head, head // call.group)
+        first_row, first_key = tl.cast(row * ROWS, tl.int32), tl.cast(key * KEYS, tl.int32)
+        reach = tiles.span(first_row, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
+        if (first_row < place.n) & (first_key >= reach.first) & (first_key < reach.end):
+            total += score_gradient(
+                call, given, place, first_row, first_key, ROWS, KEYS, HEAD, VALUE, PRECISION, TANGENT
+            )
+    base = out.ptr + tl.cast(own_batch, tl.int64) * out.batch + tl.cast(own_head, tl.int64) * out.head
+    base += tl.cast(part, tl.int64) * out.part
+    rows, keys = own_row * ROWS + tl.arange(0, ROWS), own_key * KEYS + tl.arange(0, KEYS)
+    row_at, key_at = tl.cast(rows, tl.int64) * out.row, tl.cast(keys, tl.int64) * out.column
+    if ALL_ROWS and ALL_KEYS:
+        tl.store(base, tl.sum(tl.sum(total, 1), 0))
+    elif ALL_ROWS:
+        tl.store(base + key_at, tl.sum(total, 0), mask=keys < call.m)
+    elif ALL_KEYS:
+        tl.store(base + row_at, tl.sum(total, 1), mask=rows < call.n)
+    else:
+        inside = (rows < call.n)[:, None] & (keys < call.m)[None, :]
+        tl.store(base + row_at[:, None] + key_at[None, :], total, mask=inside)
+
+
+@triton.jit
+def sink_sums(call, shares, out, batches, STEP: tl.constexpr):
+    """The sum of the rows' shares of one (batch, head), or of all batches: out float32 [1|B, Hq]."""
+    index = tl.program_id(0)
+    head = index % call.heads
+    first = index // call.heads
+    total = tl.zeros([STEP], tl.float32)
+    for batch in range(first, first + batches):
+        place = tiles.place_of(call, batch, head, head // call.group)
+        for start in range(0, place.n, STEP):
+            rows = start + tl.arange(0, STEP)
+            total += tiles.load_statistic(shares, place, rows, rows < place.n)
+    tl.store(out + index, tl.sum(total, 0))

@@ -1,0 +1,407 @@
+"""The Triton backend: launches the kernels of metattn.kernels on CUDA and ROCm devices.
+
+Under TRITON_INTERPRET=1 the kernels run in Python on CPU tensors instead. No maths here: a call is turned into the
+kernels' arguments, outputs are allocated, kernels launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metattn.problem import Constants, Primals, Problem, Results
+
+if TYPE_CHECKING:
+    from metattn.kernels import tiles
+    from metattn.kernels.configs import Config
+
+Needs = tuple[bool, bool, bool, bool, bool]
+Given = Callable[[Tensor | None], "tiles.Given"]  # by the table of statistics
+MOST_FEATURES = 256
+ROUNDED = (torch.bfloat16, torch.float16)
+NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
+STATISTICS = 5  # fields of kernels.tiles.Statistics
+BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why no kernel can be launched on this machine, or None."""
+    if os.environ.get("METATTN_DISABLE_TRITON", "") not in ("", "0"):
+        return "METATTN_DISABLE_TRITON is set"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import metattn.kernels.shared  # noqa: F401
+    except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
+        return f"triton cannot be imported: {error}"
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+
+
+def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    q, v = primals.q, primals.v
+    expected = "cpu" if interpreted() else "cuda"
+    if q.device.type != expected:
+        return f"it works on {expected} tensors, these are on {q.device}"
+    if q.dtype == torch.float64:
+        return "it computes in float32, these tensors are float64"
+    if max(q.shape[3], v.shape[3]) > MOST_FEATURES:
+        return f"a head dimension of at most {MOST_FEATURES}, got {max(q.shape[3], v.shape[3])}"
+    if architecture(q.device) is None:
+        return "the GPU has no tensor cores that Triton's kernels can use (compute capability 8.0 or later)"
+    return None
+
+
+@functools.cache
+def architecture(device: torch.device) -> str | None:
+    """The row of the configuration table for a device; None where there is none."""
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx9"
+    capability = torch.cuda.get_device_capability(device)
+    return architecture_of(10 * capability[0] + capability[1])
+
+
+def architecture_of(capability: int) -> str | None:
+    """The same for an NVIDIA compute capability, as 90."""
+    if capability < 80:
+        return None
+    if capability in (80, 87):
+        return "sm80"
+    if capability < 90 or capability >= 120:
+        return "sm86"  # 99 KiB of shared memory a program
+    return "sm90" if capability < 100 else "sm100"
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device: the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Every launch goes through here."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+# A call as kernels take it.
+
+
+def _view(t: Tensor | None, *, rows_of_all: bool = False) -> tiles.View | None:
+    """A tensor [B, H, rows[, columns]] or [B, H]; rows_of_all: packed, the rows of all sequences lie in batch 0."""
+    from metattn.kernels.tiles import View
+
+    if t is None:
+        return None
+    strides = (*t.stride(), 0, 0)[:4]
+    return View(t, 0 if rows_of_all else strides[0], *strides[1:])
+
+
+class _Launch:
+    """One call of a map: its views, sizes and configurations."""
+
+    def __init__(self, problem: Problem, primals: Primals, constants: Constants) -> None:
+        from metattn.kernels import configs, tiles
+
+        q, k, v = primals.q, primals.k, primals.v
+        self.q, self.primals = q, primals
+        self.packed = constants.cu_q is not None
+        self.batch = constants.cu_q.shape[0] - 1 if constants.cu_q is not None else q.shape[0]
+        self.heads, self.kv_heads = q.shape[1], k.shape[1]
+        self.n = problem.max_q if self.packed else q.shape[2]
+        self.m = problem.max_k if self.packed else k.shape[2]
+        self.head, self.value = configs.parts(q.shape[3]), configs.parts(v.shape[3])
+        self.architecture = architecture(q.device)
+        left, right = _reach(problem, self.n + self.m)
+        rng = constants.rng
+        self.call = tiles.Call(
+            q=self.rows(q),
+            k=self.rows(k),
+            v=self.rows(v),
+            bias=_view(_broadcast(primals.bias)),
+            sinks=_view(_broadcast(primals.sinks)),
+            mask=_view(_broadcast(None if constants.mask is None else constants.mask.view(torch.uint8))),
+            slopes=_view(_broadcast(constants.slopes)),
+            rng=None if rng is None else tiles.View(rng, rng.stride(0), 0, 0, rng.stride(1)),
+            cu_q=constants.cu_q,
+            cu_k=constants.cu_k,
+            heads=self.heads,
+            group=max(1, self.heads // max(1, self.kv_heads)),
+            n=self.n,
+            m=self.m,
+            scale=problem.scale,
+            softcap=problem.softcap,
+            left=left,
+            right=right,
+            bottom_right=0 if problem.causal == "top-left" else 1,
+            threshold=min(round(problem.dropout_p * 2**32), 2**32 - 1),
+            kept=1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
+        )
+
+    def rows(self, t: Tensor | None) -> tiles.View | None:
+        """A tensor shaped like q, k, v, o or lse, or one of its tangents or cotangents."""
+        return _view(t, rows_of_all=self.packed)
+
+    def given(
+        self,
+        statistics: Tensor | None = None,
+        *,
+        results: Results | None = None,
+        do: Tensor | None = None,
+        dlse: Tensor | None = None,
+        tangents: Primals = NONE5,
+        results_t: Results | None = None,
+    ) -> tiles.Given:
+        from metattn.kernels.tiles import Given, View
+
+        rows = self.rows
+        o, lse, o_lo = results if results is not None else (None, None, None)
+        o_t, lse_t, o_t_lo = results_t if results_t is not None else (None, None, None)
+        table = None
+        if statistics is not None:
+            field, batch, head, row = statistics.stride()
+            table = View(statistics, 0 if self.packed else batch, head, row, field)
+        return Given(
+            o=rows(o), o_lo=rows(o_lo), lse=rows(lse), do=rows(do), dlse=rows(dlse),
+            a=rows(tangents.q), b=rows(tangents.k), c=rows(tangents.v),
+            beta=_view(_broadcast(tangents.bias)), sigma=_view(_broadcast(tangents.sinks)),
+            o_t=rows(o_t), o_t_lo=rows(o_t_lo), lse_t=rows(lse_t), statistics=table,
+        )  # fmt: skip
+
+    def wanted(self, **tensors: Tensor | None) -> tiles.Wanted:
+        from metattn.kernels.tiles import Wanted
+
+        views = {name: self.rows(t) for name, t in tensors.items() if name != "dbias"}
+        return Wanted(**{name: views.get(name) for name in Wanted._fields if name != "dbias"},
+                      dbias=_view(tensors.get("dbias")))  # fmt: skip
+
+    def config(self, kernel: str) -> Config:
+        from metattn.kernels import configs
+
+        assert self.architecture is not None
+        features = max(self.head[0], self.value[0])
+        return configs.choose(self.architecture, kernel, features, self.q.element_size(), self.n, self.m)
+
+    def precision(self) -> str:
+        """How float32 products are taken: three TF32 ones unless torch allows one; AMD has no TF32 of use."""
+        if self.architecture in ("gfx9", "interpreter"):
+            return "ieee"
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+    def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
+        """A row pass, or a column pass, over all (sequence, head) pairs; whole: its one block has all keys."""
+        from metattn.kernels import configs
+
+        name = kernel.__name__
+        config = configs.choose_whole(name, self.q.element_size(), self.n, self.m) if whole else self.config(name)
+        length, size = (self.m, config.keys) if of_keys else (self.n, config.rows)
+        blocks = 1 if whole else -(-length // size)
+        programs = blocks * self.batch * (self.kv_heads if of_keys else self.heads)
+        self.start(kernel, programs, config, *arguments, blocks)
+
+    def start(self, kernel: Any, programs: int, config: Config, *arguments: Any, **constants: Any) -> None:
+        if programs == 0:
+            return
+        with on(self.q.device):
+            run(
+                kernel,
+                programs,
+                self.call,
+                *arguments,
+                **constants,
+                ROWS=config.rows,
+                KEYS=config.keys,
+                HEAD=self.head,
+                VALUE=self.value,
+                PRECISION=self.precision(),
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
+
+    def empty_results(self) -> Results:
+        """Room for o, lse and o_lo."""
+        q = self.q
+        width = self.primals.v.shape[3]
+        o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
+        o_lo = torch.empty_like(o, dtype=torch.bfloat16) if q.dtype in ROUNDED else None
+        return Results(o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo)
+
+    def is_whole(self, needs: Needs) -> bool:
+        """Whether the few-sample path serves: one launch that finds every statistic itself."""
+        from metattn.kernels import configs
+
+        assert self.architecture is not None
+        shared_bias = needs[3] and not self.own_entries
+        features = max(self.head[0], self.value[0])
+        return not shared_bias and configs.is_whole(self.architecture, features, self.n, self.m)
+
+    @property
+    def own_entries(self) -> bool:
+        """Whether the bias is nowhere broadcast."""
+        bias = self.primals.bias
+        return bias is not None and tuple(bias.shape) == (self.batch, self.heads, self.n, self.m)
+
+    def gradients(self, kernels: tuple[Any, Any], needs: Needs, given: Given, results_t: Results | None = None) -> Primals:
+        """Launches a row and a column pass, or a whole one, and the sums for a shared bias and sinks, as needed.
+
+        `given` makes the views for a table of statistics. results_t: room for the tangents that a whole pass of
+        vjp_jvp gives too.
+        """
+        q, k, v, bias, sinks = self.primals
+        dq = torch.empty_like(q) if needs[0] else None
+        dk = torch.empty_like(k) if needs[1] else None
+        dv = torch.empty_like(v) if needs[2] else None
+        dbias = shares = dsinks = None
+        if needs[3] and bias is not None and self.own_entries:
+            # blocks that position leaves out are never visited
+            dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+        if needs[4]:
+            shares = q.new_empty(q.shape[:3], dtype=torch.float32)
+        of_rows = {"dq": dq, "dbias": dbias, "dsinks": shares}
+        if self.is_whole(needs):
+            if results_t is not None:
+                of_rows |= results_t._asdict()
+            self.launch(kernels[1], given(None), self.wanted(dk=dk, dv=dv, **of_rows), of_keys=True, whole=True)
+        else:
+            statistics = given(q.new_empty((STATISTICS, *q.shape[:3]), dtype=torch.float32))
+            self.launch(kernels[0], statistics, self.wanted(**of_rows))
+            if needs[1] or needs[2]:
+                self.launch(kernels[1], statistics, self.wanted(dk=dk, dv=dv), of_keys=True)
+            if needs[3] and bias is not None and not self.own_entries:
+                dbias = self.sum_bias(statistics, bias)
+        if needs[4] and sinks is not None and shares is not None:
+            dsinks = self.sum_sinks(shares, sinks)
+        return Primals(dq, dk, dv, dbias, dsinks)  # type: ignore[arg-type]
+
+    def sum_bias(self, given: tiles.Given, bias: Tensor) -> Tensor:
+        """The gradient of a bias that is broadcast in some dimension."""
+        from metattn.kernels.shared import Parts, bias_sums
+
+        config = self.config("bias_sums")
+        row_blocks, key_blocks = -(-self.n // config.rows), -(-self.m // config.keys)
+        counts = (self.batch, self.heads, row_blocks, key_blocks)
+        full = (self.batch, self.heads, self.n, self.m)
+        summed = tuple(size != whole for size, whole in zip(bias.shape, full, strict=True))
+        tiles_owned = math.prod(count for count, over in zip(counts, summed, strict=True) if not over)
+        terms = math.prod(count for count, over in zip(counts, summed, strict=True) if over)
+        pieces = max(1, min(terms, BIAS_PROGRAMS // max(1, tiles_owned)))
+        out = torch.zeros((pieces, *bias.shape), dtype=torch.float32, device=bias.device)
+        self.start(
+            bias_sums,
+            pieces * tiles_owned if out.numel() else 0,
+            config,
+            given,
+            Parts(out, *out.stride()),
+            self.batch,
+            row_blocks,
+            key_blocks,
+            pieces,
+            SUMMED=summed,
+            TANGENT=given.lse_t is not None,
+        )
+        return out.sum(0).to(bias.dtype)
+
+    def sum_sinks(self, shares: Tensor, sinks: Tensor) -> Tensor:
+        from metattn.kernels.shared import sink_sums
+
+        out = torch.zeros(sinks.shape, dtype=torch.float32, device=sinks.device)
+        batches = self.batch if sinks.shape[0] != self.batch else 1
+        if out.numel():
+            with on(self.q.device):
+                run(sink_sums, out.numel(), self.call, self.rows(shares), out, batches, STEP=256)
+        return out.to(sinks.dtype)
+
+
+def _reach(problem: Problem, most: int) -> tuple[int | None, int | None]:
+    """How far before and after its own place a query attends; None: without limit."""
+    left, right = (None if side < 0 else min(side, most) for side in problem.window)
+    return left, 0 if problem.causal is not None else right
+
+
+def _broadcast(t: Tensor | None) -> Tensor | None:
+    """With stride 0 where a dimension of size 1 stands for all."""
+    if t is None or t.numel() == 0:
+        return t
+    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return t.as_strided(t.shape, strides)
+
+
+# The four maps.
+
+
+def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
+    """o, lse, and what rounding o lost."""
+    from metattn.kernels.forward import forward_rows
+
+    launch = _Launch(problem, primals, constants)
+    results = launch.empty_results()
+    wanted = launch.wanted(o=results.o, o_lo=results.o_lo, lse=results.lse)
+    launch.launch(forward_rows, launch.given(), wanted)
+    return results
+
+
+def vjp(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    needs: Needs,
+) -> Primals:
+    """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
+    from metattn.kernels.vjp import vjp_keys, vjp_rows
+
+    launch = _Launch(problem, primals, constants)
+    given = functools.partial(launch.given, results=results, do=do, dlse=dlse)
+    return launch.gradients((vjp_rows, vjp_keys), needs, given)
+
+
+def jvp(
+    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
+) -> Results:
+    """The tangents of what forward gives."""
+    from metattn.kernels.jvp import jvp_rows
+
+    launch = _Launch(problem, primals, constants)
+    results_t = launch.empty_results()
+    wanted = launch.wanted(o=results_t.o, o_lo=results_t.o_lo, lse=results_t.lse)
+    launch.launch(jvp_rows, launch.given(results=results, tangents=tangents), wanted)
+    return results_t
+
+
+def vjp_jvp(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    tangents: Primals,
+    results_t: Results,
+    needs: Needs,
+) -> Primals:
+    """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
+    from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
+
+    launch = _Launch(problem, primals, constants)
+    given = functools.partial(
+        launch.given, results=results, do=do, dlse=dlse, tangents=tangents, results_t=results_t
+    )
+    return launch.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given)
