@@ -377,6 +377,8 @@ def main() -> int:
             except Exception as error:
                 raise RuntimeError(f"{jobs[job]}: {error}") from error
             progress.advance(bar)
+            if not progress.console.is_terminal and len(rows) % 20 == 0:
+                print(f"{len(rows)} kernels of {len(work)} calls", file=sys.stderr, flush=True)
     order = {name: index for index, name in enumerate(name for names in KERNELS.values() for name in names)}
     rows.sort(
         key=lambda r: (

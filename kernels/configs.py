@@ -61,7 +61,7 @@ TABLE = {
     "interpreter": {kernel: (((32, 32, 1, 1),) * len(WIDTHS),) * 2 for kernel in _AMPERE},
 }
 # The few-sample regime: problems so short and narrow that one program of a column pass holds all keys.
-WHOLE_LENGTH = {"interpreter": 32}
+WHOLE_LENGTH = {"interpreter": 64}
 WHOLE_LENGTH.update(dict.fromkeys(("sm80", "sm86", "sm90", "sm100", "gfx9"), 128))
 WHOLE_FEATURES = 64
 # kernel → (two-byte dtypes, float32) → tile side that holds all keys → (rows, warps, stages)

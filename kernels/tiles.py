@@ -491,6 +491,15 @@ def unseen_keys(call, s):
         return tl.max((s != float("-inf")).to(tl.int32), 0) == 0
 
 
+@triton.jit
+def unseen_of_all(call, s):
+    """The same of a tile [all keys, queries], whose keys were loaded whatever their position."""
+    if (call.mask is None) & (call.bias is None) & (call.left is None) & (call.right is None):
+        return None
+    else:
+        return tl.max((s != float("-inf")).to(tl.int32), 1) == 0
+
+
 # Products.
 
 
@@ -507,21 +516,31 @@ def dot_features(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def part_product(weights, x, acc, PRECISION: tl.constexpr):
+def part_product(weights, x, acc, PRECISION: tl.constexpr, TWICE: tl.constexpr):
     if x is None:
         return None
     else:
-        return tl.dot(weights.to(x.dtype), x, acc, input_precision=PRECISION)
+        high = weights.to(x.dtype)
+        acc = tl.dot(high, x, acc, input_precision=PRECISION)
+        if TWICE and x.dtype != tl.float32:
+            wide = high.to(tl.float32)
+            low = tl.where(finite(wide), weights - wide, 0.0).to(x.dtype)
+            acc = tl.dot(low, x, acc, input_precision=PRECISION)
+        return acc
 
 
 @triton.jit
-def add_product(acc, weights, x, PRECISION: tl.constexpr):
-    """acc + weights·x, both parts; acc itself where there is no acc or no x."""
+def add_product(acc, weights, x, PRECISION: tl.constexpr, TWICE: tl.constexpr = False):
+    """acc + weights·x, both parts; acc itself where there is no acc or no x.
+
+    Weights are rounded to x's dtype; TWICE multiplies what a two-byte float loses of them as well. A sum over few keys
+    has nothing to average the loss out.
+    """
     if (acc is None) | (x is None):
         return acc
     else:
-        main = part_product(weights, x[0], acc[0], PRECISION)
-        return (main, part_product(weights, x[1], acc[1], PRECISION))
+        main = part_product(weights, x[0], acc[0], PRECISION, TWICE)
+        return (main, part_product(weights, x[1], acc[1], PRECISION, TWICE))
 
 
 @triton.jit

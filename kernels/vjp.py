@@ -134,12 +134,15 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     if given.statistics is None:
         tiles.store_entries(wanted.dbias, place, i, j, ds)
         if wanted.dq is not None:
-            dq = tiles.add_product(tiles.zeros(ROWS, HEAD), dr.T, k, PRECISION)
+            seen = tiles.without(k, tiles.unseen_of_all(call, s))
+            dq = tiles.add_product(tiles.zeros(ROWS, HEAD), dr.T, seen, PRECISION, True)
             tiles.store_rows(wanted.dq, place, rows, rows < place.n, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
             dsinks = -sink_probability(call, place, statistics) * d
             tiles.store_statistic(wanted.dsinks, place, rows, rows < place.n, dsinks)
-    return tiles.add_product(dk, dr, q, PRECISION), tiles.add_product(dv, tiles.times(p, z), do, PRECISION)
+    alone: tl.constexpr = given.statistics is None
+    dk = tiles.add_product(dk, dr, q, PRECISION, alone)
+    return dk, tiles.add_product(dv, tiles.times(p, z), do, PRECISION, alone)
 
 
 @triton.jit

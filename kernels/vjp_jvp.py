@@ -147,22 +147,26 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     dst, drt, dr = second_order(call, s, p, bend, pt, dpz, ez, tr, d[None, :], dt[None, :], MASKED)
     ptz = tiles.times(tiles.shown(call, s, pt, MASKED), z)
     if given.statistics is None:
-        there = rows < place.n
+        there, unseen = rows < place.n, tiles.unseen_of_all(call, s)
         tiles.store_entries(wanted.dbias, place, i, j, dst)
         if wanted.dq is not None:
-            dq = tiles.add_product(tiles.zeros(ROWS, HEAD), drt.T, k, PRECISION)
-            dq = tiles.add_product(dq, dr.T, b, PRECISION)
+            dq = tiles.add_product(tiles.zeros(ROWS, HEAD), drt.T, tiles.without(k, unseen), PRECISION, True)
+            if b is not None:
+                dq = tiles.add_product(dq, dr.T, tiles.without(b, unseen), PRECISION, True)
             tiles.store_rows(wanted.dq, place, rows, there, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
             dsinks = sink_share(call, given, place, tiles.Statistics(statistics.high, statistics.low, d, tau, dt))
             tiles.store_statistic(wanted.dsinks, place, rows, there, dsinks)
         if wanted.o is not None:
-            ot = tiles.add_product(tiles.zeros(ROWS, VALUE), ptz.T, v, PRECISION)
-            ot = tiles.add_product(ot, tiles.times(p, z).T, c, PRECISION)
+            ot = tiles.add_product(tiles.zeros(ROWS, VALUE), ptz.T, tiles.without(v, unseen), PRECISION, True)
+            if c is not None:
+                pz = tiles.times(p, z).T
+                ot = tiles.add_product(ot, pz, tiles.without(c, unseen), PRECISION, True)
             tiles.store_in_two(wanted.o, wanted.o_lo, place, rows, there, ot, VALUE)
             tiles.store_statistic(wanted.lse, place, rows, there, tau)
-    dk = tiles.add_product(tiles.add_product(dk, drt, q, PRECISION), dr, a, PRECISION)
-    return dk, tiles.add_product(dv, ptz, do, PRECISION)
+    alone: tl.constexpr = given.statistics is None
+    dk = tiles.add_product(tiles.add_product(dk, drt, q, PRECISION, alone), dr, a, PRECISION, alone)
+    return dk, tiles.add_product(dv, ptz, do, PRECISION, alone)
 
 
 @triton.jit

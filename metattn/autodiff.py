@@ -146,9 +146,12 @@ class Vjp(_Map):
         if all(tangent is None for tangent in tangents) or not any(ctx.needs_input_grad):
             return (None,) * 17
         saved = ctx.saved_tensors
-        results_t = Jvp.apply(ctx.problem, *saved[:13], *tangents)
-        gradients = VjpJvp.apply(ctx.problem, needs, *saved, *tangents, *results_t) if any(needs) else _NONE5
         do, dlse = saved[13:]
+        results_t: Any
+        if any(needs):
+            results_t, gradients = _double_backward(ctx.problem, needs, saved, tangents)
+        else:
+            results_t, gradients = Jvp.apply(ctx.problem, *saved[:13], *tangents), _NONE5
         return (
             *(None, None, *gradients, *_NONE5, None, None, None),
             results_t[0] if do is not None and ctx.needs_input_grad[15] else None,
@@ -293,6 +296,23 @@ class VjpJvp(_Map):
             *fold.rows(20, 23),
         )
         return fold.unfold_gradients(gradients), (fold.axis, fold.axis, fold.axis, 0, 0)
+
+
+def _double_backward(
+    problem: Problem, needs: reference.Needs, saved: Tensors, tangents: Tensors
+) -> tuple[Any, Any]:
+    """Jvp and VjpJvp of Vjp's inputs; in one go where no graph is asked for and the backend can."""
+    together = getattr(load(problem.backend), "double_backward", None)
+    plain = not (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+    if together is None or not plain:
+        results_t = Jvp.apply(problem, *saved[:13], *tangents)
+        return results_t, VjpJvp.apply(problem, needs, *saved, *tangents, *results_t)
+    primals, constants, results = Primals(*saved[:5]), Constants(*saved[5:10]), Results(*saved[10:13])  # type: ignore[arg-type]
+    return together(problem, primals, constants, results, *saved[13:], Primals(*tangents), needs)  # type: ignore[no-any-return, arg-type]
 
 
 # Beyond the fused maps.

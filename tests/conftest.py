@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from metattn.backends import available_backends
+# Without a GPU the Triton kernels are tested in Triton's interpreter. It is asked for before Triton is imported.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
+
+from metattn.backends import available_backends, triton
+
+if triton.interpreted() and available_backends()["triton"] is None:
+    interpreter.mend()
 TESTED = [
     name for name, reason in available_backends().items() if name in ("reference", "cpu") or reason is None
 ]
 
 
-@pytest.fixture(params=TESTED)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` is each backend that can run on this machine; in a module with FLOAT64, each that takes float64."""
+    if "backend" in metafunc.fixturenames:
+        wide = getattr(metafunc.module, "FLOAT64", False)
+        names = [name for name in TESTED if not (wide and name == "triton")]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that can run on this machine."""
     name: str = request.param
     reason = available_backends()[name]
     if reason is not None:

@@ -23,6 +23,8 @@ SMALL = Shape(batch=1, heads=2, n=3, m=3, d=2, dv=1, lengths=((2, 2), (1, 0)))
 TINY = Shape(batch=1, heads=1, n=2, m=2, d=2, dv=1, kv_heads=1, lengths=((1, 2), (1, 0)))
 TINY_GROUPED = Shape(batch=1, heads=2, n=2, m=2, d=1, dv=1, kv_heads=1, lengths=((1, 2), (1, 0)))
 
+FLOAT64 = True  # finite differences need it: backends that lack it are tested in test_triton.py
+
 
 def live_function(call: Call, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(*x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from metattn.autodiff import HigherOrderWarning
 SMALL = Shape(batch=2, n=3, m=2, d=2, dv=1, lengths=((2, 1), (1, 0), (0, 1)))
 Function = Callable[..., Any]
 
+FLOAT64 = True  # finite differences need it: backends that lack it are tested in test_triton.py
+
 
 def loss(function: Function) -> Function:
     def value(*x: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ def _view(t: Tensor | None, *, rows_of_all: bool = False) -> tiles.View | None:
 
     if t is None:
         return None
+    t = t.resolve_neg()  # torch's own operators see to that bit; a pointer does not
     strides = (*t.stride(), 0, 0)[:4]
     return View(t, 0 if rows_of_all else strides[0], *strides[1:])
 
@@ -405,3 +406,27 @@ def vjp_jvp(
         launch.given, results=results, do=do, dlse=dlse, tangents=tangents, results_t=results_t
     )
     return launch.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given)
+
+
+def double_backward(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    tangents: Primals,
+    needs: Needs,
+) -> tuple[Results, Primals]:
+    """jvp and vjp_jvp, of short problems in one launch."""
+    from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
+
+    launch = _Launch(problem, primals, constants)
+    if not launch.is_whole(needs):
+        results_t = jvp(problem, primals, constants, results, tangents)
+        return results_t, vjp_jvp(
+            *(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
+        )
+    results_t = launch.empty_results()
+    given = functools.partial(launch.given, results=results, do=do, dlse=dlse, tangents=tangents)
+    return results_t, launch.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)

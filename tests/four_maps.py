@@ -1,0 +1,119 @@
+"""Random calls of the four maps, straight to a backend, and every output compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metattn.problem import Constants, Primals, Problem
+
+Outputs = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A random call of the four maps: sizes [B, Hq, Hkv, N, M, d, dv] and options."""
+
+    sizes: tuple[int, ...] = (2, 4, 2, 35, 70, 8, 12)
+    dtype: torch.dtype = torch.float64
+    softcap: float | None = None
+    causal: str | None = None
+    window: tuple[int, int] = (-1, -1)
+    dropout_p: float = 0.0
+    bias: tuple[int, ...] | None = None  # which of [B, Hq, N, M] it has; the others are broadcast
+    mask: tuple[int, ...] | None = None
+    sinks: bool = False
+    slopes: bool = False
+    lengths: tuple[
+        tuple[int, int], ...
+    ] = ()  # of packed sequences, rows and keys; sizes' B, N, M are then unused
+    seed: int = field(default=0, compare=False)
+
+    def make(self) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor]:
+        """problem, primals, tangents, constants, do, dlse."""
+        generator = torch.Generator().manual_seed(self.seed)
+        batch, heads, kv_heads, n, m, d, dv = self.sizes
+        cu_q = cu_k = None
+        rows, keys, leading = n, m, batch
+        if self.lengths:
+            ends = torch.tensor([(0, 0), *self.lengths]).cumsum(0).int()
+            cu_q, cu_k = ends[:, 0].contiguous(), ends[:, 1].contiguous()
+            batch, leading = len(self.lengths), 1
+            n, m = (max(pair[i] for pair in self.lengths) for i in (0, 1))
+            rows, keys = int(cu_q[-1]), int(cu_k[-1])
+        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        def shape_of(has: tuple[int, ...]) -> list[int]:
+            return [full if one else 1 for one, full in zip(has, (batch, heads, n, m), strict=True)]
+
+        def primals() -> Primals:
+            return Primals(
+                normal(leading, heads, rows, d),
+                normal(leading, kv_heads, keys, d),
+                normal(leading, kv_heads, keys, dv),
+                None if self.bias is None else normal(*shape_of(self.bias)),
+                normal(batch if batch > 1 else 1, heads, dtype=compute) if self.sinks else None,
+            )
+
+        rng = torch.stack([torch.full((batch,), -(2**40) - 3), torch.arange(batch)], 1)
+        constants = Constants(
+            None if self.mask is None else torch.rand(shape_of(self.mask), generator=generator) < 0.7,
+            normal(1, heads, dtype=compute).abs() if self.slopes else None,
+            rng if self.dropout_p else None,
+            cu_q,
+            cu_k,
+        )
+        problem = Problem(
+            scale=0.5,
+            softcap=self.softcap,
+            causal=self.causal,
+            window=self.window,
+            dropout_p=self.dropout_p,
+            max_q=n if self.lengths else 0,
+            max_k=m if self.lengths else 0,
+            backend="cpu",
+        )
+        do, dlse = normal(leading, heads, rows, dv), normal(leading, heads, rows, dtype=torch.float64)
+        return problem, primals(), primals(), constants, do, dlse
+
+
+def four_maps(backend: Any, call: Call, wide: bool = False) -> Outputs:
+    """Every output of the four maps; `wide`: of the same inputs in float64."""
+    problem, primals, tangents, constants, do, dlse = call.make()
+    if wide:
+        primals, tangents, constants = (
+            type(x)(*(t.double() if t is not None and t.is_floating_point() else t for t in x))
+            for x in (primals, tangents, constants)
+        )
+        do = do.double()
+    needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+    results = backend.forward(problem, primals, constants)
+    moved = backend.jvp(problem, primals, constants, results, tangents)
+    first = backend.vjp(problem, primals, constants, results, do, dlse, needs)
+    second = backend.vjp_jvp(problem, primals, constants, results, do, dlse, tangents, moved, needs)
+    named: Outputs = {"o": results.o, "lse": results.lse, "ot": moved.o, "lt": moved.lse}
+    named.update({f"d{name}": x for name, x in first._asdict().items()})
+    named.update({f"d{name}t": x for name, x in second._asdict().items()})
+    return named
+
+
+def assert_close(found: Outputs, exact: Outputs, relative: float, absolute: float = 1e-12) -> None:
+    for name, right in exact.items():
+        mine = found[name]
+        assert (mine is None) == (right is None), name
+        if mine is None or right is None:
+            continue
+        assert mine.shape == right.shape, name
+        dead = torch.isneginf(right)
+        assert torch.equal(torch.isneginf(mine), dead), name
+        error = (mine.double() - right.double()).masked_fill(dead, 0.0).norm()
+        limit = (
+            relative * right.double().masked_fill(dead, 0.0).norm() + absolute * max(1, right.numel()) ** 0.5
+        )
+        assert error <= limit, f"{name}: {error} > {limit}"

@@ -1,0 +1,264 @@
+"""The Triton kernels in Triton's interpreter, and on a GPU where there is one: every option in all four maps.
+
+The interpreter's tiles are 32 × 32. Calls up to a length of 64 take the few-sample path, one program a (sequence, key
+head); longer ones row and column passes over several blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from four_maps import Call, assert_close, four_maps
+from torch import Tensor
+
+from metattn.backends import available_backends, reference, triton
+from metattn.problem import Constants, Primals, Problem, Results
+
+if available_backends()["triton"] is not None:
+    pytest.skip(f"backend triton: {available_backends()['triton']}", allow_module_level=True)
+
+from metattn.kernels import configs
+
+SHORT = (1, 4, 2, 19, 23, 8, 12)
+LONG = (1, 2, 1, 35, 70, 8, 12)
+LENGTHS = ((0, 5), (33, 70), (1, 3), (7, 0))
+SHORT_LENGTHS = ((0, 5), (20, 31), (1, 3), (7, 0))
+ALL = dict(softcap=1.5, causal="bottom-right", window=(20, -1), dropout_p=0.2, sinks=True, slopes=True)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "top-left": {"causal": "top-left"},
+    "bottom-right": {"causal": "bottom-right"},
+    "window": {"window": (9, 5)},
+    "window-causal": {"window": (11, -1), "causal": "bottom-right"},
+    "softcap": {"softcap": 2.0},
+    "dropout": {"dropout_p": 0.3},
+    "bias": {"bias": (1, 1, 1, 1)},
+    "bias-of-heads": {"bias": (0, 1, 1, 1)},
+    "mask": {"mask": (1, 1, 1, 1)},
+    "sinks-masked": {"sinks": True, "mask": (0, 0, 1, 1)},
+    "slopes": {"slopes": True},
+    "everything": {**ALL, "bias": (1, 1, 1, 1), "mask": (1, 0, 1, 1)},
+}
+ODD = {
+    "one": (1, 1, 1, 1, 1, 1, 1),
+    "no-heads": (1, 0, 0, 4, 5, 4, 4),
+    "no-rows": (2, 2, 2, 0, 4, 4, 4),
+    "no-keys": (2, 2, 2, 3, 0, 4, 4),
+    "no-features": (1, 1, 1, 3, 4, 0, 2),
+    "two-parts": (1, 1, 1, 33, 35, 80, 96),
+    "widest": (1, 1, 1, 33, 20, 203, 256),
+    "tall": (1, 1, 1, 100, 33, 8, 8),
+    "27-heads-on-one": (1, 27, 1, 3, 40, 4, 4),
+}
+# of a bias: which dimensions it has; the fully shared ones are cut into parts
+SHARED = [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 0, 1), (0, 0, 1, 1)]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+class OnDevice:
+    """The Triton backend for CPU tensors, moved to the GPU where there is one."""
+
+    @staticmethod
+    def move(x: Any) -> Any:
+        return x.to("cuda") if isinstance(x, Tensor) and not triton.interpreted() else x
+
+    def __getattr__(self, name: str) -> Any:
+        def run(*arguments: Any) -> Any:
+            moved = [type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments]
+            found = getattr(triton, name)(*moved)
+            return type(found)(*(x.cpu() if x is not None else None for x in found))
+
+        return run
+
+
+def check(call: Call, terms: int = 1) -> None:
+    """terms: how many of size 1 are summed to what may be 0."""
+    relative = TOLERANCE[call.dtype]
+    absolute = relative * 0.1 * terms**0.5
+    assert_close(four_maps(OnDevice(), call), four_maps(reference, call, wide=True), relative, absolute)
+
+
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_four_maps(name: str, sizes: tuple[int, ...]) -> None:
+    check(Call(sizes, torch.float32, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes(name: str) -> None:
+    check(Call(ODD[name], torch.float32))
+
+
+@pytest.mark.parametrize("has", SHARED)
+def test_shared_bias(has: tuple[int, ...]) -> None:
+    check(Call((2, 2, 1, 20, 40, 4, 4), torch.float32, bias=has), terms=2 * 2 * 20 * 40)
+
+
+@pytest.mark.parametrize("lengths", [SHORT_LENGTHS, LENGTHS], ids=["short", "long"])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_packed(name: str, lengths: tuple[tuple[int, int], ...]) -> None:
+    check(Call(SHORT, torch.float32, lengths=lengths, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_low_precision(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(Call(sizes, dtype, **OPTIONS[name]))
+
+
+def made(call: Call) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor, Results]:
+    problem, primals, tangents, constants, do, dlse = call.make()
+    return problem, primals, tangents, constants, do, dlse, triton.forward(problem, primals, constants)
+
+
+interpreted = pytest.mark.skipif(not triton.interpreted(), reason="it compares CPU tensors")
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+def test_double_backward_is_jvp_and_vjp_jvp(sizes: tuple[int, ...]) -> None:
+    call = Call(sizes, torch.float32, **OPTIONS["everything"])
+    problem, primals, tangents, constants, do, dlse, results = made(call)
+    needs = (True,) * 5
+    moved, second = triton.double_backward(
+        problem, primals, constants, results, do, dlse, tangents, needs
+    )
+    moved_alone = triton.jvp(problem, primals, constants, results, tangents)
+    alone = triton.vjp_jvp(
+        problem, primals, constants, results, do, dlse, tangents, moved_alone, needs
+    )
+    for found, expected in zip((*moved[:2], *second), (*moved_alone[:2], *alone), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 9, 11, 4, 4), (1, 1, 1, 9, 40, 4, 4)], ids=["short", "long"])
+def test_each_part_alone(sizes: tuple[int, ...]) -> None:
+    """One gradient wanted, one tangent or cotangent there: what is absent is left out, not zero by luck."""
+    call = Call(sizes, torch.float32, bias=(1, 1, 1, 1), sinks=True, softcap=2.0)
+    problem, primals, tangents, constants, do, dlse, results = made(call)
+    truth = reference.forward(problem, primals, constants)
+    for index in range(5):
+        needs = tuple(i == index for i in range(5))
+        alone = Primals(*(t if i == index else None for i, t in enumerate(tangents)))  # type: ignore[arg-type]
+        moved = triton.jvp(problem, primals, constants, results, alone)
+        exact = reference.jvp(problem, primals, constants, truth, alone)
+        assert_close({"ot": moved.o, "lt": moved.lse}, {"ot": exact.o, "lt": exact.lse}, 5e-6, 1e-6)
+        for cotangents in ((do, None), (None, dlse)):
+            found = [
+                triton.vjp(problem, primals, constants, results, *cotangents, needs),
+                triton.vjp_jvp(problem, primals, constants, results, *cotangents, alone, moved, needs),
+            ]
+            expected = [
+                reference.vjp(problem, primals, constants, truth, *cotangents, needs),
+                reference.vjp_jvp(problem, primals, constants, truth, *cotangents, alone, exact, needs),
+            ]
+            for ours, theirs in zip(found, expected, strict=True):
+                for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+                    assert (x is None) == (i != index)
+                    if x is not None:
+                        y = torch.zeros_like(x) if y is None else y
+                        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_same_bits_again() -> None:
+    call = Call(LONG, torch.float32, **{**OPTIONS["everything"], "bias": (0, 1, 1, 1)})
+    first, again = four_maps(triton, call), four_maps(triton, call)
+    assert all(torch.equal(x, again[name]) for name, x in first.items() if x is not None)  # type: ignore[arg-type]
+
+
+@interpreted
+def test_dropout_mask_is_the_references() -> None:
+    """q = 0, v = 1/M: o counts the kept keys of each row, whatever the tile."""
+    n, m, p = 40, 67, 0.4
+    q, k = torch.zeros(2, 3, n, 4), torch.zeros(2, 3, m, 4)
+    call = replace(Call((2, 3, 3, n, m, 4, m), torch.float32), dropout_p=p)
+    problem, _, _, constants, _, _ = call.make()
+    v = torch.eye(m).expand(2, 3, m, m).contiguous()
+    o = triton.forward(problem, Primals(q, k, v, None, None), constants).o
+    assert constants.rng is not None
+    kept = reference.dropout_keep(constants.rng, p, 3, n, m)
+    assert torch.equal(o > 0, kept)
+
+
+class TestConfigurations:
+    def test_parts_hold_the_features(self) -> None:
+        for features in range(257):
+            whole, main, rest = configs.parts(features)
+            assert whole == features <= main + rest
+            assert main in (16, 32, 64, 128, 256)
+            assert rest in (0, 16, 32, 64)
+        assert configs.parts(80) == (80, 64, 16)
+        assert configs.parts(96) == (96, 64, 32)
+        assert configs.parts(64) == (64, 64, 0)
+        assert configs.parts(203) == (203, 256, 0)
+
+    @pytest.mark.parametrize("architecture", configs.TABLE)
+    def test_every_kernel_has_a_tile(self, architecture: str) -> None:
+        for kernel, by_dtype in configs.TABLE[architecture].items():
+            for itemsize in (2, 4):
+                assert len(by_dtype[0 if itemsize == 2 else 1]) == len(configs.WIDTHS)
+                for features in (1, 64, 80, 256):
+                    config = configs.choose(architecture, kernel, features, itemsize, 7, 4096)
+                    assert config.rows == configs.SMALLEST
+                    assert config.keys & (config.keys - 1) == 0
+                    assert config.warps in (1, 2, 4, 8)
+
+    def test_the_few_sample_regime(self) -> None:
+        assert configs.is_whole("sm90", 64, 128, 128)
+        assert not configs.is_whole("sm90", 64, 129, 128)
+        assert not configs.is_whole("sm90", 80, 64, 64)
+        for kernel in configs.WHOLE:
+            for m in (1, 16, 17, 100, 128):
+                assert configs.choose_whole(kernel, 2, 64, m).keys >= m
+
+    def test_architectures(self) -> None:
+        named = {80: "sm80", 86: "sm86", 89: "sm86", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm86"}
+        assert {capability: triton.architecture_of(capability) for capability in named} == named
+        assert triton.architecture_of(75) is None
+
+
+class TestAvailability:
+    def script(self, code: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment},
+            cwd=Path(__file__).resolve().parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    REASON = "import metattn; print(metattn.available_backends()['triton'])"
+
+    def test_disabled(self) -> None:
+        assert self.script(self.REASON, METATTN_DISABLE_TRITON="1") == "METATTN_DISABLE_TRITON is set"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu(self) -> None:
+        assert self.script(self.REASON).startswith("no GPU that torch can use")
+
+    def test_import_leaves_triton_alone(self) -> None:
+        assert self.script("import metattn, sys; print('triton' in sys.modules)") == "False"
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"dtype": torch.float64}, "it computes in float32, these tensors are float64"),
+            ({"sizes": (1, 1, 1, 2, 2, 257, 8)}, "a head dimension of at most 256, got 257"),
+        ],
+    )
+    def test_refusals(self, change: dict[str, Any], said: str) -> None:
+        problem, primals, _, constants, _, _ = replace(Call((1, 1, 1, 2, 2, 8, 8), torch.float32), **change).make()
+        primals = Primals(*map(OnDevice.move, primals))
+        assert triton.unsupported(problem, primals, constants) == said
