@@ -1,4 +1,4 @@
-# make build | demo | test | lint | bench | clean
+# make build | demo | test | lint | bench | aot | gpu | clean
 # PYTHON=python3.12 make test   uses that interpreter as it is, installing nothing (machines without a network).
 SHELL := /bin/bash -euo pipefail
 PYTHON ?=
@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench clean
+.PHONY: build demo test lint bench aot aot-check gpu clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -49,6 +49,18 @@ lint: $(ENVIRONMENT)
 
 bench: build
 	$(PY) -m metattn bench --out benchmarks/results/cpu --readme README.md
+
+# Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
+aot: $(ENVIRONMENT)
+	$(PY) -m benchmarks.aot --out benchmarks/results
+
+# Some of it, for continuous integration: a few minutes.
+aot-check: $(ENVIRONMENT)
+	$(PY) -m benchmarks.aot --targets sm_80 sm_90 gfx942 --dtypes bfloat16 --features 64 128 --variants causal
+
+# On a machine with a GPU: tests, sanitizer, benchmark against torch; ends inside nine minutes.
+gpu: build
+	$(PY) -m benchmarks.gpu
 
 clean:
 	rm -rf build dist *.egg-info metattn-demo metattn-bench .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

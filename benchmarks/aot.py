@@ -1,11 +1,11 @@
 """Compiles every Triton kernel for GPUs that are not there, and reads what the compiler made of them.
 
-    python -m benchmarks.aot [--quick] [--targets sm_90 …] [--features 64 …] [--check] [--out benchmarks/results]
+    python -m benchmarks.aot [--targets sm_90 …] [--features 64 …] [--out benchmarks/results]
 
-For each target, dtype, head dimension and kernel: registers, spilled bytes, shared memory, resident warps, tensor-core
-instructions, and the time that one visit of an unmasked block takes at least, by the counts of its instructions. A
-spill on sm_80 or sm_90 for a head dimension up to 128, shared memory past the limit, or a product in two-byte floats
-that is no tensor-core instruction, is a failure; `--check` compares with the exceptions that the table names.
+For each target, dtype, head dimension and kernel: registers, spilled bytes, shared memory, resident warps,
+tensor-core instructions, and the time that one visit of an unmasked block takes at least, by the counts of
+its instructions. A spill on sm_80 or sm_90 for a head dimension up to 128, shared memory past the limit, or
+a product in two- byte floats that is no tensor-core instruction, is a failure; the table names them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch  # noqa: E402
+import torch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEATURES = (32, 64, 80, 96, 128, 256)
@@ -111,8 +111,9 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
         )
         found.append(row(compiled, target, dtype, features, variant, name, config, architecture))
 
-    with patch.object(backend, "run", compile_only), patch.object(
-        backend, "architecture", lambda device: architecture
+    with (
+        patch.object(backend, "run", compile_only),
+        patch.object(backend, "architecture", lambda device: architecture),
     ):
         call_map(map_, getattr(torch, dtype), features, variant)
     return [asdict(each) for each in found]
@@ -174,7 +175,8 @@ def row(
     return Row(
         target, dtype, features, variant, name, f"{config.rows}×{config.keys}", config.warps, config.stages,
         registers, spilled, spill_instructions, compiled.metadata.shared,
-        configs.SHARED_MEMORY[architecture], resident_warps(registers, config.warps, compiled.metadata.shared),
+        configs.SHARED_MEMORY[architecture],
+        resident_warps(registers, config.warps, compiled.metadata.shared),
         tensor, loop, bounds, tflops,
     )  # fmt: skip
 
@@ -187,7 +189,7 @@ def resident_warps(registers: int, warps: int, shared: int) -> int:
 
 
 def tool(name: str) -> str:
-    import triton.backends.nvidia as nvidia
+    from triton.backends import nvidia
 
     return str(Path(nvidia.__file__).parent / "bin" / name)
 
@@ -200,13 +202,21 @@ def read_cubin(compiled: Any) -> tuple[int, int, int, int, dict[str, int]]:
         usage = subprocess.run(
             [tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
         )
-        sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout + usage.stderr)
     assert found is not None, usage.stdout
     code = instructions(sass)
     spills = sum(op.startswith(("LDL", "STL")) for _, op, _ in code)
     stack = int(found[2]) + int(found[3])
-    return int(found[1]), stack if spills else 0, spills, sum(bool(MMA.match(op)) for _, op, _ in code), main_loop(code)
+    return (
+        int(found[1]),
+        stack if spills else 0,
+        spills,
+        sum(bool(MMA.match(op)) for _, op, _ in code),
+        main_loop(code),
+    )
 
 
 def instructions(sass: str) -> list[tuple[int, str, str]]:
@@ -230,9 +240,8 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
     resolved = []
     for address, operation, text in found:
         target = re.search(r"L_x_\d+", operation)
-        if operation.startswith("BRA") and target:
-            operation = f"BRA {labels.get(target[0], address)}"
-        resolved.append((address, operation, text))
+        branch = operation.startswith("BRA") and target is not None
+        resolved.append((address, f"BRA {labels.get(target[0], address)}" if branch else operation, text))
     return resolved
 
 
@@ -265,14 +274,12 @@ def visit_bounds(
 ) -> dict[str, float]:
     """Clocks a multiprocessor needs at least for one visit of a block: by pipe, each with the others free.
 
-    A multiprocessor issues four warp instructions a clock, takes 16 lanes of special functions, 64 of integer and
-    select operations. Its program's warps share that.
+    A multiprocessor issues four warp instructions a clock, takes 16 lanes of special functions, 64 of
+    integer and select operations. Its program's warps share that.
     """
     work = PRODUCTS[name] * 2 * config.rows * config.keys * features
-    if dtype == "bfloat16":
-        tensor = work / TENSOR[target][0]
-    else:
-        tensor = 3 * work / TENSOR[target][1]  # three TF32 products each
+    two_byte, tf32 = TENSOR[target]
+    tensor = work / two_byte if dtype == "bfloat16" else 3 * work / tf32  # three TF32 products each
     warps = config.warps
     # a loop that Triton unrolled over k counts its tensor instructions, not its visits: one visit is assumed
     return {
@@ -298,7 +305,12 @@ def read_amdgcn(compiled: Any) -> tuple[int, int, int, int, dict[str, int]]:
 def complaints(each: Row) -> list[str]:
     """What must not be, and is."""
     found = []
-    if each.spilled and each.features <= 128 and each.target in ("sm_80", "sm_90") and each.variant != "everything":
+    if (
+        each.spilled
+        and each.features <= 128
+        and each.target in ("sm_80", "sm_90")
+        and each.variant != "everything"
+    ):
         found.append(f"spills {each.spilled} bytes")
     if each.shared > each.shared_limit:
         found.append(f"{each.shared} bytes of shared memory, limit {each.shared_limit}")
@@ -307,48 +319,49 @@ def complaints(each: Row) -> list[str]:
     return found
 
 
+COLUMNS = (
+    "d", "kernel", "variant", "queries×keys", "warps", "stages", "registers", "spilled", "shared KiB",
+    "resident warps", "tensor instructions", "bound", "TFLOP/s at most",
+)  # fmt: skip
+
+
+def cells(each: Row) -> list[str]:
+    bound, tflops = "–", "–" if each.tflops is None else f"{each.tflops:.0f}"
+    if each.bounds:
+        name = max(each.bounds, key=lambda pipe: each.bounds[pipe])
+        bound = f"{name} {each.bounds[name]:.0f}"
+    numbers = (each.warps, each.stages, each.registers, each.spilled, round(each.shared / 1024))
+    more = (each.resident_warps, each.tensor_instructions)
+    return [str(x) for x in (each.features, each.kernel, each.variant, each.tile, *numbers, *more, bound, tflops)]
+
+
 def markdown(rows: list[Row], versions: dict[str, str]) -> str:
     lines = [
         "# What the compiler makes of the Triton kernels",
         "",
-        f"Written by `make aot` with Triton {versions['triton']}; no GPU took part. Registers and",
-        "spills are per thread, shared memory per program. The last two columns are bounds, not measurements: the",
-        "fewest clocks one visit of an unmasked block takes on a multiprocessor, by its busiest pipe, and what",
+        f"Written by `make aot` with Triton {versions['triton']}; no GPU took part. Registers and spilled bytes are",
+        "per thread, shared memory per program. The last two columns are bounds, not measurements: the fewest",
+        "clocks that one visit of an unmasked block takes on a multiprocessor, by its busiest pipe, and what",
         "follows for an H200.",
     ]
-    for target in dict.fromkeys(each.target for each in rows):
-        for dtype in dict.fromkeys(each.dtype for each in rows):
-            some = [each for each in rows if (each.target, each.dtype) == (target, dtype)]
-            if not some:
-                continue
-            lines += [
-                "",
-                f"## {target}, {dtype}",
-                "",
-                "| d | kernel | variant | queries×keys | warps | stages | registers | spilled | shared KiB | resident"
-                " warps | tensor instructions | bound | TFLOP/s at most |",
-                "|---:|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
-            ]
-            for r in some:
-                bound = max(r.bounds, key=lambda k: r.bounds[k]) if r.bounds else ""
-                bound = f"{bound} {r.bounds[bound]:.0f}" if bound else "–"
-                tflops = f"{r.tflops:.0f}" if r.tflops is not None else "–"
-                lines.append(
-                    f"| {r.features} | {r.kernel} | {r.variant} | {r.tile} | {r.warps} | {r.stages} | {r.registers}"
-                    f" | {r.spilled or 0} | {r.shared / 1024:.0f} | {r.resident_warps} | {r.tensor_instructions}"
-                    f" | {bound} | {tflops} |"
-                )
+    for target, dtype in dict.fromkeys((each.target, each.dtype) for each in rows):
+        lines += ["", f"## {target}, {dtype}", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines.append("|---:|---|---|---|" + "---:|" * 7 + "---|---:|")
+        some = [each for each in rows if (each.target, each.dtype) == (target, dtype)]
+        lines += ["| " + " | ".join(cells(each)) + " |" for each in some]
     failures = [(each, text) for each in rows for text in complaints(each)]
     lines += ["", "## Exceptions", ""]
-    lines += [f"* {r.target} {r.dtype} d={r.features} {r.kernel} {r.variant}: {text}" for r, text in failures] or [
-        "None: no spill for d ≤ 128 on sm_80 and sm_90, shared memory within the limits, every two-byte product on"
-        " tensor cores."
-    ]
+    lines += [f"* {r.target} {r.dtype} d={r.features} {r.kernel} {r.variant}: {text}" for r, text in failures]
+    if not failures:
+        lines.append("None: no spill for d ≤ 128 on sm_80 and sm_90, shared memory within the limits, every product")
+        lines.append("of two-byte floats on tensor cores.")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--features", nargs="+", type=int, default=FEATURES)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES)
@@ -377,8 +390,19 @@ def main() -> int:
             except Exception as error:
                 raise RuntimeError(f"{jobs[job]}: {error}") from error
             progress.advance(bar)
-            if not progress.console.is_terminal and len(rows) % 20 == 0:
-                print(f"{len(rows)} kernels of {len(work)} calls", file=sys.stderr, flush=True)
+            for each in job.result():
+                told = (
+                    "target",
+                    "dtype",
+                    "features",
+                    "variant",
+                    "kernel",
+                    "tile",
+                    "warps",
+                    "registers",
+                    "spilled",
+                )
+                progress.console.print(*(each[name] for name in told), highlight=False)
     order = {name: index for index, name in enumerate(name for names in KERNELS.values() for name in names)}
     rows.sort(
         key=lambda r: (
@@ -397,7 +421,9 @@ def main() -> int:
         (args.out / "aot.md").write_text(markdown(rows, versions))
     else:
         print(markdown(rows, versions))
-    failures = [f"{r.target} {r.dtype} d={r.features} {r.kernel}: {text}" for r in rows for text in complaints(r)]
+    failures = [
+        f"{r.target} {r.dtype} d={r.features} {r.kernel}: {text}" for r in rows for text in complaints(r)
+    ]
     print("\n".join(failures) or "no complaint", file=sys.stderr)
     return 1 if failures else 0
 

@@ -1,10 +1,12 @@
 """Tests, sanitizes and measures the GPU backends on this machine's GPU: what `make gpu` runs.
 
-    python -m benchmarks.gpu [--minutes 9] [--stages tests sanitizer benchmark] [--cases NAME …] [--out FOLDER]
+    python -m benchmarks.gpu [--minutes 9] [--stages tests sanitizer benchmark] [--cases NAME …] [--out
+    FOLDER]
 
-Installs nothing. Everything measured goes to FOLDER/<gpu>/: the logs of tests and sanitizer, gpu.json with every
-sample, gpu.md made of it. Contestants take turns; each output is compared with float64 before it is timed, and what is
-wrong is not timed. Ends inside the given minutes: what there was no time for is named, never estimated.
+Installs nothing. Everything measured goes to FOLDER/<gpu>/: the logs of tests and sanitizer, gpu.json with
+every sample, gpu.md made of it. Contestants take turns; each output is compared with float64 before it is
+timed, and what is wrong is not timed. Ends inside the given minutes: what there was no time for is named,
+never estimated.
 """
 
 from __future__ import annotations
@@ -91,7 +93,14 @@ class Case:
 
 def hog(batch: int, n: int, published: float) -> Case:
     return Case(
-        f"hvp {batch}×{n}", batch, 12, n, 64, causal="top-left", steps=("second-order step",), published=published
+        f"hvp {batch}×{n}",
+        batch,
+        12,
+        n,
+        64,
+        causal="top-left",
+        steps=("second-order step",),
+        published=published,
     )
 
 
@@ -165,7 +174,7 @@ def torch_path(
     case: Case, kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     mask, causal = bias, case.causal == "top-left" and case.window is None
-    if case.causal is not None and not causal or case.window is not None:
+    if (case.causal is not None and not causal) or case.window is not None:
         mask = position_mask(case, q.device)
     with sdpa_kernel(kernel):
         return scaled_dot_product_attention(
@@ -305,7 +314,9 @@ def once(step: Step, device: torch.device) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def interleaved(steps: dict[str, Step], device: torch.device, seconds: float, least: int = 7) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Step], device: torch.device, seconds: float, least: int = 7
+) -> dict[str, list[float]]:
     """Every contestant once a round, after two warm-ups, for so many seconds."""
     for step in steps.values():
         for _ in range(2):
@@ -340,6 +351,10 @@ def in_graph(step: Step) -> Step:
     return replay
 
 
+def in_graph_of(make: Callable[[], Step]) -> Step:
+    return in_graph(make())
+
+
 def measure_case(case: Case, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """The rows of a case: each step, each contestant."""
     inputs = make_inputs(case, device)
@@ -350,16 +365,15 @@ def measure_case(case: Case, device: torch.device, seconds: float) -> list[dict[
         for contestant in contestants(case):
             if step not in contestant.steps:
                 continue
-            runs = {contestant.name: lambda c=contestant: make_step(c.attend, step, inputs)}
+            make = partial(make_step, contestant.attend, step, inputs)
+            runs = {contestant.name: make}
             if step == "second-order step" and device.type == "cuda" and contestant.name == "metattn triton":
-                runs["metattn triton, CUDA graph"] = lambda c=contestant: in_graph(
-                    make_step(c.attend, step, inputs)
-                )
-            for name, make in runs.items():
+                runs["metattn triton, CUDA graph"] = partial(in_graph_of, make)
+            for name, start in runs.items():
                 row: dict[str, Any] = {"case": asdict(case), "step": step, "contestant": name}
                 rows.append(row)
                 try:
-                    run = make()
+                    run = start()
                     row["errors"] = errors(case, step, run(), truth)
                 except (RuntimeError, NotImplementedError) as error:  # a peer that lacks it, or memory
                     row["cannot"] = str(error).strip().splitlines()[0][:200]
@@ -464,7 +478,9 @@ def run_to(log: Path, command: list[str], seconds: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--cases", nargs="+", help="names of cases; all unless given")
@@ -491,15 +507,34 @@ def main() -> int:
     }
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if "tests" in args.stages:
-        command = [*pytest, "tests/test_triton.py", "tests/test_faults.py", "tests/test_precision.py", "-k", "triton"]
-        results["stages"]["tests"] = run_to(folder / "tests.log", command, max(30, 0.45 * (end - time.time())))
+        command = [
+            *pytest,
+            "tests/test_triton.py",
+            "tests/test_faults.py",
+            "tests/test_precision.py",
+            "-k",
+            "triton",
+        ]
+        results["stages"]["tests"] = run_to(
+            folder / "tests.log", command, max(30, 0.45 * (end - time.time()))
+        )
     if "sanitizer" in args.stages:
         tool = shutil.which("compute-sanitizer")
         for check in ("memcheck", "racecheck"):
             if tool is None:
                 results["stages"][check] = "compute-sanitizer is not on the PATH: not run"
                 continue
-            command = [tool, "--tool", check, "--error-exitcode", "9", *pytest, "tests/test_triton.py", "-k", "short"]
+            command = [
+                tool,
+                "--tool",
+                check,
+                "--error-exitcode",
+                "9",
+                *pytest,
+                "tests/test_triton.py",
+                "-k",
+                "short",
+            ]
             said = run_to(folder / f"{check}.log", command, max(30, 0.2 * (end - time.time())))
             results["stages"][check] = said
     if "benchmark" in args.stages:
@@ -507,7 +542,9 @@ def main() -> int:
     (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "gpu.md").write_text(markdown(results))
     print(markdown(results))
-    failed = any(not said.startswith(("exit 0", "compute-sanitizer is not")) for said in results["stages"].values())
+    failed = any(
+        not said.startswith(("exit 0", "compute-sanitizer is not")) for said in results["stages"].values()
+    )
     return 1 if failed or any("wrong" in row for row in results["rows"]) else 0
 
 

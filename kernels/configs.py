@@ -76,7 +76,13 @@ WHOLE = {
     ),
 }
 # bytes of shared memory that one program may have
-SHARED_MEMORY = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx9": 64 * 1024}
+SHARED_MEMORY = {
+    "sm80": 163 * 1024,
+    "sm86": 99 * 1024,
+    "sm90": 227 * 1024,
+    "sm100": 227 * 1024,
+    "gfx9": 64 * 1024,
+}
 
 
 def choose(architecture: str, kernel: str, features: int, itemsize: int, n: int, m: int) -> Config:
@@ -85,10 +91,8 @@ def choose(architecture: str, kernel: str, features: int, itemsize: int, n: int,
     width = next(index for index, width in enumerate(WIDTHS) if features <= width)
     rows, keys, warps, stages = by_width[width]
     fitted_rows, fitted_keys = min(rows, tile_side(n)), min(keys, tile_side(m))
-    # a smaller tile has work for fewer warps
-    while warps > 1 and warps * 16 * 32 > fitted_rows * fitted_keys:
-        warps //= 2
-    return Config(fitted_rows, fitted_keys, warps, stages)
+    fewer = rows * keys // (fitted_rows * fitted_keys)  # a smaller tile has work for fewer warps
+    return Config(fitted_rows, fitted_keys, max(1, warps // fewer), stages)
 
 
 def is_whole(architecture: str, features: int, n: int, m: int) -> bool:
@@ -109,7 +113,7 @@ def tile_side(length: int) -> int:
 
 
 def parts(features: int) -> tuple[int, int, int]:
-    """(features, MAIN, REST): the two power-of-two tiles that hold a head dimension, REST 0 where one does."""
+    """(features, MAIN, REST): the power-of-two tiles that hold a head dimension, REST 0 where one does."""
     whole = tile_side(features)
     main = whole // 2
     rest = tile_side(features - main)

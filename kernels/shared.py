@@ -1,5 +1,5 @@
-"""Gradients of what many rows share: a bias that is broadcast somewhere, and sinks. No atomics: one program owns an
-entry, or one of `parts` of its sum, and adds in an order that shapes alone decide.
+"""Gradients of what many rows share: a bias that is broadcast somewhere, and sinks. No atomics: one program
+owns an entry, or one of `parts` of its sum, and adds in an order that shapes alone decide.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
-from metattn.kernels import tiles
 from metattn.kernels.vjp import first_order
 from metattn.kernels.vjp_jvp import second_order
+
+from metattn.kernels import memory, products, rowstats, scores, tiles
 
 
 class Parts(NamedTuple):
@@ -29,30 +29,32 @@ class Parts(NamedTuple):
 def score_gradient(call, given, place, row, key, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
                    VALUE: tl.constexpr, PRECISION: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
     """dS, or its tangent, of the tile at (row, key), zeros where there is nothing."""
-    rows, keys = row + tl.arange(0, ROWS), key + tl.arange(0, KEYS)
+    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    rows, keys = row + row_ids, key + key_ids
+    at = tiles.moved(place, row, key)
     i, j = rows[:, None], keys[None, :]
     inside, keys_inside = rows < place.n, keys < place.m
     zero = tl.zeros([ROWS, KEYS], tl.float32)
-    statistics = tiles.load_statistics(given.statistics, place, rows, inside, TANGENT)
-    idle = tiles.idle_rows(call, place, statistics)
-    q = tiles.load_rows(call.q, place, rows, inside, idle, HEAD)
-    k = tiles.load_keys(call.k, place, keys, keys_inside, HEAD)
-    s, bend = tiles.scores(call, place, tiles.dot_features(q, k, zero, PRECISION), i, j, True)
-    do = tiles.load_rows_if(given.do, place, rows, inside, idle, VALUE)
-    v = tiles.load_keys_if(given.do is not None, call.v, place, keys, keys_inside, VALUE)
-    dp = tiles.dot_features(do, v, zero, PRECISION)
-    z = tiles.dropout(call, place, row, key, ROWS, KEYS, False)
-    dpz = tiles.times(dp, z)
-    known = tiles.as_column(statistics)
-    p = tiles.probability(s, known.high, known.low)
+    statistics = rowstats.load_statistics(given.statistics, at, row_ids, inside, TANGENT)
+    idle = scores.idle_rows(call, place, statistics)
+    q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+    k = memory.load_keys(call.k, at, key_ids, keys_inside, HEAD)
+    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, True)
+    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
+    v = memory.load_keys_if(given.do is not None, call.v, at, key_ids, keys_inside, VALUE)
+    dp = products.dot_features(do, v, zero, PRECISION)
+    z = scores.dropout(call, place, row, key, ROWS, KEYS, False)
+    dpz = scores.times(dp, z)
+    known = rowstats.as_column(statistics)
+    p = scores.probability(s, known.high, known.low)
     if TANGENT:
-        c = tiles.load_keys_if(given.do is not None, given.c, place, keys, keys_inside, VALUE)
-        e = tiles.dot_features(do, c, zero, PRECISION)
-        b = tiles.load_keys_if(True, given.b, place, keys, keys_inside, HEAD)
-        a = tiles.load_rows_if(given.a, place, rows, inside, idle, HEAD)
-        tr = tiles.dot_features(q, b, tiles.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
-        t = tiles.score_tangent(call, given, place, s, bend, tr, i, j, True)
-        pt, ez = p * (t - known.tau), tiles.times(e, z)
+        c = memory.load_keys_if(given.do is not None, given.c, at, key_ids, keys_inside, VALUE)
+        e = products.dot_features(do, c, zero, PRECISION)
+        b = memory.load_keys_if(True, given.b, at, key_ids, keys_inside, HEAD)
+        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+        tr = products.dot_features(q, b, products.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
+        t = scores.score_tangent(call, given, place, s, bend, tr, i, j, True)
+        pt, ez = p * (t - known.tau), scores.times(e, z)
         ds, _, _ = second_order(call, s, p, bend, pt, dpz, ez, tr, known.d, known.dt, True)
     else:
         ds, _ = first_order(call, s, p, bend, dpz, known.d, True)
@@ -64,16 +66,18 @@ def bias_sums(
     call, given, out, batches, row_blocks, key_blocks, parts, SUMMED: tl.constexpr, TANGENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of a tile of the bias' gradient, summed over those of (batch, head, row, column) that SUMMED says."""
+    """One part of a tile of the bias' gradient, summed over those of (batch, head, row, column) that SUMMED
+    says.
+    """
     ALL_BATCHES: tl.constexpr = SUMMED[0]
     ALL_HEADS: tl.constexpr = SUMMED[1]
     ALL_ROWS: tl.constexpr = SUMMED[2]
     ALL_KEYS: tl.constexpr = SUMMED[3]
     # how many of each this tile sums over, and how many there are to place it in
     sum_b, sum_h, sum_n, sum_m = 1, 1, 1, 1
-    own_b, own_h, own_n, own_m = batches, call.heads, row_blocks, key_blocks
+    own_h, own_n, own_m = call.heads, row_blocks, key_blocks
     if ALL_BATCHES:
-        sum_b, own_b = batches, 1
+        sum_b = batches
     if ALL_HEADS:
         sum_h, own_h = call.heads, 1
     if ALL_ROWS:
@@ -124,6 +128,6 @@ def sink_sums(call, shares, out, batches, STEP: tl.constexpr):
     for batch in range(first, first + batches):
         place = tiles.place_of(call, batch, head, head // call.group)
         for start in range(0, place.n, STEP):
-            rows = start + tl.arange(0, STEP)
-            total += tiles.load_statistic(shares, place, rows, rows < place.n)
+            at, row_ids = tiles.moved(place, start, 0), tl.arange(0, STEP)
+            total += memory.load_statistic(shares, at, row_ids, start + row_ids < place.n)
     tl.store(out + index, tl.sum(total, 0))

@@ -1,53 +1,55 @@
 """vjp, the first backward: dS = P∘(dP − D), with dP = Z∘(dO Vᵀ).
 
-A row pass gives dQ, the bias' gradient where each entry has its own, the sinks' shares, and the row statistics that
-the column pass needs, which gives dK and dV. Where one block holds all keys, the column pass gives everything.
+A row pass gives dQ, the bias' gradient where each entry has its own, the sinks' shares, and the row
+statistics that the column pass needs, which gives dK and dV. Where one block holds all keys, the column pass
+gives everything.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from metattn.kernels.call import Block, Statistics
 
-from metattn.kernels import tiles
+from metattn.kernels import memory, products, rowstats, scores, tiles
 
 
 @triton.jit
 def first_order(call, s, p, bend, dpz, d, MASKED: tl.constexpr):
     """(dS, dR) of a tile; dpz is dP."""
-    ds = tiles.shown(call, s, p * (dpz - d), MASKED)
-    return ds, tiles.slope_of(bend) * ds
+    ds = scores.shown(call, s, p * (dpz - d), MASKED)
+    return ds, scores.slope_of(bend) * ds
 
 
 @triton.jit
-def d_of_all_keys(call, given, place, rows, inside, s, p, dpz, MASKED: tl.constexpr):
+def d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED: tl.constexpr):
     """D [queries] from a tile [all keys, queries]."""
-    d = tl.sum(tiles.shown(call, s, p * dpz, MASKED), 0)
+    d = tl.sum(scores.shown(call, s, p * dpz, MASKED), 0)
     if given.dlse is not None:
-        d -= tiles.load_statistic(given.dlse, place, rows, inside).to(tl.float32)
+        d -= memory.load_statistic(given.dlse, at, row_ids, inside).to(tl.float32)
     return d
 
 
 @triton.jit
-def row_statistics(call, given, place, rows, inside, VALUE: tl.constexpr):
+def row_statistics(call, given, at, row_ids, inside, VALUE: tl.constexpr):
     """(Statistics without tangents, dO) of a block of queries."""
-    high, low = tiles.load_lse(given.lse, place, rows, inside)
+    high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
     d = tl.zeros_like(high)
-    idle = tiles.idle_rows(call, place, tiles.Statistics(high, low, d, None, None))
-    do = tiles.load_rows_if(given.do, place, rows, inside, idle, VALUE)
+    idle = scores.idle_rows(call, at, Statistics(high, low, d, None, None))
+    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
     if given.do is not None:
-        d += tiles.row_dots(do, tiles.load_in_two(given.o, given.o_lo, place, rows, inside, VALUE))
+        d += products.row_dots(do, memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE))
     if given.dlse is not None:
-        d -= tiles.load_statistic(given.dlse, place, rows, inside).to(tl.float32)
+        d -= memory.load_statistic(given.dlse, at, row_ids, inside).to(tl.float32)
     # of a row that attends to nothing no cotangent counts
     d = tl.where(high == float("inf"), 0.0, d)
-    return tiles.Statistics(high, low, d, None, None), do
+    return Statistics(high, low, d, None, None), do
 
 
 @triton.jit
 def sink_probability(call, place, statistics):
     """Ps = exp(s − L) of each row [*], 0 where nothing is attended."""
-    return tiles.probability(tiles.load_per_head(call.sinks, place), statistics.high, statistics.low)
+    return scores.probability(memory.load_per_head(call.sinks, place), statistics.high, statistics.low)
 
 
 @triton.jit
@@ -60,20 +62,22 @@ def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     PRECISION: tl.constexpr = FORM[4]
     call, place = block.call, block.place
     q, do = block.held
-    rows, keys = block.first + tl.arange(0, ROWS), start + tl.arange(0, KEYS)
+    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    rows, keys = block.first + row_ids, start + key_ids
+    at = tiles.moved(place, block.first, start)
     i, j = rows[:, None], keys[None, :]
     inside = tiles.partners_inside(block, keys, MASKED)
     zero = tl.zeros([ROWS, KEYS], tl.float32)
-    k = tiles.load_keys(call.k, place, keys, inside, HEAD)
-    s, bend = tiles.scores(call, place, tiles.dot_features(q, k, zero, PRECISION), i, j, MASKED)
-    v = tiles.load_keys_if(do is not None, call.v, place, keys, inside, VALUE)
-    dp = tiles.dot_features(do, v, zero, PRECISION)
-    dpz = tiles.times(dp, tiles.dropout(call, place, block.first, start, ROWS, KEYS, False))
-    statistics = tiles.as_column(block.statistics)
-    p = tiles.probability(s, statistics.high, statistics.low)
+    k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
+    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, MASKED)
+    v = memory.load_keys_if(do is not None, call.v, at, key_ids, inside, VALUE)
+    dp = products.dot_features(do, v, zero, PRECISION)
+    dpz = scores.times(dp, scores.dropout(call, place, block.first, start, ROWS, KEYS, False))
+    statistics = rowstats.as_column(block.statistics)
+    p = scores.probability(s, statistics.high, statistics.low)
     ds, dr = first_order(call, s, p, bend, dpz, statistics.d, MASKED)
-    tiles.store_entries(block.wanted.dbias, place, i, j, ds)
-    return tiles.add_product(dq, dr, tiles.without(k, tiles.unseen_keys(call, s)), PRECISION)
+    memory.store_entries(block.wanted.dbias, place, i, j, ds)
+    return products.add_product(dq, dr, products.without(k, scores.unseen_keys(call, s)), PRECISION)
 
 
 @triton.jit
@@ -84,22 +88,23 @@ def vjp_rows(
     """dQ, statistics, dbias and the sinks' shares of a block of queries."""
     place, first = tiles.block_of_queries(call, blocks, ROWS)
     if first < place.n:
-        rows = first + tl.arange(0, ROWS)
+        row_ids = tl.arange(0, ROWS)
+        rows, at = first + row_ids, tiles.moved(place, first, 0)
         inside = rows < place.n
-        statistics, do = row_statistics(call, given, place, rows, inside, VALUE)
+        statistics, do = row_statistics(call, given, at, row_ids, inside, VALUE)
         if given.statistics is not None:
-            tiles.store_statistics(given.statistics, place, rows, inside, statistics)
+            rowstats.store_statistics(given.statistics, at, row_ids, inside, statistics)
         if wanted.dsinks is not None:
             dsinks = -sink_probability(call, place, statistics) * statistics.d
-            tiles.store_statistic(wanted.dsinks, place, rows, inside, dsinks)
+            memory.store_statistic(wanted.dsinks, at, row_ids, inside, dsinks)
         if (wanted.dq is not None) | (wanted.dbias is not None):
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
-            idle = tiles.idle_rows(call, place, statistics)
-            q = tiles.load_rows(call.q, place, rows, inside, idle, HEAD)
-            block = tiles.Block(call, given, wanted, place, span, first, (q, do), statistics)
-            dq = tiles.zeros_if(wanted.dq, ROWS, HEAD)
+            idle = scores.idle_rows(call, place, statistics)
+            q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+            block = Block(call, given, wanted, place, span, first, (q, do), statistics)
+            dq = products.zeros_if(wanted.dq, ROWS, HEAD)
             dq = tiles.sweep(visit_keys, dq, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
-            tiles.store_rows(wanted.dq, place, rows, inside, dq, call.scale, HEAD)
+            memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 
 @triton.jit
@@ -113,36 +118,38 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     dk, dv = state
     call, given, wanted, place = block.call, block.given, block.wanted, block.place
     k, v = block.held
-    rows, keys = start + tl.arange(0, ROWS), block.first + tl.arange(0, KEYS)
+    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    rows, keys = start + row_ids, block.first + key_ids
+    at = tiles.moved(place, start, block.first)
     i, j = rows[None, :], keys[:, None]
     inside = tiles.partners_inside(block, rows, MASKED)
     zero = tl.zeros([KEYS, ROWS], tl.float32)
-    statistics = tiles.statistics_of(given, place, rows, inside, False)
-    idle = tiles.idle_rows(call, place, statistics)
-    q = tiles.load_rows(call.q, place, rows, inside, idle, HEAD)
-    s, bend = tiles.scores(call, place, tiles.dot_features(k, q, zero, PRECISION), i, j, MASKED)
-    do = tiles.load_rows_if(given.do, place, rows, inside, idle, VALUE)
-    dp = tiles.dot_features(v, do, zero, PRECISION)
-    z = tiles.dropout(call, place, start, block.first, ROWS, KEYS, True)
-    p = tiles.probability(s, statistics.high[None, :], statistics.low[None, :])
-    dpz = tiles.times(dp, z)
+    statistics = rowstats.statistics_of(given, at, row_ids, rows < place.n, inside, False)
+    idle = scores.idle_rows(call, place, statistics)
+    q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+    s, bend = scores.scores(call, place, products.dot_features(k, q, zero, PRECISION), i, j, MASKED)
+    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
+    dp = products.dot_features(v, do, zero, PRECISION)
+    z = scores.dropout(call, place, start, block.first, ROWS, KEYS, True)
+    p = scores.probability(s, statistics.high[None, :], statistics.low[None, :])
+    dpz = scores.times(dp, z)
     d = statistics.d
     if given.statistics is None:
-        d = d_of_all_keys(call, given, place, rows, inside, s, p, dpz, MASKED)
+        d = d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED)
         d = tl.where(statistics.high == float("inf"), 0.0, d)
     ds, dr = first_order(call, s, p, bend, dpz, d[None, :], MASKED)
     if given.statistics is None:
-        tiles.store_entries(wanted.dbias, place, i, j, ds)
+        memory.store_entries(wanted.dbias, place, i, j, ds)
         if wanted.dq is not None:
-            seen = tiles.without(k, tiles.unseen_of_all(call, s))
-            dq = tiles.add_product(tiles.zeros(ROWS, HEAD), dr.T, seen, PRECISION, True)
-            tiles.store_rows(wanted.dq, place, rows, rows < place.n, dq, call.scale, HEAD)
+            seen = products.without(k, scores.unseen_of_all(call, s))
+            dq = products.add_product(products.zeros(ROWS, HEAD), dr.T, seen, PRECISION, True)
+            memory.store_rows(wanted.dq, at, row_ids, rows < place.n, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
             dsinks = -sink_probability(call, place, statistics) * d
-            tiles.store_statistic(wanted.dsinks, place, rows, rows < place.n, dsinks)
+            memory.store_statistic(wanted.dsinks, at, row_ids, rows < place.n, dsinks)
     alone: tl.constexpr = given.statistics is None
-    dk = tiles.add_product(dk, dr, q, PRECISION, alone)
-    return dk, tiles.add_product(dv, tiles.times(p, z), do, PRECISION, alone)
+    dk = products.add_product(dk, dr, q, PRECISION, alone)
+    return dk, products.add_product(dv, scores.times(p, z), do, PRECISION, alone)
 
 
 @triton.jit
@@ -153,15 +160,16 @@ def vjp_keys(
     """dK and dV of a block of keys, summed over the query heads that share it."""
     place, first = tiles.block_of_keys(call, blocks, KEYS)
     if tiles.has_work(given, first, place.m):
-        keys = first + tl.arange(0, KEYS)
+        key_ids = tl.arange(0, KEYS)
+        keys, at = first + key_ids, tiles.moved(place, 0, first)
         inside = keys < place.m
         span = tiles.span_of_keys(call, given, place, first, KEYS, ROWS)
-        k = tiles.load_keys(call.k, place, keys, inside, HEAD)
-        v = tiles.load_keys(call.v, place, keys, inside, VALUE)
-        dk, dv = tiles.zeros_if(wanted.dk, KEYS, HEAD), tiles.zeros_if(wanted.dv, KEYS, VALUE)
+        k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
+        v = memory.load_keys(call.v, at, key_ids, inside, VALUE)
+        dk, dv = products.zeros_if(wanted.dk, KEYS, HEAD), products.zeros_if(wanted.dv, KEYS, VALUE)
         for member in range(call.group):
             one = tiles.at_head(place, place.kv_head * call.group + member)
-            block = tiles.Block(call, given, wanted, one, span, first, (k, v), None)
+            block = Block(call, given, wanted, one, span, first, (k, v), None)
             dk, dv = tiles.sweep(visit_queries, (dk, dv), block, span, (ROWS, KEYS, HEAD, VALUE, PRECISION))
-        tiles.store_keys(wanted.dk, place, keys, inside, dk, call.scale, HEAD)
-        tiles.store_keys(wanted.dv, place, keys, inside, dv, 1.0, VALUE)
+        memory.store_keys(wanted.dk, at, key_ids, inside, dk, call.scale, HEAD)
+        memory.store_keys(wanted.dv, at, key_ids, inside, dv, 1.0, VALUE)

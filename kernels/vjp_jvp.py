@@ -1,28 +1,29 @@
 """vjp_jvp: the tangent of the first backward, dO and dL held fixed.
 
-With Pt = P∘(T − τ) and E = Z∘(dO Cᵀ): dSt = Pt∘(dP − D) + P∘(E − Dt), dRt = s1∘dSt + s2∘TR∘dS. Row and column passes
-as in vjp.
+With Pt = P∘(T − τ) and E = Z∘(dO Cᵀ): dSt = Pt∘(dP − D) + P∘(E − Dt), dRt = s1∘dSt + s2∘TR∘dS. Row and
+column passes as in vjp.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from metattn.kernels import tiles
+from metattn.kernels.call import Block, Statistics
 from metattn.kernels.vjp import d_of_all_keys, row_statistics, sink_probability
+
+from metattn.kernels import memory, products, rowstats, scores, tiles
 
 
 @triton.jit
 def second_order(call, s, p, bend, pt, dpz, ez, tr, d, dt, MASKED: tl.constexpr):
     """(dSt, dRt, dR) of a tile; dpz is dP, ez is E."""
-    ds = tiles.shown(call, s, p * (dpz - d), MASKED)
-    dst = tiles.shown(call, s, pt * (dpz - d) + p * (ez - dt), MASKED)
+    ds = scores.shown(call, s, p * (dpz - d), MASKED)
+    dst = scores.shown(call, s, pt * (dpz - d) + p * (ez - dt), MASKED)
     dr, drt = ds, dst
     if bend is not None:
-        slope = tiles.slope_of(bend)
+        slope = scores.slope_of(bend)
         dr = slope * ds
-        drt = tiles.shown(call, s, slope * dst + tiles.curve_of(call, bend) * tr * ds, MASKED)
+        drt = scores.shown(call, s, slope * dst + scores.curve_of(call, bend) * tr * ds, MASKED)
     return dst, drt, dr
 
 
@@ -31,7 +32,7 @@ def sink_share(call, given, place, statistics):
     """dSts = −Pts∘D − Ps∘Dt of each row [*], with Pts = Ps∘(σ − τ)."""
     moved = -statistics.tau
     if given.sigma is not None:
-        moved += tiles.load_per_head(given.sigma, place)
+        moved += memory.load_per_head(given.sigma, place)
     return -sink_probability(call, place, statistics) * (moved * statistics.d + statistics.dt)
 
 
@@ -45,29 +46,31 @@ def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     PRECISION: tl.constexpr = FORM[4]
     call, given, place = block.call, block.given, block.place
     q, a, do = block.held
-    rows, keys = block.first + tl.arange(0, ROWS), start + tl.arange(0, KEYS)
+    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    rows, keys = block.first + row_ids, start + key_ids
+    at = tiles.moved(place, block.first, start)
     i, j = rows[:, None], keys[None, :]
     inside = tiles.partners_inside(block, keys, MASKED)
     zero = tl.zeros([ROWS, KEYS], tl.float32)
-    k = tiles.load_keys(call.k, place, keys, inside, HEAD)
-    s, bend = tiles.scores(call, place, tiles.dot_features(q, k, zero, PRECISION), i, j, MASKED)
-    v = tiles.load_keys_if(do is not None, call.v, place, keys, inside, VALUE)
-    dp = tiles.dot_features(do, v, zero, PRECISION)
-    c = tiles.load_keys_if(do is not None, given.c, place, keys, inside, VALUE)
-    e = tiles.dot_features(do, c, zero, PRECISION)
-    b = tiles.load_keys_if(True, given.b, place, keys, inside, HEAD)
-    tr = tiles.dot_features(q, b, tiles.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
-    z = tiles.dropout(call, place, block.first, start, ROWS, KEYS, False)
-    statistics = tiles.as_column(block.statistics)
-    p = tiles.probability(s, statistics.high, statistics.low)
-    t = tiles.score_tangent(call, given, place, s, bend, tr, i, j, MASKED)
-    pt, dpz, ez = p * (t - statistics.tau), tiles.times(dp, z), tiles.times(e, z)
+    k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
+    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, MASKED)
+    v = memory.load_keys_if(do is not None, call.v, at, key_ids, inside, VALUE)
+    dp = products.dot_features(do, v, zero, PRECISION)
+    c = memory.load_keys_if(do is not None, given.c, at, key_ids, inside, VALUE)
+    e = products.dot_features(do, c, zero, PRECISION)
+    b = memory.load_keys_if(True, given.b, at, key_ids, inside, HEAD)
+    tr = products.dot_features(q, b, products.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
+    z = scores.dropout(call, place, block.first, start, ROWS, KEYS, False)
+    statistics = rowstats.as_column(block.statistics)
+    p = scores.probability(s, statistics.high, statistics.low)
+    t = scores.score_tangent(call, given, place, s, bend, tr, i, j, MASKED)
+    pt, dpz, ez = p * (t - statistics.tau), scores.times(dp, z), scores.times(e, z)
     dst, drt, dr = second_order(call, s, p, bend, pt, dpz, ez, tr, statistics.d, statistics.dt, MASKED)
-    tiles.store_entries(block.wanted.dbias, place, i, j, dst)
-    unseen = tiles.unseen_keys(call, s)
-    dq = tiles.add_product(dq, drt, tiles.without(k, unseen), PRECISION)
+    memory.store_entries(block.wanted.dbias, place, i, j, dst)
+    unseen = scores.unseen_keys(call, s)
+    dq = products.add_product(dq, drt, products.without(k, unseen), PRECISION)
     if b is not None:
-        dq = tiles.add_product(dq, dr, tiles.without(b, unseen), PRECISION)
+        dq = products.add_product(dq, dr, products.without(b, unseen), PRECISION)
     return dq
 
 
@@ -79,30 +82,33 @@ def vjp_jvp_rows(
     """dQt, statistics, the bias' and the sinks' shares of a block of queries."""
     place, first = tiles.block_of_queries(call, blocks, ROWS)
     if first < place.n:
-        rows = first + tl.arange(0, ROWS)
+        row_ids = tl.arange(0, ROWS)
+        rows, at = first + row_ids, tiles.moved(place, first, 0)
         inside = rows < place.n
-        known, do = row_statistics(call, given, place, rows, inside, VALUE)
+        known, do = row_statistics(call, given, at, row_ids, inside, VALUE)
         nothing = known.high == float("inf")
-        tau = tiles.load_statistic(given.lse_t, place, rows, inside).to(tl.float32)
+        tau = memory.load_statistic(given.lse_t, at, row_ids, inside).to(tl.float32)
         dt = tl.zeros_like(tau)
         if do is not None:
-            dt += tiles.row_dots(do, tiles.load_in_two(given.o_t, given.o_t_lo, place, rows, inside, VALUE))
+            dt += products.row_dots(
+                do, memory.load_in_two(given.o_t, given.o_t_lo, at, row_ids, inside, VALUE)
+            )
         tau, dt = tl.where(nothing, 0.0, tau), tl.where(nothing, 0.0, dt)
-        statistics = tiles.Statistics(known.high, known.low, known.d, tau, dt)
+        statistics = Statistics(known.high, known.low, known.d, tau, dt)
         if given.statistics is not None:
-            tiles.store_statistics(given.statistics, place, rows, inside, statistics)
+            rowstats.store_statistics(given.statistics, at, row_ids, inside, statistics)
         if wanted.dsinks is not None:
             dsinks = sink_share(call, given, place, statistics)
-            tiles.store_statistic(wanted.dsinks, place, rows, inside, dsinks)
+            memory.store_statistic(wanted.dsinks, at, row_ids, inside, dsinks)
         if (wanted.dq is not None) | (wanted.dbias is not None):
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
-            idle = tiles.idle_rows(call, place, statistics)
-            q = tiles.load_rows(call.q, place, rows, inside, idle, HEAD)
-            a = tiles.load_rows_if(given.a, place, rows, inside, idle, HEAD)
-            block = tiles.Block(call, given, wanted, place, span, first, (q, a, do), statistics)
-            dq = tiles.zeros_if(wanted.dq, ROWS, HEAD)
+            idle = scores.idle_rows(call, place, statistics)
+            q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+            a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+            block = Block(call, given, wanted, place, span, first, (q, a, do), statistics)
+            dq = products.zeros_if(wanted.dq, ROWS, HEAD)
             dq = tiles.sweep(visit_keys, dq, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
-            tiles.store_rows(wanted.dq, place, rows, inside, dq, call.scale, HEAD)
+            memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 
 @triton.jit
@@ -116,57 +122,63 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     dk, dv = state
     call, given, wanted, place = block.call, block.given, block.wanted, block.place
     k, b, v, c = block.held
-    rows, keys = start + tl.arange(0, ROWS), block.first + tl.arange(0, KEYS)
+    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    rows, keys = start + row_ids, block.first + key_ids
+    at = tiles.moved(place, start, block.first)
     i, j = rows[None, :], keys[:, None]
     inside = tiles.partners_inside(block, rows, MASKED)
     zero = tl.zeros([KEYS, ROWS], tl.float32)
-    statistics = tiles.statistics_of(given, place, rows, inside, True)
-    idle = tiles.idle_rows(call, place, statistics)
-    q = tiles.load_rows(call.q, place, rows, inside, idle, HEAD)
-    s, bend = tiles.scores(call, place, tiles.dot_features(k, q, zero, PRECISION), i, j, MASKED)
-    a = tiles.load_rows_if(given.a, place, rows, inside, idle, HEAD)
-    do = tiles.load_rows_if(given.do, place, rows, inside, idle, VALUE)
-    dp = tiles.dot_features(v, do, zero, PRECISION)
-    e = tiles.dot_features(c, do, zero, PRECISION)
-    tr = tiles.dot_features(b, q, tiles.dot_features(k, a, zero, PRECISION), PRECISION) * call.scale
-    z = tiles.dropout(call, place, start, block.first, ROWS, KEYS, True)
-    p = tiles.probability(s, statistics.high[None, :], statistics.low[None, :])
-    t = tiles.score_tangent(call, given, place, s, bend, tr, i, j, MASKED)
-    dpz, ez = tiles.times(dp, z), tiles.times(e, z)
+    statistics = rowstats.statistics_of(given, at, row_ids, rows < place.n, inside, True)
+    idle = scores.idle_rows(call, place, statistics)
+    q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+    s, bend = scores.scores(call, place, products.dot_features(k, q, zero, PRECISION), i, j, MASKED)
+    a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
+    dp = products.dot_features(v, do, zero, PRECISION)
+    e = products.dot_features(c, do, zero, PRECISION)
+    tr = products.dot_features(b, q, products.dot_features(k, a, zero, PRECISION), PRECISION) * call.scale
+    z = scores.dropout(call, place, start, block.first, ROWS, KEYS, True)
+    p = scores.probability(s, statistics.high[None, :], statistics.low[None, :])
+    t = scores.score_tangent(call, given, place, s, bend, tr, i, j, MASKED)
+    dpz, ez = scores.times(dp, z), scores.times(e, z)
     d, dt, tau = statistics.d, statistics.dt, statistics.tau
     if given.statistics is None:
         nothing = statistics.high == float("inf")
-        d = d_of_all_keys(call, given, place, rows, inside, s, p, dpz, MASKED)
-        tau = tl.sum(tiles.shown(call, s, p * t, MASKED), 0)
+        d = d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED)
+        tau = tl.sum(scores.shown(call, s, p * t, MASKED), 0)
         if given.sigma is not None:
-            tau += sink_probability(call, place, statistics) * tiles.load_per_head(given.sigma, place)
+            tau += sink_probability(call, place, statistics) * memory.load_per_head(given.sigma, place)
         d, tau = tl.where(nothing, 0.0, d), tl.where(nothing, 0.0, tau)
     pt = p * (t - tau[None, :])
     if given.statistics is None:
-        dt = tl.sum(tiles.shown(call, s, pt * dpz + p * ez, MASKED), 0)
+        dt = tl.sum(scores.shown(call, s, pt * dpz + p * ez, MASKED), 0)
     dst, drt, dr = second_order(call, s, p, bend, pt, dpz, ez, tr, d[None, :], dt[None, :], MASKED)
-    ptz = tiles.times(tiles.shown(call, s, pt, MASKED), z)
+    ptz = scores.times(scores.shown(call, s, pt, MASKED), z)
     if given.statistics is None:
-        there, unseen = rows < place.n, tiles.unseen_of_all(call, s)
-        tiles.store_entries(wanted.dbias, place, i, j, dst)
+        there, unseen = rows < place.n, scores.unseen_of_all(call, s)
+        memory.store_entries(wanted.dbias, place, i, j, dst)
         if wanted.dq is not None:
-            dq = tiles.add_product(tiles.zeros(ROWS, HEAD), drt.T, tiles.without(k, unseen), PRECISION, True)
+            dq = products.add_product(
+                products.zeros(ROWS, HEAD), drt.T, products.without(k, unseen), PRECISION, True
+            )
             if b is not None:
-                dq = tiles.add_product(dq, dr.T, tiles.without(b, unseen), PRECISION, True)
-            tiles.store_rows(wanted.dq, place, rows, there, dq, call.scale, HEAD)
+                dq = products.add_product(dq, dr.T, products.without(b, unseen), PRECISION, True)
+            memory.store_rows(wanted.dq, at, row_ids, there, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
-            dsinks = sink_share(call, given, place, tiles.Statistics(statistics.high, statistics.low, d, tau, dt))
-            tiles.store_statistic(wanted.dsinks, place, rows, there, dsinks)
+            dsinks = sink_share(call, given, place, Statistics(statistics.high, statistics.low, d, tau, dt))
+            memory.store_statistic(wanted.dsinks, at, row_ids, there, dsinks)
         if wanted.o is not None:
-            ot = tiles.add_product(tiles.zeros(ROWS, VALUE), ptz.T, tiles.without(v, unseen), PRECISION, True)
+            ot = products.add_product(
+                products.zeros(ROWS, VALUE), ptz.T, products.without(v, unseen), PRECISION, True
+            )
             if c is not None:
-                pz = tiles.times(p, z).T
-                ot = tiles.add_product(ot, pz, tiles.without(c, unseen), PRECISION, True)
-            tiles.store_in_two(wanted.o, wanted.o_lo, place, rows, there, ot, VALUE)
-            tiles.store_statistic(wanted.lse, place, rows, there, tau)
+                pz = scores.times(p, z).T
+                ot = products.add_product(ot, pz, products.without(c, unseen), PRECISION, True)
+            memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, there, ot, VALUE)
+            memory.store_statistic(wanted.lse, at, row_ids, there, tau)
     alone: tl.constexpr = given.statistics is None
-    dk = tiles.add_product(tiles.add_product(dk, drt, q, PRECISION, alone), dr, a, PRECISION, alone)
-    return dk, tiles.add_product(dv, ptz, do, PRECISION, alone)
+    dk = products.add_product(products.add_product(dk, drt, q, PRECISION, alone), dr, a, PRECISION, alone)
+    return dk, products.add_product(dv, ptz, do, PRECISION, alone)
 
 
 @triton.jit
@@ -177,19 +189,20 @@ def vjp_jvp_keys(
     """dKt and dVt of a block of keys, summed over the query heads that share it."""
     place, first = tiles.block_of_keys(call, blocks, KEYS)
     if tiles.has_work(given, first, place.m):
-        keys = first + tl.arange(0, KEYS)
+        key_ids = tl.arange(0, KEYS)
+        keys, at = first + key_ids, tiles.moved(place, 0, first)
         inside = keys < place.m
         span = tiles.span_of_keys(call, given, place, first, KEYS, ROWS)
-        k = tiles.load_keys(call.k, place, keys, inside, HEAD)
-        b = tiles.load_keys_if(True, given.b, place, keys, inside, HEAD)
+        k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
+        b = memory.load_keys_if(True, given.b, at, key_ids, inside, HEAD)
         # dO or Ot asks for the values
         of_values: tl.constexpr = (given.do is not None) or (wanted.o is not None)
-        v = tiles.load_keys_if(of_values, call.v, place, keys, inside, VALUE)
-        c = tiles.load_keys_if(of_values, given.c, place, keys, inside, VALUE)
-        dk, dv = tiles.zeros_if(wanted.dk, KEYS, HEAD), tiles.zeros_if(wanted.dv, KEYS, VALUE)
+        v = memory.load_keys_if(of_values, call.v, at, key_ids, inside, VALUE)
+        c = memory.load_keys_if(of_values, given.c, at, key_ids, inside, VALUE)
+        dk, dv = products.zeros_if(wanted.dk, KEYS, HEAD), products.zeros_if(wanted.dv, KEYS, VALUE)
         for member in range(call.group):
             one = tiles.at_head(place, place.kv_head * call.group + member)
-            block = tiles.Block(call, given, wanted, one, span, first, (k, b, v, c), None)
+            block = Block(call, given, wanted, one, span, first, (k, b, v, c), None)
             dk, dv = tiles.sweep(visit_queries, (dk, dv), block, span, (ROWS, KEYS, HEAD, VALUE, PRECISION))
-        tiles.store_keys(wanted.dk, place, keys, inside, dk, call.scale, HEAD)
-        tiles.store_keys(wanted.dv, place, keys, inside, dv, 1.0, VALUE)
+        memory.store_keys(wanted.dk, at, key_ids, inside, dk, call.scale, HEAD)
+        memory.store_keys(wanted.dv, at, key_ids, inside, dv, 1.0, VALUE)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Without a GPU the Triton kernels are tested in Triton's interpreter. It is asked for before Triton is imported.
+# Without a GPU the Triton kernels are tested in Triton's interpreter. It is asked for before Triton is
+# imported.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -25,7 +26,9 @@ TESTED = [
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` is each backend that can run on this machine; in a module with FLOAT64, each that takes float64."""
+    """`backend` is each backend that can run on this machine; in a module with FLOAT64, each that takes
+    float64.
+    """
     if "backend" in metafunc.fixturenames:
         wide = getattr(metafunc.module, "FLOAT64", False)
         names = [name for name in TESTED if not (wide and name == "triton")]

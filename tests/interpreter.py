@@ -10,7 +10,9 @@ import torch
 
 
 def mend() -> None:
-    """Patch Triton's language once a launch, a millisecond saved at every call; and treat bfloat16 as numbers."""
+    """Patch Triton's language once a launch, a millisecond saved at every call; and treat bfloat16 as
+    numbers.
+    """
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
@@ -31,7 +33,8 @@ def mend() -> None:
     def multiply_numbers(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
         """It keeps bfloat16 as the bits, and multiplies those.
 
-        Sums are in float64, rounded once: x yᵀ and y xᵀ have the same bits then, as they have on tensor cores.
+        Sums are in float64, rounded once: x yᵀ and y xᵀ have the same bits then, as they have on tensor
+        cores.
         """
         bfloat16, float32 = interpreter.tl.bfloat16, interpreter.tl.float32
         a, b = (self.create_fp_ext(x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b))

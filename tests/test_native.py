@@ -9,14 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from four_maps import Call, assert_close, four_maps
+from four_maps import Call, Outputs, assert_close, four_maps
 from torch import Tensor
 
 from metattn.backends import native, reference
-from metattn.problem import Constants, Primals, Problem, Results
+from metattn.problem import Primals, Problem, Results
 
 if native.unavailable_reason() is not None:
     pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)

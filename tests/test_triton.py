@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, and on a GPU where there is one: every option in all four maps.
 
-The interpreter's tiles are 32 × 32. Calls up to a length of 64 take the few-sample path, one program a (sequence, key
-head); longer ones row and column passes over several blocks.
+The interpreter's tiles are 32 × 32. Calls up to a length of 64 take the few-sample path, one program a
+(sequence, key head); longer ones row and column passes over several blocks.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class OnDevice:
 
     def __getattr__(self, name: str) -> Any:
         def run(*arguments: Any) -> Any:
-            moved = [type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments]
+            moved = [
+                type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments
+            ]
             found = getattr(triton, name)(*moved)
             return type(found)(*(x.cpu() if x is not None else None for x in found))
 
@@ -128,13 +130,9 @@ def test_double_backward_is_jvp_and_vjp_jvp(sizes: tuple[int, ...]) -> None:
     call = Call(sizes, torch.float32, **OPTIONS["everything"])
     problem, primals, tangents, constants, do, dlse, results = made(call)
     needs = (True,) * 5
-    moved, second = triton.double_backward(
-        problem, primals, constants, results, do, dlse, tangents, needs
-    )
+    moved, second = triton.double_backward(problem, primals, constants, results, do, dlse, tangents, needs)
     moved_alone = triton.jvp(problem, primals, constants, results, tangents)
-    alone = triton.vjp_jvp(
-        problem, primals, constants, results, do, dlse, tangents, moved_alone, needs
-    )
+    alone = triton.vjp_jvp(problem, primals, constants, results, do, dlse, tangents, moved_alone, needs)
     for found, expected in zip((*moved[:2], *second), (*moved_alone[:2], *alone), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
@@ -165,8 +163,8 @@ def test_each_part_alone(sizes: tuple[int, ...]) -> None:
                 for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
                     assert (x is None) == (i != index)
                     if x is not None:
-                        y = torch.zeros_like(x) if y is None else y
-                        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+                        exact_x = torch.zeros_like(x) if y is None else y
+                        torch.testing.assert_close(x, exact_x, rtol=1e-4, atol=1e-5)
 
 
 @interpreted
@@ -259,6 +257,8 @@ class TestAvailability:
         ],
     )
     def test_refusals(self, change: dict[str, Any], said: str) -> None:
-        problem, primals, _, constants, _, _ = replace(Call((1, 1, 1, 2, 2, 8, 8), torch.float32), **change).make()
+        problem, primals, _, constants, _, _ = replace(
+            Call((1, 1, 1, 2, 2, 8, 8), torch.float32), **change
+        ).make()
         primals = Primals(*map(OnDevice.move, primals))
         assert triton.unsupported(problem, primals, constants) == said

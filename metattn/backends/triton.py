@@ -1,34 +1,45 @@
 """The Triton backend: launches the kernels of metattn.kernels on CUDA and ROCm devices.
 
-Under TRITON_INTERPRET=1 the kernels run in Python on CPU tensors instead. No maths here: a call is turned into the
-kernels' arguments, outputs are allocated, kernels launched.
+Under TRITON_INTERPRET=1 the kernels run in Python on CPU tensors instead. No maths here: a call is turned
+into the kernels' arguments, outputs are allocated, kernels launched.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metattn.problem import Constants, Primals, Problem, Results
 
-if TYPE_CHECKING:
-    from metattn.kernels import tiles
+try:
+    from metattn.kernels import configs
+    from metattn.kernels.call import Call, Given, View, Wanted
     from metattn.kernels.configs import Config
+    from metattn.kernels.forward import forward_rows
+    from metattn.kernels.jvp import jvp_rows
+    from metattn.kernels.shared import Parts, bias_sums, sink_sums
+    from metattn.kernels.vjp import vjp_keys, vjp_rows
+    from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
+
+    IMPORT_ERROR: str | None = None
+except ModuleNotFoundError as error:
+    IMPORT_ERROR = f"{error.name} is not installed"
+except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
+    IMPORT_ERROR = f"triton cannot be imported: {error}"
 
 Needs = tuple[bool, bool, bool, bool, bool]
-Given = Callable[[Tensor | None], "tiles.Given"]  # by the table of statistics
 MOST_FEATURES = 256
 ROUNDED = (torch.bfloat16, torch.float16)
 NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
-STATISTICS = 5  # fields of kernels.tiles.Statistics
+STATISTICS = 5  # fields of kernels.call.Statistics
+WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
 BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
 
 
@@ -42,12 +53,8 @@ def unavailable_reason() -> str | None:
     """Why no kernel can be launched on this machine, or None."""
     if os.environ.get("METATTN_DISABLE_TRITON", "") not in ("", "0"):
         return "METATTN_DISABLE_TRITON is set"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    try:
-        import metattn.kernels.shared  # noqa: F401
-    except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
-        return f"triton cannot be imported: {error}"
+    if IMPORT_ERROR is not None:
+        return IMPORT_ERROR
     if interpreted() or torch.cuda.is_available():
         return None
     return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
@@ -103,23 +110,22 @@ def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
 # A call as kernels take it.
 
 
-def _view(t: Tensor | None, *, rows_of_all: bool = False) -> tiles.View | None:
-    """A tensor [B, H, rows[, columns]] or [B, H]; rows_of_all: packed, the rows of all sequences lie in batch 0."""
-    from metattn.kernels.tiles import View
-
+def _view(t: Tensor | None, *, rows_of_all: bool = False) -> View | None:
+    """A tensor [B, H, rows[, columns]] or [B, H]; rows_of_all: packed, the rows of all sequences lie in
+    batch 0.
+    """
     if t is None:
         return None
     t = t.resolve_neg()  # torch's own operators see to that bit; a pointer does not
-    strides = (*t.stride(), 0, 0)[:4]
-    return View(t, 0 if rows_of_all else strides[0], *strides[1:])
+    batch, head, row, column = (*t.stride(), 0, 0)[:4]
+    wide = 1 if max(abs(row), abs(column)) >= WIDE else None
+    return View(t, 0 if rows_of_all else batch, head, row, column, wide)
 
 
 class _Launch:
     """One call of a map: its views, sizes and configurations."""
 
     def __init__(self, problem: Problem, primals: Primals, constants: Constants) -> None:
-        from metattn.kernels import configs, tiles
-
         q, k, v = primals.q, primals.k, primals.v
         self.q, self.primals = q, primals
         self.packed = constants.cu_q is not None
@@ -131,7 +137,7 @@ class _Launch:
         self.architecture = architecture(q.device)
         left, right = _reach(problem, self.n + self.m)
         rng = constants.rng
-        self.call = tiles.Call(
+        self.call = Call(
             q=self.rows(q),
             k=self.rows(k),
             v=self.rows(v),
@@ -139,7 +145,7 @@ class _Launch:
             sinks=_view(_broadcast(primals.sinks)),
             mask=_view(_broadcast(None if constants.mask is None else constants.mask.view(torch.uint8))),
             slopes=_view(_broadcast(constants.slopes)),
-            rng=None if rng is None else tiles.View(rng, rng.stride(0), 0, 0, rng.stride(1)),
+            rng=None if rng is None else View(rng, rng.stride(0), 0, 0, rng.stride(1), None),
             cu_q=constants.cu_q,
             cu_k=constants.cu_k,
             heads=self.heads,
@@ -155,7 +161,7 @@ class _Launch:
             kept=1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
         )
 
-    def rows(self, t: Tensor | None) -> tiles.View | None:
+    def rows(self, t: Tensor | None) -> View | None:
         """A tensor shaped like q, k, v, o or lse, or one of its tangents or cotangents."""
         return _view(t, rows_of_all=self.packed)
 
@@ -168,16 +174,14 @@ class _Launch:
         dlse: Tensor | None = None,
         tangents: Primals = NONE5,
         results_t: Results | None = None,
-    ) -> tiles.Given:
-        from metattn.kernels.tiles import Given, View
-
+    ) -> Given:
         rows = self.rows
         o, lse, o_lo = results if results is not None else (None, None, None)
         o_t, lse_t, o_t_lo = results_t if results_t is not None else (None, None, None)
         table = None
         if statistics is not None:
             field, batch, head, row = statistics.stride()
-            table = View(statistics, 0 if self.packed else batch, head, row, field)
+            table = View(statistics, 0 if self.packed else batch, head, row, field, None)
         return Given(
             o=rows(o), o_lo=rows(o_lo), lse=rows(lse), do=rows(do), dlse=rows(dlse),
             a=rows(tangents.q), b=rows(tangents.k), c=rows(tangents.v),
@@ -185,16 +189,12 @@ class _Launch:
             o_t=rows(o_t), o_t_lo=rows(o_t_lo), lse_t=rows(lse_t), statistics=table,
         )  # fmt: skip
 
-    def wanted(self, **tensors: Tensor | None) -> tiles.Wanted:
-        from metattn.kernels.tiles import Wanted
-
+    def wanted(self, **tensors: Tensor | None) -> Wanted:
         views = {name: self.rows(t) for name, t in tensors.items() if name != "dbias"}
         return Wanted(**{name: views.get(name) for name in Wanted._fields if name != "dbias"},
                       dbias=_view(tensors.get("dbias")))  # fmt: skip
 
     def config(self, kernel: str) -> Config:
-        from metattn.kernels import configs
-
         assert self.architecture is not None
         features = max(self.head[0], self.value[0])
         return configs.choose(self.architecture, kernel, features, self.q.element_size(), self.n, self.m)
@@ -206,11 +206,11 @@ class _Launch:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
     def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
-        """A row pass, or a column pass, over all (sequence, head) pairs; whole: its one block has all keys."""
-        from metattn.kernels import configs
-
+        """A row pass, or a column pass, of all (sequence, head) pairs; whole: its one block has all keys."""
         name = kernel.__name__
-        config = configs.choose_whole(name, self.q.element_size(), self.n, self.m) if whole else self.config(name)
+        config = (
+            configs.choose_whole(name, self.q.element_size(), self.n, self.m) if whole else self.config(name)
+        )
         length, size = (self.m, config.keys) if of_keys else (self.n, config.rows)
         blocks = 1 if whole else -(-length // size)
         programs = blocks * self.batch * (self.kv_heads if of_keys else self.heads)
@@ -245,8 +245,6 @@ class _Launch:
 
     def is_whole(self, needs: Needs) -> bool:
         """Whether the few-sample path serves: one launch that finds every statistic itself."""
-        from metattn.kernels import configs
-
         assert self.architecture is not None
         shared_bias = needs[3] and not self.own_entries
         features = max(self.head[0], self.value[0])
@@ -258,11 +256,18 @@ class _Launch:
         bias = self.primals.bias
         return bias is not None and tuple(bias.shape) == (self.batch, self.heads, self.n, self.m)
 
-    def gradients(self, kernels: tuple[Any, Any], needs: Needs, given: Given, results_t: Results | None = None) -> Primals:
-        """Launches a row and a column pass, or a whole one, and the sums for a shared bias and sinks, as needed.
+    def gradients(
+        self,
+        kernels: tuple[Any, Any],
+        needs: Needs,
+        given: Callable[[Tensor | None], Given],
+        results_t: Results | None = None,
+    ) -> Primals:
+        """Launches a row and a column pass, or a whole one, and the sums for a shared bias and sinks, as
+        needed.
 
-        `given` makes the views for a table of statistics. results_t: room for the tangents that a whole pass of
-        vjp_jvp gives too.
+        `given` makes the views for a table of statistics. results_t: room for the tangents that a whole pass
+        of vjp_jvp gives too.
         """
         q, k, v, bias, sinks = self.primals
         dq = torch.empty_like(q) if needs[0] else None
@@ -278,7 +283,9 @@ class _Launch:
         if self.is_whole(needs):
             if results_t is not None:
                 of_rows |= results_t._asdict()
-            self.launch(kernels[1], given(None), self.wanted(dk=dk, dv=dv, **of_rows), of_keys=True, whole=True)
+            self.launch(
+                kernels[1], given(None), self.wanted(dk=dk, dv=dv, **of_rows), of_keys=True, whole=True
+            )
         else:
             statistics = given(q.new_empty((STATISTICS, *q.shape[:3]), dtype=torch.float32))
             self.launch(kernels[0], statistics, self.wanted(**of_rows))
@@ -290,10 +297,8 @@ class _Launch:
             dsinks = self.sum_sinks(shares, sinks)
         return Primals(dq, dk, dv, dbias, dsinks)  # type: ignore[arg-type]
 
-    def sum_bias(self, given: tiles.Given, bias: Tensor) -> Tensor:
+    def sum_bias(self, given: Given, bias: Tensor) -> Tensor:
         """The gradient of a bias that is broadcast in some dimension."""
-        from metattn.kernels.shared import Parts, bias_sums
-
         config = self.config("bias_sums")
         row_blocks, key_blocks = -(-self.n // config.rows), -(-self.m // config.keys)
         counts = (self.batch, self.heads, row_blocks, key_blocks)
@@ -319,8 +324,6 @@ class _Launch:
         return out.sum(0).to(bias.dtype)
 
     def sum_sinks(self, shares: Tensor, sinks: Tensor) -> Tensor:
-        from metattn.kernels.shared import sink_sums
-
         out = torch.zeros(sinks.shape, dtype=torch.float32, device=sinks.device)
         batches = self.batch if sinks.shape[0] != self.batch else 1
         if out.numel():
@@ -348,8 +351,6 @@ def _broadcast(t: Tensor | None) -> Tensor | None:
 
 def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
     """o, lse, and what rounding o lost."""
-    from metattn.kernels.forward import forward_rows
-
     launch = _Launch(problem, primals, constants)
     results = launch.empty_results()
     wanted = launch.wanted(o=results.o, o_lo=results.o_lo, lse=results.lse)
@@ -367,8 +368,6 @@ def vjp(
     needs: Needs,
 ) -> Primals:
     """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-    from metattn.kernels.vjp import vjp_keys, vjp_rows
-
     launch = _Launch(problem, primals, constants)
     given = functools.partial(launch.given, results=results, do=do, dlse=dlse)
     return launch.gradients((vjp_rows, vjp_keys), needs, given)
@@ -378,8 +377,6 @@ def jvp(
     problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
 ) -> Results:
     """The tangents of what forward gives."""
-    from metattn.kernels.jvp import jvp_rows
-
     launch = _Launch(problem, primals, constants)
     results_t = launch.empty_results()
     wanted = launch.wanted(o=results_t.o, o_lo=results_t.o_lo, lse=results_t.lse)
@@ -399,8 +396,6 @@ def vjp_jvp(
     needs: Needs,
 ) -> Primals:
     """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-    from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
-
     launch = _Launch(problem, primals, constants)
     given = functools.partial(
         launch.given, results=results, do=do, dlse=dlse, tangents=tangents, results_t=results_t
@@ -419,8 +414,6 @@ def double_backward(
     needs: Needs,
 ) -> tuple[Results, Primals]:
     """jvp and vjp_jvp, of short problems in one launch."""
-    from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
-
     launch = _Launch(problem, primals, constants)
     if not launch.is_whole(needs):
         results_t = jvp(problem, primals, constants, results, tangents)

@@ -1,0 +1,180 @@
+"""Scores with every option, their derivatives, dropout: each option is written here once.
+
+The formulas and names are in docs/math.md. A tile of scores lies as [queries, keys] in a row pass and as
+[keys, queries] in a column pass. These helpers do not care: they take query and key indices i and j, and row
+statistics, already broadcast against each other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from metattn.kernels.call import LOG2E
+
+from metattn.kernels import memory
+
+
+@triton.jit
+def idle_rows(call, place, statistics):
+    """The rows that attend to nothing; with a sink, those whose weight it has to the last digit. None:
+    none.
+    """
+    if (call.mask is None) & (call.bias is None) & (call.left is None) & (call.right is None):
+        return None
+    elif call.sinks is None:
+        return statistics.high == float("inf")
+    else:
+        all_at_sink = (statistics.high == memory.load_per_head(call.sinks, place)) & (statistics.low == 0.0)
+        return (statistics.high == float("inf")) | all_at_sink
+
+
+@triton.jit
+def unseen_keys(call, s):
+    """[keys] of a row pass' tile: those that no query of it attends to. None: mask and bias hide none."""
+    if (call.mask is None) & (call.bias is None):
+        return None
+    else:
+        return tl.max((s != float("-inf")).to(tl.int32), 0) == 0
+
+
+@triton.jit
+def unseen_of_all(call, s):
+    """The same of a tile [all keys, queries], whose keys were loaded whatever their position."""
+    if (call.mask is None) & (call.bias is None) & (call.left is None) & (call.right is None):
+        return None
+    else:
+        return tl.max((s != float("-inf")).to(tl.int32), 1) == 0
+
+
+@triton.jit
+def tanh(x):
+    """By a polynomial near 0, where 1 − 2/(e^{2|x|} + 1) would cancel (coefficients: Moshier's Cephes)."""
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    near = near * z * x + x
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    return tl.where(magnitude < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def capped(call, r):
+    """(c·tanh(R / c), tanh(R / c)), or (R, None) without softcap."""
+    if call.softcap is None:
+        return r, None
+    else:
+        bend = tanh(r / call.softcap)
+        return bend * call.softcap, bend
+
+
+@triton.jit
+def scores(call, place, product, i, j, MASKED: tl.constexpr):
+    """(S, tanh(R / c) or None): softcap, bias and ALiBi on scale·QKᵀ, −inf where masked.
+
+    A masked entry is selected away, never added to: it must hide NaN.
+    """
+    s, bend = capped(call, product * call.scale)
+    exists = (i < place.n) & (j < place.m)
+    if call.bias is not None:
+        bias = memory.load_entries(call.bias, place, i, j, exists).to(tl.float32)
+        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
+    if call.slopes is not None:
+        distance = tl.abs(i + (place.m - place.n) - j).to(tl.float32)
+        s -= memory.load_per_head(call.slopes, place) * distance
+    if call.mask is not None:
+        s = tl.where(memory.load_entries(call.mask, place, i, j, exists) != 0, s, float("-inf"))
+    if MASKED:
+        keep = exists
+        if call.right is not None:
+            keep &= j - i <= place.offset + call.right
+        if call.left is not None:
+            keep &= j - i >= place.offset - call.left
+        s = tl.where(keep, s, float("-inf"))
+    return s, bend
+
+
+@triton.jit
+def probability(s, high, low):
+    """P = exp(S − L), L in two parts as Statistics holds it."""
+    return tl.exp2((s - high) * LOG2E - low)
+
+
+@triton.jit
+def score_tangent(call, given, place, s, bend, tr, i, j, MASKED: tl.constexpr):
+    """T = s1∘TR + β, 0 where nothing is attended."""
+    t = slope_of(bend) * tr
+    if given.beta is not None:
+        t += tangent_entries(given.beta, place, i, j)
+    return shown(call, s, t, MASKED)
+
+
+@triton.jit
+def tangent_entries(bias_tangent, place, i, j):
+    """β under a tile, float32."""
+    return memory.load_entries(bias_tangent, place, i, j, (i < place.n) & (j < place.m)).to(tl.float32)
+
+
+@triton.jit
+def shown(call, s, x, MASKED: tl.constexpr):
+    """x, and 0 where S is −inf: what was computed there may be NaN."""
+    if MASKED | (call.mask is not None) | (call.bias is not None):
+        return tl.where(s == float("-inf"), 0.0, x)
+    else:
+        return x
+
+
+@triton.jit
+def slope_of(bend):
+    """s1 = 1 − tanh²(R / c)."""
+    if bend is None:
+        return 1.0
+    else:
+        return 1.0 - bend * bend
+
+
+@triton.jit
+def curve_of(call, bend):
+    """s2 = −2·tanh(R / c)·s1 / c."""
+    if bend is None:
+        return 0.0
+    else:
+        return bend * (1.0 - bend * bend) * (-2.0 / call.softcap)
+
+
+@triton.jit
+def dropout(call, place, row, key, ROWS: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr):
+    """Z of a tile [ROWS, KEYS], or turned [KEYS, ROWS]; None without dropout. `key` is a multiple of 4."""
+    if call.rng is None:
+        return None
+    else:
+        FOURS: tl.constexpr = KEYS // 4
+        at = call.rng.ptr + place.seq * call.rng.batch
+        seed, batch = tl.load(at), tl.load(at + call.rng.column).to(tl.int32)
+        head = tl.cast(place.head, tl.int32)
+        fours = key // 4 + tl.arange(0, FOURS)
+        rows = row + tl.arange(0, ROWS)
+        if TURNED:
+            c0 = tl.broadcast_to(fours[:, None], [FOURS, ROWS])
+            c1 = tl.broadcast_to(rows[None, :], [FOURS, ROWS])
+        else:
+            c0 = tl.broadcast_to(fours[None, :], [ROWS, FOURS])
+            c1 = tl.broadcast_to(rows[:, None], [ROWS, FOURS])
+        w0, w1, w2, w3 = tl.philox(seed, c0, c1, head + 0 * c0, batch + 0 * c0)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        if TURNED:
+            words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), [KEYS, ROWS])
+        else:
+            words = tl.reshape(words, [ROWS, KEYS])
+        return tl.where(words >= tl.cast(call.threshold, tl.uint32), call.kept, 0.0)
+
+
+@triton.jit
+def times(x, factor):
+    """x∘factor; x itself where there is no factor."""
+    if factor is None:
+        return x
+    else:
+        return x * factor
