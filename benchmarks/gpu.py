@@ -45,7 +45,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A shape with its option, as in docs/gpu.md."""
+    """A shape with its option."""
 
     name: str
     batch: int
@@ -71,7 +71,6 @@ class Case:
 
     def pairs(self) -> int:
         """Attended (query, key) pairs of a head."""
-        i, j = torch.arange(self.n)[:, None], torch.arange(self.keys)[None]
         if self.causal is None and self.window is None:
             return self.n * self.keys
         offset = 0 if self.causal == "top-left" else self.keys - self.n
@@ -84,7 +83,6 @@ class Case:
             left, right = self.window
             first = torch.maximum(first, place - left) if left >= 0 else first
             last = torch.minimum(last, place + right) if right >= 0 else last
-        del i, j
         return int((last - first + 1).clamp_min(0).sum())
 
     def operations(self, step: str) -> float:

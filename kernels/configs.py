@@ -20,30 +20,30 @@ class Config(NamedTuple):
 WIDTHS = (32, 64, 96, 128, 256)  # a head dimension takes the first that holds it
 SMALLEST = 16  # of a tile's sides: what a tensor-core product takes
 
-# architecture → kernel → (two-byte dtypes, float32) → one Config for each of WIDTHS
+# kernel → (two-byte dtypes, float32) → one (rows, keys, warps, stages) for each of WIDTHS
 _AMPERE = {
     "forward_rows": (
-        ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
     ),
     "vjp_rows": (
         ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 8, 1)),
         ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
     ),
     "vjp_keys": (
-        ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
-        ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 1)),
+        ((32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     ),
     "jvp_rows": (
-        ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 1)),
-        ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        ((64, 32, 4, 2), (64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ),
     "vjp_jvp_rows": (
-        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
         ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ),
     "vjp_jvp_keys": (
-        ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
+        ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ),
     "bias_sums": (
@@ -51,15 +51,38 @@ _AMPERE = {
         ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     ),
 }
+# The warp-group products of Hopper and later read operands from shared memory: larger tiles fit.
+_HOPPER_TWO_BYTES = {
+    "forward_rows": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 8, 1)),
+    "vjp_rows": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+    "vjp_keys": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 1)),
+    "jvp_rows": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 16, 8, 1)),
+    "vjp_jvp_rows": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 1), (32, 16, 8, 1)),
+    "vjp_jvp_keys": ((32, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2), (16, 128, 8, 2), (16, 32, 8, 1)),
+}
+_HOPPER = _AMPERE | {kernel: (tiles, _AMPERE[kernel][1]) for kernel, tiles in _HOPPER_TWO_BYTES.items()}
+# 64 KiB of shared memory, and loads that are not pipelined through it.
+_CDNA_TILES = ((64, 32, 4, 1),) * 2 + ((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),)
+_CDNA = {kernel: (_CDNA_TILES, ((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),) * 3) for kernel in _AMPERE}
+# small blocks, so that short sequences have several; the interpreter minds neither registers nor warps
+_INTERPRETER = {kernel: (((32, 32, 1, 1),) * len(WIDTHS),) * 2 for kernel in _AMPERE}
 TABLE = {
     "sm80": _AMPERE,
     "sm86": _AMPERE,
-    "sm90": _AMPERE,
-    "sm100": _AMPERE,
-    "gfx9": _AMPERE,
-    # small blocks, so that short sequences have several; the interpreter minds neither registers nor warps
-    "interpreter": {kernel: (((32, 32, 1, 1),) * len(WIDTHS),) * 2 for kernel in _AMPERE},
+    "sm90": _HOPPER,
+    "sm100": _HOPPER,
+    "gfx9": _CDNA,
+    "interpreter": _INTERPRETER,
 }
+# bytes of shared memory that one program may have; sm80 shares its table with sm86 and could have 163 KiB
+SHARED_MEMORY = {
+    "sm80": 99 * 1024,
+    "sm86": 99 * 1024,
+    "sm90": 227 * 1024,
+    "sm100": 227 * 1024,
+    "gfx9": 64 * 1024,
+}
+
 # The few-sample regime: problems so short and narrow that one program of a column pass holds all keys.
 WHOLE_LENGTH = {"interpreter": 64}
 WHOLE_LENGTH.update(dict.fromkeys(("sm80", "sm86", "sm90", "sm100", "gfx9"), 128))
@@ -74,14 +97,6 @@ WHOLE = {
         {16: (16, 1, 1), 32: (32, 2, 1), 64: (32, 4, 1), 128: (32, 8, 1)},
         {16: (16, 1, 1), 32: (16, 2, 1), 64: (32, 4, 1), 128: (16, 8, 1)},
     ),
-}
-# bytes of shared memory that one program may have
-SHARED_MEMORY = {
-    "sm80": 163 * 1024,
-    "sm86": 99 * 1024,
-    "sm90": 227 * 1024,
-    "sm100": 227 * 1024,
-    "gfx9": 64 * 1024,
 }
 
 

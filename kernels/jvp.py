@@ -80,42 +80,49 @@ def less(x, factor, y):
 
 
 @triton.jit
+def attempt(call, given, wanted, place, first, high, low, base, ROWS: tl.constexpr, FORM: tl.constexpr):
+    """(τ − t, Ot, which rows [rows] lost too much) of a block of queries, by one sweep with t = base."""
+    KEYS: tl.constexpr = FORM[0]
+    HEAD: tl.constexpr = FORM[2]
+    VALUE: tl.constexpr = FORM[3]
+    row_ids = tl.arange(0, ROWS)
+    at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
+    statistics = Statistics(high, low, base, base, base)
+    idle = scores.idle_rows(call, place, statistics)
+    q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+    a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+    span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
+    block = Block(call, given, wanted, place, span, first, (q, a), statistics)
+    state = (tl.zeros_like(high), products.zeros(ROWS, VALUE))
+    excess, acc = tiles.sweep(visit, state, block, span, FORM)
+    if call.sinks is not None:
+        sigma = 0.0
+        if given.sigma is not None:
+            sigma = memory.load_per_head(given.sigma, place)
+        excess += sink_probability(call, place, statistics) * (sigma - base)
+    o = memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE)
+    acc, lost = less(acc, excess, o)
+    return excess, acc, lost & (high != float("inf"))
+
+
+@triton.jit
 def jvp_rows(
     call, given, wanted, blocks, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tangents of o, of what rounding it lost, and of lse, of a block of queries."""
+    FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
     place, first = tiles.block_of_queries(call, blocks, ROWS)
     if first < place.n:
         row_ids = tl.arange(0, ROWS)
-        rows, at = first + row_ids, tiles.moved(place, first, 0)
-        inside = rows < place.n
-        span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
+        at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
         high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
         nothing = high == float("inf")
         base = tl.zeros_like(high)
-        statistics = Statistics(high, low, base, base, base)
-        idle = scores.idle_rows(call, place, statistics)
-        q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
-        excess, acc = base, products.zeros(ROWS, VALUE)
-        sweeps, wanted_sweeps = 0, 1
-        while sweeps < wanted_sweeps:
-            statistics = Statistics(high, low, base, base, base)
-            block = Block(call, given, wanted, place, span, first, (q, a), statistics)
-            state = (tl.zeros_like(high), products.zeros(ROWS, VALUE))
-            excess, acc = tiles.sweep(visit, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
-            if call.sinks is not None:
-                sigma = 0.0
-                if given.sigma is not None:
-                    sigma = memory.load_per_head(given.sigma, place)
-                excess += sink_probability(call, place, statistics) * (sigma - base)
-            acc, lost = less(acc, excess, memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE))
-            sweeps += 1
-            wanted_sweeps = 1 + tl.max((lost & (nothing == 0)).to(tl.int32), 0)
-            if sweeps < wanted_sweeps:
-                base = tl.where(nothing, 0.0, excess)
-            wanted_sweeps = tl.where(sweeps < 2, wanted_sweeps, 2)
+        excess, acc, lost = attempt(call, given, wanted, place, first, high, low, base, ROWS, FORM)
+        if tl.max(lost.to(tl.int32), 0) > 0:
+            base = tl.where(nothing, 0.0, excess)
+            excess, acc, lost = attempt(call, given, wanted, place, first, high, low, base, ROWS, FORM)
         acc = products.where_rows(nothing, 0.0, acc)
         memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
         tau = tl.where(nothing, 0.0, base.to(tl.float64) + excess.to(tl.float64))

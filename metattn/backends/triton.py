@@ -63,6 +63,8 @@ def unavailable_reason() -> str | None:
 def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     q, v = primals.q, primals.v
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace its launches in this version"
     expected = "cpu" if interpreted() else "cuda"
     if q.device.type != expected:
         return f"it works on {expected} tensors, these are on {q.device}"
