@@ -357,15 +357,12 @@ def markdown(rows: list[Row], versions: dict[str, str]) -> str:
         some = [each for each in rows if (each.target, each.dtype) == (target, dtype)]
         lines += ["| " + " | ".join(cells(each)) + " |" for each in some]
     lines += ["", "## Exceptions", ""]
-    said = [
-        (each, text) for each in rows for text in dict.fromkeys([spills(each), *complaints(each)]) if text
-    ]
-    lines += [f"* {r.target} {r.dtype} d={r.features} {r.kernel} {r.variant}: {text}" for r, text in said]
+    said = [(r, text) for r in rows for text in dict.fromkeys([spills(r), *complaints(r)]) if text]
+    for r, text in said:
+        lines.append(f"* {r.target} {r.dtype} d={r.features} {r.kernel} {r.variant}: {text}")
     if not said:
-        lines.append(
-            "None: no spill for d ≤ 128 on sm_80 and sm_90, shared memory within the limits, every product"
-        )
-        lines.append("of two-byte floats on tensor cores.")
+        lines.append("None: no spill for d ≤ 128 on sm_80 and sm_90, shared memory within the limits, every")
+        lines.append("product of two-byte floats on tensor cores.")
     return "\n".join(lines) + "\n"
 
 
