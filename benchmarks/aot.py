@@ -348,8 +348,8 @@ def markdown(rows: list[Row], versions: dict[str, str]) -> str:
         "",
         f"Written by `make aot` with Triton {versions['triton']}; no GPU took part. Registers and spilled",
         "bytes are per thread, shared memory per program. The last two columns are bounds, not measurements:",
-        "the fewest clocks that one visit of an unmasked block takes on a multiprocessor, by its busiest pipe,",
-        "and what follows for an H200.",
+        "the fewest clocks that one visit of an unmasked block takes on a multiprocessor, by its busiest",
+        "pipe, and what follows for an H200.",
     ]
     for target, dtype in dict.fromkeys((each.target, each.dtype) for each in rows):
         lines += ["", f"## {target}, {dtype}", "", "| " + " | ".join(COLUMNS) + " |"]

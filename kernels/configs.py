@@ -23,7 +23,7 @@ SMALLEST = 16  # of a tile's sides: what a tensor-core product takes
 # kernel → (two-byte dtypes, float32) → one (rows, keys, warps, stages) for each of WIDTHS
 _AMPERE = {
     "forward_rows": (
-        ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
         ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
     ),
     "vjp_rows": (
@@ -31,7 +31,7 @@ _AMPERE = {
         ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
     ),
     "vjp_keys": (
-        ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 1)),
+        ((64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 1)),
         ((32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     ),
     "jvp_rows": (
@@ -61,6 +61,17 @@ _HOPPER_TWO_BYTES = {
     "vjp_jvp_keys": ((32, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2), (16, 128, 8, 2), (16, 32, 8, 1)),
 }
 _HOPPER = _AMPERE | {kernel: (tiles, _AMPERE[kernel][1]) for kernel, tiles in _HOPPER_TWO_BYTES.items()}
+# Blackwell's compiler gives up on some of them.
+_BLACKWELL = _HOPPER | {
+    "jvp_rows": (
+        ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 16, 8, 1)),
+        _AMPERE["jvp_rows"][1],
+    ),
+    "vjp_jvp_rows": (
+        ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
+        _AMPERE["vjp_jvp_rows"][1],
+    ),
+}
 # 64 KiB of shared memory, and loads that are not pipelined through it.
 _CDNA_TILES = ((64, 32, 4, 1),) * 2 + ((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),)
 _CDNA = {kernel: (_CDNA_TILES, ((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),) * 3) for kernel in _AMPERE}
@@ -70,7 +81,7 @@ TABLE = {
     "sm80": _AMPERE,
     "sm86": _AMPERE,
     "sm90": _HOPPER,
-    "sm100": _HOPPER,
+    "sm100": _BLACKWELL,
     "gfx9": _CDNA,
     "interpreter": _INTERPRETER,
 }
@@ -84,8 +95,15 @@ SHARED_MEMORY = {
 }
 
 # The few-sample regime: problems so short and narrow that one program of a column pass holds all keys.
-WHOLE_LENGTH = {"interpreter": 64}
-WHOLE_LENGTH.update(dict.fromkeys(("sm80", "sm86", "sm90", "sm100", "gfx9"), 128))
+# architecture → how long, in two-byte dtypes and in float32: what shared memory holds
+WHOLE_LENGTH = {
+    "sm80": (128, 32),
+    "sm86": (128, 32),
+    "sm90": (128, 64),
+    "sm100": (128, 64),
+    "gfx9": (64, 16),
+    "interpreter": (64, 64),
+}
 WHOLE_FEATURES = 64
 # kernel → (two-byte dtypes, float32) → tile side that holds all keys → (rows, warps, stages)
 WHOLE = {
@@ -110,9 +128,10 @@ def choose(architecture: str, kernel: str, features: int, itemsize: int, n: int,
     return Config(fitted_rows, fitted_keys, max(1, warps // fewer), stages)
 
 
-def is_whole(architecture: str, features: int, n: int, m: int) -> bool:
+def is_whole(architecture: str, features: int, itemsize: int, n: int, m: int) -> bool:
     """Whether one program shall hold a whole (sequence, key head)."""
-    return max(n, m) <= WHOLE_LENGTH[architecture] and features <= WHOLE_FEATURES
+    longest = WHOLE_LENGTH[architecture][0 if itemsize == 2 else 1]
+    return 0 < max(n, m) <= longest and features <= WHOLE_FEATURES
 
 
 def choose_whole(kernel: str, itemsize: int, n: int, m: int) -> Config:

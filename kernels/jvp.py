@@ -90,7 +90,7 @@ def attempt(call, given, wanted, place, first, high, low, base, ROWS: tl.constex
     statistics = Statistics(high, low, base, base, base)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-    a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+    (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
     span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
     block = Block(call, given, wanted, place, span, first, (q, a), statistics)
     state = (tl.zeros_like(high), products.zeros(ROWS, VALUE))

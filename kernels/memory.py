@@ -145,7 +145,11 @@ def load_rows(view, place, rows, inside, idle, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_rows_if(view, place, rows, inside, idle, WIDTH: tl.constexpr):
-    """load_rows, or None where there is no view."""
+    """load_rows, or None where there is no view.
+
+    To be unpacked from a tuple, as in (x,) = (load_rows_if(…),): Triton lets no None that was bound by itself
+    into a tuple again.
+    """
     if view is not None:
         return load_rows(view, place, rows, inside, idle, WIDTH)
     else:
@@ -160,9 +164,12 @@ def load_keys(view, place, keys, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_statistic(view, place, rows, inside):
-    """A row statistic [*] as stored; 0 outside."""
-    base = start_of(view, place.seq, place.head, place.q0)
-    return tl.load(base + steps(rows, view.row, view), mask=inside, other=0.0)
+    """A row statistic [*] as stored; 0 outside (None: all are inside)."""
+    at = start_of(view, place.seq, place.head, place.q0) + steps(rows, view.row, view)
+    if inside is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit

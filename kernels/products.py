@@ -32,6 +32,15 @@ def without(x, idle):
 
 
 @triton.jit
+def without_if(x, idle):
+    """without, or None of nothing."""
+    if x is None:
+        return None
+    else:
+        return without(x, idle)
+
+
+@triton.jit
 def dot_features(x, y, acc, PRECISION: tl.constexpr):
     """x yᵀ over the features [rows of x, rows of y], added to acc (None: 0); None where x or y is."""
     if (x is None) | (y is None):

@@ -97,7 +97,10 @@ def span_of_keys(call, given, place, first, KEYS: tl.constexpr, ROWS: tl.constex
     keys.
     """
     if given.statistics is None:
-        return span(first, KEYS, place.m, 0, None, None, place.n, ROWS)
+        if (call.left is None) & (call.right is None):
+            return span(first, KEYS, place.m, 0, None, None, place.n, ROWS)
+        else:
+            return Span(0, 0, place.n, place.n, place.n)
     else:
         return span(first, KEYS, place.m, -place.offset, call.right, call.left, place.n, ROWS)
 

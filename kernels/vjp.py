@@ -36,7 +36,7 @@ def row_statistics(call, given, at, row_ids, inside, VALUE: tl.constexpr):
     high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
     d = tl.zeros_like(high)
     idle = scores.idle_rows(call, at, Statistics(high, low, d, None, None))
-    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
+    (do,) = (memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE),)
     if given.do is not None:
         d += products.row_dots(do, memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE))
     if given.dlse is not None:
@@ -53,7 +53,7 @@ def sink_probability(call, place, statistics):
 
 
 @triton.jit
-def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
+def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     """Adds a block of keys to dQ / scale, and stores the bias' gradient."""
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
@@ -61,6 +61,7 @@ def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
     call, place = block.call, block.place
+    (dq,) = state
     q, do = block.held
     row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
     rows, keys = block.first + row_ids, start + key_ids
@@ -77,7 +78,8 @@ def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     p = scores.probability(s, statistics.high, statistics.low)
     ds, dr = first_order(call, s, p, bend, dpz, statistics.d, MASKED)
     memory.store_entries(block.wanted.dbias, place, i, j, ds)
-    return products.add_product(dq, dr, products.without(k, scores.unseen_keys(call, s)), PRECISION)
+    k = products.without(k, scores.unseen_keys(call, s))
+    return (products.add_product(dq, dr, k, PRECISION),)
 
 
 @triton.jit
@@ -102,8 +104,8 @@ def vjp_rows(
             idle = scores.idle_rows(call, place, statistics)
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
             block = Block(call, given, wanted, place, span, first, (q, do), statistics)
-            dq = products.zeros_if(wanted.dq, ROWS, HEAD)
-            dq = tiles.sweep(visit_keys, dq, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
+            state = (products.zeros_if(wanted.dq, ROWS, HEAD),)
+            (dq,) = tiles.sweep(visit_keys, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 
@@ -148,8 +150,10 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             dsinks = -sink_probability(call, place, statistics) * d
             memory.store_statistic(wanted.dsinks, at, row_ids, rows < place.n, dsinks)
     alone: tl.constexpr = given.statistics is None
-    dk = products.add_product(dk, dr, q, PRECISION, alone)
-    return dk, products.add_product(dv, scores.times(p, z), do, PRECISION, alone)
+    return (
+        products.add_product(dk, dr, q, PRECISION, alone),
+        products.add_product(dv, scores.times(p, z), do, PRECISION, alone),
+    )
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def sink_share(call, given, place, statistics):
 
 
 @triton.jit
-def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
+def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     """Adds a block of keys to dQt / scale, and stores the tangent of the bias' gradient."""
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
@@ -45,6 +45,7 @@ def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
     call, given, place = block.call, block.given, block.place
+    (dq,) = state
     q, a, do = block.held
     row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
     rows, keys = block.first + row_ids, start + key_ids
@@ -68,10 +69,15 @@ def visit_keys(dq, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     dst, drt, dr = second_order(call, s, p, bend, pt, dpz, ez, tr, statistics.d, statistics.dt, MASKED)
     memory.store_entries(block.wanted.dbias, place, i, j, dst)
     unseen = scores.unseen_keys(call, s)
-    dq = products.add_product(dq, drt, products.without(k, unseen), PRECISION)
-    if b is not None:
-        dq = products.add_product(dq, dr, products.without(b, unseen), PRECISION)
-    return dq
+    # a product with no B leaves what it is added to
+    return (
+        products.add_product(
+            products.add_product(dq, drt, products.without(k, unseen), PRECISION),
+            dr,
+            products.without_if(b, unseen),
+            PRECISION,
+        ),
+    )
 
 
 @triton.jit
@@ -104,10 +110,10 @@ def vjp_jvp_rows(
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
             idle = scores.idle_rows(call, place, statistics)
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-            a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+            (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
             block = Block(call, given, wanted, place, span, first, (q, a, do), statistics)
-            dq = products.zeros_if(wanted.dq, ROWS, HEAD)
-            dq = tiles.sweep(visit_keys, dq, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
+            state = (products.zeros_if(wanted.dq, ROWS, HEAD),)
+            (dq,) = tiles.sweep(visit_keys, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 
@@ -177,8 +183,10 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, there, ot, VALUE)
             memory.store_statistic(wanted.lse, at, row_ids, there, tau)
     alone: tl.constexpr = given.statistics is None
-    dk = products.add_product(products.add_product(dk, drt, q, PRECISION, alone), dr, a, PRECISION, alone)
-    return dk, products.add_product(dv, ptz, do, PRECISION, alone)
+    return (
+        products.add_product(products.add_product(dk, drt, q, PRECISION, alone), dr, a, PRECISION, alone),
+        products.add_product(dv, ptz, do, PRECISION, alone),
+    )
 
 
 @triton.jit
@@ -194,11 +202,13 @@ def vjp_jvp_keys(
         inside = keys < place.m
         span = tiles.span_of_keys(call, given, place, first, KEYS, ROWS)
         k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
-        b = memory.load_keys_if(True, given.b, at, key_ids, inside, HEAD)
         # dO or Ot asks for the values
         of_values: tl.constexpr = (given.do is not None) or (wanted.o is not None)
-        v = memory.load_keys_if(of_values, call.v, at, key_ids, inside, VALUE)
-        c = memory.load_keys_if(of_values, given.c, at, key_ids, inside, VALUE)
+        b, v, c = (
+            memory.load_keys_if(True, given.b, at, key_ids, inside, HEAD),
+            memory.load_keys_if(of_values, call.v, at, key_ids, inside, VALUE),
+            memory.load_keys_if(of_values, given.c, at, key_ids, inside, VALUE),
+        )
         dk, dv = products.zeros_if(wanted.dk, KEYS, HEAD), products.zeros_if(wanted.dv, KEYS, VALUE)
         for member in range(call.group):
             one = tiles.at_head(place, place.kv_head * call.group + member)

@@ -311,7 +311,12 @@ def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> T
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether the values can be read in Python: not of fake, traced, meta and functorch-wrapped tensors."""
+    """Whether the values can be read in Python: not of fake, traced, meta and functorch-wrapped tensors.
+
+    Nor while a CUDA graph is captured: reading waits for the device. The call that warmed it up was checked.
+    """
+    if t.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     return (
         not torch.compiler.is_compiling()
         and type(t) in (Tensor, torch.nn.Parameter)

@@ -29,7 +29,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` is each backend that can run on this machine; in a module with FLOAT64, each that takes
     float64.
     """
-    if "backend" in metafunc.fixturenames:
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" in metafunc.fixturenames and not any("backend" in mark.args[0] for mark in marks):
         wide = getattr(metafunc.module, "FLOAT64", False)
         names = [name for name in TESTED if not (wide and name == "triton")]
         metafunc.parametrize("backend", names, indirect=True)

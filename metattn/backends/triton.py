@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metattn.backends import operators
+from metattn.backends.operators import ROUNDED, Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
 try:
@@ -34,9 +36,7 @@ except ModuleNotFoundError as error:
 except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
     IMPORT_ERROR = f"triton cannot be imported: {error}"
 
-Needs = tuple[bool, bool, bool, bool, bool]
 MOST_FEATURES = 256
-ROUNDED = (torch.bfloat16, torch.float16)
 NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
 STATISTICS = 5  # fields of kernels.call.Statistics
 WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
@@ -63,8 +63,6 @@ def unavailable_reason() -> str | None:
 def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     q, v = primals.q, primals.v
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace its launches in this version"
     expected = "cpu" if interpreted() else "cuda"
     if q.device.type != expected:
         return f"it works on {expected} tensors, these are on {q.device}"
@@ -203,9 +201,9 @@ class _Launch:
 
     def precision(self) -> str:
         """How float32 products are taken: three TF32 ones unless torch allows one; AMD has no TF32 of use."""
-        if self.architecture in ("gfx9", "interpreter"):
+        if self.architecture in ("gfx9", "interpreter") or self.q.dtype in ROUNDED:
             return "ieee"
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
     def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
         """A row pass, or a column pass, of all (sequence, head) pairs; whole: its one block has all keys."""
@@ -250,7 +248,8 @@ class _Launch:
         assert self.architecture is not None
         shared_bias = needs[3] and not self.own_entries
         features = max(self.head[0], self.value[0])
-        return not shared_bias and configs.is_whole(self.architecture, features, self.n, self.m)
+        itemsize = self.q.element_size()
+        return not shared_bias and configs.is_whole(self.architecture, features, itemsize, self.n, self.m)
 
     @property
     def own_entries(self) -> bool:
@@ -348,10 +347,10 @@ def _broadcast(t: Tensor | None) -> Tensor | None:
     return t.as_strided(t.shape, strides)
 
 
-# The four maps.
+# The four maps, launched.
 
 
-def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
+def _forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
     """o, lse, and what rounding o lost."""
     launch = _Launch(problem, primals, constants)
     results = launch.empty_results()
@@ -360,7 +359,7 @@ def forward(problem: Problem, primals: Primals, constants: Constants) -> Results
     return results
 
 
-def vjp(
+def _vjp(
     problem: Problem,
     primals: Primals,
     constants: Constants,
@@ -375,7 +374,7 @@ def vjp(
     return launch.gradients((vjp_rows, vjp_keys), needs, given)
 
 
-def jvp(
+def _jvp(
     problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
 ) -> Results:
     """The tangents of what forward gives."""
@@ -386,7 +385,7 @@ def jvp(
     return results_t
 
 
-def vjp_jvp(
+def _vjp_jvp(
     problem: Problem,
     primals: Primals,
     constants: Constants,
@@ -416,12 +415,129 @@ def double_backward(
     needs: Needs,
 ) -> tuple[Results, Primals]:
     """jvp and vjp_jvp, of short problems in one launch."""
-    launch = _Launch(problem, primals, constants)
-    if not launch.is_whole(needs):
+    launch = None if _traced(primals.q) else _Launch(problem, primals, constants)
+    if launch is None or not launch.is_whole(needs):
         results_t = jvp(problem, primals, constants, results, tangents)
-        return results_t, vjp_jvp(
-            *(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
-        )
+        return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
     results_t = launch.empty_results()
     given = functools.partial(launch.given, results=results, do=do, dlse=dlse, tangents=tangents)
     return results_t, launch.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)
+
+
+# The four maps as operators, for what cannot launch: torch.compile's tracer and tensors without data.
+
+_LIBRARY = torch.library.Library("metattn_triton", "FRAGMENT")
+
+
+def _traced(q: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(q) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _tensors(found: Results | Primals, like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors: empty ones for what there is not."""
+    return tuple(like.new_empty(0) if t is None else t for t in found)
+
+
+def _needs(bits: int) -> Needs:
+    return tuple(bool(bits >> index & 1) for index in range(operators.PRIMALS))  # type: ignore[return-value]
+
+
+def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    return _tensors(_forward(*operators.unflatten("triton", arguments)), arguments[0])
+
+
+def _vjp_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, primals, constants = operators.unflatten("triton", arguments)
+    *results, do, dlse, bits = arguments[operators.CALL :]
+    return _tensors(
+        _vjp(problem, primals, constants, Results(*results), do, dlse, _needs(bits)), arguments[0]
+    )
+
+
+def _jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    call, tensors = operators.unflatten("triton", arguments), arguments[operators.CALL :]
+    return _tensors(_jvp(*call, Results(*tensors[:3]), Primals(*tensors[3:])), arguments[0])
+
+
+def _vjp_jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, primals, constants = operators.unflatten("triton", arguments)
+    *tensors, bits = arguments[operators.CALL :]
+    results, tangents, results_t = Results(*tensors[:3]), Primals(*tensors[5:10]), Results(*tensors[10:])
+    do, dlse = tensors[3:5]
+    found = _vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, _needs(bits))
+    return _tensors(found, arguments[0])
+
+
+for _name, _implementation in (
+    ("forward", _forward_operator),
+    ("vjp", _vjp_operator),
+    ("jvp", _jvp_operator),
+    ("vjp_jvp", _vjp_jvp_operator),
+):
+    _LIBRARY.define(_name + operators.SCHEMAS[_name])
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _implementation, _device)
+operators.describe("metattn_triton")
+
+
+# The backend's four maps.
+
+
+def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
+    """o, lse, and what rounding o lost."""
+    if not _traced(primals.q):
+        return _forward(problem, primals, constants)
+    call = operators.flatten(problem, primals, constants)
+    return operators.results(primals, *torch.ops.metattn_triton.forward(*call))
+
+
+def vjp(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    needs: Needs,
+) -> Primals:
+    """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
+    if not _traced(primals.q):
+        return _vjp(problem, primals, constants, results, do, dlse, needs)
+    call = operators.flatten(problem, primals, constants)
+    found = torch.ops.metattn_triton.vjp(*call, *results, do, dlse, operators.wanted(needs))
+    return operators.gradients(needs, found)
+
+
+def jvp(
+    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
+) -> Results:
+    """The tangents of what forward gives."""
+    if not _traced(primals.q):
+        return _jvp(problem, primals, constants, results, tangents)
+    call = operators.flatten(problem, primals, constants)
+    return operators.results(primals, *torch.ops.metattn_triton.jvp(*call, *results, *tangents))
+
+
+def vjp_jvp(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    tangents: Primals,
+    results_t: Results,
+    needs: Needs,
+) -> Primals:
+    """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
+    if not _traced(primals.q):
+        return _vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
+    call = operators.flatten(problem, primals, constants)
+    found = torch.ops.metattn_triton.vjp_jvp(
+        *call, *results, do, dlse, *tangents, *results_t, operators.wanted(needs)
+    )
+    return operators.gradients(needs, found)
