@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -23,6 +24,35 @@ if triton.interpreted() and available_backends()["triton"] is None:
 TESTED = [
     name for name, reason in available_backends().items() if name in ("reference", "cpu") or reason is None
 ]
+
+
+# In the interpreter these take minutes, and their like are tested anyway; `pytest --exhaustive` runs them.
+EXHAUSTIVE = (
+    "test_row13_layouts[triton-torch.bfloat16-*",
+    "test_row18_windows_wider_than_any_sequence[triton-*",
+    "test_row21_grouped_heads[triton-*-65-5]",
+    "test_option[triton-*-float16]",
+    "test_together[triton-*-float16]",
+    "test_shape[triton-*-float16]",
+    "test_many_heads_of_one_group[triton-*float*16]",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive", action="store_true", help="all tests of Triton kernels in the interpreter"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if triton.interpreted() and not config.getoption("--exhaustive"):
+        left_out = [item for item in items if any(_matches(item.name, name) for name in EXHAUSTIVE)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]", 1))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
