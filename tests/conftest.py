@@ -32,9 +32,13 @@ EXHAUSTIVE = (
     "test_row18_windows_wider_than_any_sequence[triton-*",
     "test_row21_grouped_heads[triton-*-65-5]",
     "test_option[triton-*-float16]",
+    "test_option[triton-*-float32]",  # in test_triton.py, to a narrower bound
     "test_together[triton-*-float16]",
     "test_shape[triton-*-float16]",
     "test_many_heads_of_one_group[triton-*float*16]",
+    "test_row9_lengths[triton-*127*",
+    "test_row9_lengths[triton-*129-257]",
+    "test_row9_lengths[triton-257-*",
 )
 
 

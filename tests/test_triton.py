@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, and on a GPU where there is one: every option in all four maps.
 
-The interpreter's tiles are 32 × 32. Calls up to a length of 64 take the few-sample path, one program a
-(sequence, key head); longer ones row and column passes over several blocks.
+The interpreter's tiles are 64 × 64. Calls up to that take the few-sample path, one program a (sequence,
+key head); longer ones row and column passes over several blocks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if available_backends()["triton"] is not None:
 from metattn.kernels import configs
 
 SHORT = (1, 4, 2, 19, 23, 8, 12)
-LONG = (1, 2, 1, 35, 70, 8, 12)
-LENGTHS = ((0, 5), (33, 70), (1, 3), (7, 0))
+LONG = (1, 2, 1, 70, 130, 8, 12)
+LENGTHS = ((0, 5), (70, 130), (1, 3), (7, 0))
 SHORT_LENGTHS = ((0, 5), (20, 31), (1, 3), (7, 0))
 ALL = dict(softcap=1.5, causal="bottom-right", window=(20, -1), dropout_p=0.2, sinks=True, slopes=True)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ ODD = {
     "no-features": (1, 1, 1, 3, 4, 0, 2),
     "two-parts": (1, 1, 1, 33, 35, 80, 96),
     "widest": (1, 1, 1, 33, 20, 203, 256),
-    "tall": (1, 1, 1, 100, 33, 8, 8),
+    "tall": (1, 1, 1, 200, 70, 8, 8),
     "27-heads-on-one": (1, 27, 1, 3, 40, 4, 4),
 }
 # of a bias: which dimensions it has; the fully shared ones are cut into parts
@@ -184,14 +184,14 @@ def test_same_bits_again() -> None:
 @interpreted
 def test_dropout_mask_is_the_references() -> None:
     """q = 0, v = 1/M: o counts the kept keys of each row, whatever the tile."""
-    n, m, p = 40, 67, 0.4
-    q, k = torch.zeros(2, 3, n, 4), torch.zeros(2, 3, m, 4)
-    call = replace(Call((2, 3, 3, n, m, 4, m), torch.float32), dropout_p=p)
+    n, m, p = 70, 131, 0.4
+    q, k = torch.zeros(1, 2, n, 4), torch.zeros(1, 2, m, 4)
+    call = replace(Call((1, 2, 2, n, m, 4, m), torch.float32), dropout_p=p)
     problem, _, _, constants, _, _ = call.make()
-    v = torch.eye(m).expand(2, 3, m, m).contiguous()
+    v = torch.eye(m).expand(1, 2, m, m).contiguous()
     o = triton.forward(problem, Primals(q, k, v, None, None), constants).o
     assert constants.rng is not None
-    kept = reference.dropout_keep(constants.rng, p, 3, n, m)
+    kept = reference.dropout_keep(constants.rng, p, 2, n, m)
     assert torch.equal(o > 0, kept)
 
 
