@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metattn
 from metattn import autodiff
-from metattn.backends import available_backends
+from metattn.backends import available_backends, operators
 from metattn.problem import Options, Primals, Problem, dense, packed
 from metattn.problem import Packing as Lengths
 
@@ -180,7 +180,7 @@ def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
         cu = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
         lengths = Lengths(*cu, max(lengths_q), max(lengths_k))
         problem, primals, constants = packed(x["q"], x["k"], x["v"], lengths, options)
-    shared = module._call(problem, primals, constants)
+    shared = operators.flatten(problem, primals, constants)
     moves = [None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals]
     results = module.forward(problem, primals, constants)
     results_t = module.jvp(problem, primals, constants, results, Primals(*moves))
