@@ -48,7 +48,8 @@ print(json.dumps({
 
 def environment_without(**changes: str) -> dict[str, str]:
     """This process's environment, in which no source tree is importable."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    dropped = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
 
