@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel for GPUs that are not there, and reads what the compiler made of them.
+"""Compiles the Triton kernels of the four maps for GPUs that are not there, and reads what came out.
 
     python -m benchmarks.aot [--targets sm_90 …] [--features 64 …] [--out benchmarks/results]
 
 For each target, dtype, head dimension and kernel: registers, spilled bytes, shared memory, resident warps,
 tensor-core instructions, and the time that one visit of an unmasked block takes at least, by the counts of
-its instructions. A spill on sm_80 or sm_90 for a head dimension up to 128, shared memory past the limit, or
-a product of two-byte floats that is no tensor-core instruction, is a failure; the table names them.
+its instructions. A loop over unmasked blocks that spills on sm_80 or sm_90 for a head dimension up to 128,
+shared memory past the limit, or a product of two-byte floats that is no tensor-core instruction, is a
+failure; the table names them, and what spills elsewhere.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEATURES = (32, 64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float32")
-VARIANTS = ("plain", "causal", "everything")
+VARIANTS = ("plain", "causal", "everything", "few-shot")  # few-shot: one program holds all keys
 KERNELS = {
     "forward": ("forward_rows",),
     "vjp": ("vjp_rows", "vjp_keys"),
@@ -43,6 +44,7 @@ PRODUCTS = {
 }  # fmt: skip
 # registers and warps of a multiprocessor; its tensor cores' FLOP a clock, dense: two-byte floats, TF32
 REGISTERS, MOST_WARPS = 65536, 64
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KiB of a multiprocessor
 TENSOR = {"sm_80": (2048, 1024), "sm_90": (4096, 2048), "sm_100": (8192, 4096)}
 H200_SMS, H200_CLOCK = 132, 1.83e9  # the clock at which 132 × 4096 make the data sheet's 989 TFLOP/s
 MMA = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTCHMMA|UTCQMMA|UTCMMA)")
@@ -115,19 +117,22 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
         patch.object(backend, "run", compile_only),
         patch.object(backend, "architecture", lambda device: architecture),
     ):
-        call_map(map_, getattr(torch, dtype), features, variant)
+        call_map(map_, getattr(torch, dtype), features, variant, architecture)
     return [asdict(each) for each in found]
 
 
-def call_map(map_: str, dtype: torch.dtype, features: int, variant: str) -> None:
+def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, architecture: str) -> None:
     """One call of a map on tensors without storage: every tangent, cotangent and gradient there."""
     from metattn.backends import triton as backend
+    from metattn.kernels import configs
     from metattn.problem import Constants, Primals, Problem, Results
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     b, h, n = 2, 16, 4096
+    if variant == "few-shot":
+        n = configs.WHOLE_LENGTH[architecture][0 if dtype.itemsize == 2 else 1]
     q, statistic = empty(b, h, n, features), empty(b, h, n, dtype=torch.float64)
     bias = sinks = None
     constants = Constants(None, None, None, None, None)
@@ -139,7 +144,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str) -> None
     problem = Problem(
         scale=features**-0.5,
         softcap=30.0 if variant == "everything" else None,
-        causal=None if variant == "plain" else "bottom-right",
+        causal="bottom-right" if variant in ("causal", "everything") else None,
         window=(1024, -1) if variant == "everything" else (-1, -1),
         dropout_p=0.1 if variant == "everything" else 0.0,
         max_q=0,
@@ -176,15 +181,15 @@ def row(
         target, dtype, features, variant, name, f"{config.rows}×{config.keys}", config.warps, config.stages,
         registers, spilled, spill_instructions, compiled.metadata.shared,
         configs.SHARED_MEMORY[architecture],
-        resident_warps(registers, config.warps, compiled.metadata.shared),
+        resident_warps(target, registers, config.warps, compiled.metadata.shared),
         tensor, loop, bounds, tflops,
     )  # fmt: skip
 
 
-def resident_warps(registers: int, warps: int, shared: int) -> int:
-    """Warps of a multiprocessor with 64 Ki registers and 227 KiB of shared memory."""
+def resident_warps(target: str, registers: int, warps: int, shared: int) -> int:
+    """Warps that a multiprocessor's registers and shared memory hold at once."""
     by_registers = REGISTERS // (max(1, registers) * 32 * warps)
-    by_shared = 227 * 1024 // (shared + 1024)
+    by_shared = SHARED[target] * 1024 // (shared + 1024)
     return min(by_registers, by_shared, MOST_WARPS // warps) * warps
 
 
@@ -246,7 +251,7 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
-    """Counts by pipe of the shortest loop that has the most tensor-core instructions: the unmasked one."""
+    """Counts by pipe of the shortest loop with tensor-core instructions, the unmasked one; spills of any."""
     loops = []
     for address, operation, _ in code:
         target = re.match(r"BRA (\d+)", operation)
@@ -258,6 +263,7 @@ def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
     if not loops:
         return {}
     _, tensor, body = min(loops)
+    everywhere = max(sum(op.startswith(("LDL", "STL")) for op in each) for _, _, each in loops)
     return {
         "all": len(body),
         "tensor": tensor,
@@ -266,6 +272,7 @@ def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
         "shared": sum(op.startswith(("LDS", "STS", "LDSM", "STSM")) for op in body),
         "global": sum(op.startswith(("LDG", "LDGSTS", "STG")) for op in body),
         "spill": sum(op.startswith(("LDL", "STL")) for op in body),
+        "spill_of_any": everywhere,
     }
 
 
@@ -306,8 +313,10 @@ def spills(each: Row) -> str | None:
     """What is to be said of a kernel that shall not spill: those for head dimensions up to 128."""
     if not each.spilled or each.features > 128 or each.target not in ("sm_80", "sm_90"):
         return None
-    inside = each.loop.get("spill", 0)
-    where = f"{inside} instructions of it in the loop" if inside else "all outside the loop over blocks"
+    inside, any_loop = each.loop.get("spill", 0), each.loop.get("spill_of_any", 0)
+    where = f"{any_loop} instructions in a loop over masked blocks" if any_loop else "all outside the loops"
+    if inside:
+        where = f"{inside} instructions in the loop over unmasked blocks"
     return f"spills {each.spilled} bytes, {where}"
 
 
@@ -378,6 +387,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for aot.json and aot.md")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    from metattn.kernels.configs import WHOLE_FEATURES
     from rich.progress import Progress
 
     work = [
@@ -387,6 +397,7 @@ def main() -> int:
         for features in args.features
         for map_ in args.maps
         for variant in args.variants
+        if variant != "few-shot" or (features <= WHOLE_FEATURES and map_ in ("vjp", "vjp_jvp"))
     ]
     rows: list[Row] = []
     with ProcessPoolExecutor(args.jobs) as pool, Progress() as progress:

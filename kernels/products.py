@@ -24,20 +24,11 @@ def part_without(x, idle):
 
 @triton.jit
 def without(x, idle):
-    """x with zeros for what is not finite in idle rows (None: no row is)."""
-    if idle is None:
+    """x with zeros for what is not finite in idle rows (None: no row is); None of nothing."""
+    if (idle is None) | (x is None):
         return x
     else:
         return (part_without(x[0], idle), part_without(x[1], idle))
-
-
-@triton.jit
-def without_if(x, idle):
-    """without, or None of nothing."""
-    if x is None:
-        return None
-    else:
-        return without(x, idle)
 
 
 @triton.jit

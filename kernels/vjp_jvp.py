@@ -74,7 +74,7 @@ def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
         products.add_product(
             products.add_product(dq, drt, products.without(k, unseen), PRECISION),
             dr,
-            products.without_if(b, unseen),
+            products.without(b, unseen),
             PRECISION,
         ),
     )

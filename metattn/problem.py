@@ -315,14 +315,13 @@ def _readable(t: Tensor) -> bool:
 
     Nor while a CUDA graph is captured: reading waits for the device. The call that warmed it up was checked.
     """
-    if t.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
     return (
         not torch.compiler.is_compiling()
         and type(t) in (Tensor, torch.nn.Parameter)
         and t.device.type != "meta"
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         and torch._C._len_torch_dispatch_stack() == 0
+        and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

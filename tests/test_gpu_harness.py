@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import metattn
-from benchmarks import gpu
+from benchmarks import gpu, gpu_cases
 
 CASES = (
-    gpu.Case("plain", 2, 4, 9, 8, dtype="float32"),
-    gpu.Case("grouped", 1, 4, 17, 8, kv_heads=2, dtype="float32", causal="top-left", published=1.5),
-    gpu.Case("window", 1, 2, 9, 8, m=20, dtype="float32", causal="bottom-right", window=(5, -1)),
-    gpu.Case("bias", 2, 2, 9, 8, dtype="float32", bias=True),
+    gpu_cases.Case("plain", 2, 4, 9, 8, dtype="float32"),
+    gpu_cases.Case("grouped", 1, 4, 17, 8, kv_heads=2, dtype="float32", causal="top-left", published=1.5),
+    gpu_cases.Case("window", 1, 2, 9, 8, m=20, dtype="float32", causal="bottom-right", window=(5, -1)),
+    gpu_cases.Case("bias", 2, 2, 9, 8, dtype="float32", bias=True),
 )
 
 
+Run = Callable[..., tuple[int, dict[str, Any], str]]
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
-    monkeypatch.setattr(gpu, "CASES", CASES)
-    monkeypatch.setattr(gpu, "MEMORY_CASES", (gpu.Case("memory", 1, 1, 64, 8, dtype="float32"),))
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.setattr(gpu_cases, "CASES", CASES)
+    monkeypatch.setattr(gpu_cases, "MEMORY_CASES", (gpu_cases.Case("memory", 1, 1, 64, 8, dtype="float32"),))
     monkeypatch.setattr(
         metattn, "available_backends", lambda: {"cpu": None, "cuda": "absent", "triton": "absent"}
     )
 
-    def call(*more: str) -> tuple[int, dict[str, object], str]:
+    def call(*more: str) -> tuple[int, dict[str, Any], str]:
         arguments = [
             "--device",
             "cpu",
@@ -51,11 +56,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
     return call
 
 
-def test_measures_and_reports(run) -> None:  # type: ignore[no-untyped-def]
+def test_measures_and_reports(run: Run) -> None:
     code, results, report = run()
     assert code == 0
     ours = [row for row in results["rows"] if row["contestant"] == "metattn cpu"]
-    assert [row["case"]["name"] for row in ours] == [case.name for case in CASES for _ in gpu.STEPS]
+    assert [row["case"]["name"] for row in ours] == [case.name for case in CASES for _ in gpu_cases.STEPS]
     for row in ours:
         assert max(row["errors"].values()) < 5e-6
         assert row["median"] > 0
@@ -67,9 +72,9 @@ def test_measures_and_reports(run) -> None:  # type: ignore[no-untyped-def]
     assert results["memory"][0]["case"]["name"] == "memory"
 
 
-def test_wrong_numbers_are_not_timed(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    right = gpu.ours
-    monkeypatch.setattr(gpu, "ours", lambda *arguments: right(*arguments) * 1.01)
+def test_wrong_numbers_are_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_cases.ours
+    monkeypatch.setattr(gpu_cases, "ours", lambda *arguments: right(*arguments) * 1.01)
     code, results, report = run("--cases", "plain")
     assert code == 1
     ours = [row for row in results["rows"] if row["contestant"] == "metattn cpu"]
@@ -77,7 +82,7 @@ def test_wrong_numbers_are_not_timed(run, monkeypatch: pytest.MonkeyPatch) -> No
     assert "wrong" in report
 
 
-def test_out_of_time_is_said(run) -> None:  # type: ignore[no-untyped-def]
+def test_out_of_time_is_said(run: Run) -> None:
     _, results, report = run("--minutes", "0.1")
     assert results["not_measured"] == [*(case.name for case in CASES), "memory"]
     assert "Not measured, for want of time: plain, grouped" in report
@@ -94,5 +99,5 @@ def test_attended_pairs() -> None:
     for case in CASES:
         expected = case.n * case.keys
         if case.causal or case.window:
-            expected = int(gpu.position_mask(case, torch.device("cpu")).sum())
+            expected = int(gpu_cases.position_mask(case, torch.device("cpu")).sum())
         assert case.pairs() == expected

@@ -12,11 +12,9 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from metattn.backends import IMPORTING_PROCESS, operators
-from metattn.backends.operators import Needs
-from metattn.problem import Constants, Primals, Problem, Results
+from metattn.problem import Constants, Primals, Problem
 
 LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cpu.so"
 
@@ -47,49 +45,5 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     return None
 
 
-def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
-    """o, lse, and what rounding o lost."""
-    return operators.results(
-        primals, *torch.ops.metattn.forward(*operators.flatten(problem, primals, constants))
-    )
-
-
-def vjp(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    needs: Needs,
-) -> Primals:
-    """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-    call = operators.flatten(problem, primals, constants)
-    return operators.gradients(
-        needs, torch.ops.metattn.vjp(*call, *results, do, dlse, operators.wanted(needs))
-    )
-
-
-def jvp(
-    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
-) -> Results:
-    """The tangents of what forward gives."""
-    call = operators.flatten(problem, primals, constants)
-    return operators.results(primals, *torch.ops.metattn.jvp(*call, *results, *tangents))
-
-
-def vjp_jvp(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    tangents: Primals,
-    results_t: Results,
-    needs: Needs,
-) -> Primals:
-    """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-    call = operators.flatten(problem, primals, constants)
-    arguments = (*call, *results, do, dlse, *tangents, *results_t, operators.wanted(needs))
-    return operators.gradients(needs, torch.ops.metattn.vjp_jvp(*arguments))
+_OPERATORS = operators.Operators("metattn")
+forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp

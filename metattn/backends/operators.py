@@ -69,9 +69,61 @@ def gradients(needs: Needs, results: tuple[Tensor, ...]) -> Primals:
     return Primals(*[result if need else None for need, result in zip(needs, results, strict=True)])  # type: ignore[arg-type]
 
 
-def results(primals: Primals, o: Tensor, lse: Tensor, o_lo: Tensor) -> Results:
+def results_of(primals: Primals, o: Tensor, lse: Tensor, o_lo: Tensor) -> Results:
     """Where o is not rounded there is no o_lo; the operator gives an empty one."""
     return Results(o, lse, o_lo if primals.q.dtype in ROUNDED else None)
+
+
+class Operators:
+    """The four maps through a namespace's operators, as a backend offers them."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+
+    def _run(self, map_: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return getattr(getattr(torch.ops, self.namespace), map_)(*arguments)  # type: ignore[no-any-return]
+
+    def forward(self, problem: Problem, primals: Primals, constants: Constants) -> Results:
+        """o, lse, and what rounding o lost."""
+        return results_of(primals, *self._run("forward", *flatten(problem, primals, constants)))
+
+    def vjp(
+        self,
+        problem: Problem,
+        primals: Primals,
+        constants: Constants,
+        results: Results,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        needs: Needs,
+    ) -> Primals:
+        """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
+        call = flatten(problem, primals, constants)
+        return gradients(needs, self._run("vjp", *call, *results, do, dlse, wanted(needs)))
+
+    def jvp(
+        self, problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
+    ) -> Results:
+        """The tangents of what forward gives."""
+        call = flatten(problem, primals, constants)
+        return results_of(primals, *self._run("jvp", *call, *results, *tangents))
+
+    def vjp_jvp(
+        self,
+        problem: Problem,
+        primals: Primals,
+        constants: Constants,
+        results: Results,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        tangents: Primals,
+        results_t: Results,
+        needs: Needs,
+    ) -> Primals:
+        """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
+        call = flatten(problem, primals, constants)
+        arguments = (*call, *results, do, dlse, *tangents, *results_t, wanted(needs))
+        return gradients(needs, self._run("vjp_jvp", *arguments))
 
 
 def fake_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,6 +122,20 @@ def _view(t: Tensor | None, *, rows_of_all: bool = False) -> View | None:
     return View(t, 0 if rows_of_all else batch, head, row, column, wide)
 
 
+def _reach(problem: Problem, most: int) -> tuple[int | None, int | None]:
+    """How far before and after its own place a query attends; None: without limit."""
+    left, right = (None if side < 0 else min(side, most) for side in problem.window)
+    return left, 0 if problem.causal is not None else right
+
+
+def _broadcast(t: Tensor | None) -> Tensor | None:
+    """With stride 0 where a dimension of size 1 stands for all."""
+    if t is None or t.numel() == 0:
+        return t
+    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return t.as_strided(t.shape, strides)
+
+
 class _Launch:
     """One call of a map: its views, sizes and configurations."""
 
@@ -332,101 +346,52 @@ class _Launch:
                 run(sink_sums, out.numel(), self.call, self.rows(shares), out, batches, STEP=256)
         return out.to(sinks.dtype)
 
+    # The four maps.
 
-def _reach(problem: Problem, most: int) -> tuple[int | None, int | None]:
-    """How far before and after its own place a query attends; None: without limit."""
-    left, right = (None if side < 0 else min(side, most) for side in problem.window)
-    return left, 0 if problem.causal is not None else right
+    def forward(self) -> Results:
+        results = self.empty_results()
+        self.launch(forward_rows, self.given(), self.wanted(**results._asdict()))
+        return results
 
+    def vjp(self, results: Results, do: Tensor | None, dlse: Tensor | None, needs: Needs) -> Primals:
+        given = functools.partial(self.given, results=results, do=do, dlse=dlse)
+        return self.gradients((vjp_rows, vjp_keys), needs, given)
 
-def _broadcast(t: Tensor | None) -> Tensor | None:
-    """With stride 0 where a dimension of size 1 stands for all."""
-    if t is None or t.numel() == 0:
-        return t
-    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
-    return t.as_strided(t.shape, strides)
+    def jvp(self, results: Results, tangents: Primals) -> Results:
+        results_t = self.empty_results()
+        given = self.given(results=results, tangents=tangents)
+        self.launch(jvp_rows, given, self.wanted(**results_t._asdict()))
+        return results_t
 
+    def vjp_jvp(
+        self,
+        results: Results,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        tangents: Primals,
+        results_t: Results,
+        needs: Needs,
+    ) -> Primals:
+        given = functools.partial(
+            self.given, results=results, do=do, dlse=dlse, tangents=tangents, results_t=results_t
+        )
+        return self.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given)
 
-# The four maps, launched.
-
-
-def _forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
-    """o, lse, and what rounding o lost."""
-    launch = _Launch(problem, primals, constants)
-    results = launch.empty_results()
-    wanted = launch.wanted(o=results.o, o_lo=results.o_lo, lse=results.lse)
-    launch.launch(forward_rows, launch.given(), wanted)
-    return results
-
-
-def _vjp(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    needs: Needs,
-) -> Primals:
-    """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-    launch = _Launch(problem, primals, constants)
-    given = functools.partial(launch.given, results=results, do=do, dlse=dlse)
-    return launch.gradients((vjp_rows, vjp_keys), needs, given)
-
-
-def _jvp(
-    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
-) -> Results:
-    """The tangents of what forward gives."""
-    launch = _Launch(problem, primals, constants)
-    results_t = launch.empty_results()
-    wanted = launch.wanted(o=results_t.o, o_lo=results_t.o_lo, lse=results_t.lse)
-    launch.launch(jvp_rows, launch.given(results=results, tangents=tangents), wanted)
-    return results_t
-
-
-def _vjp_jvp(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    tangents: Primals,
-    results_t: Results,
-    needs: Needs,
-) -> Primals:
-    """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-    launch = _Launch(problem, primals, constants)
-    given = functools.partial(
-        launch.given, results=results, do=do, dlse=dlse, tangents=tangents, results_t=results_t
-    )
-    return launch.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given)
-
-
-def double_backward(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    tangents: Primals,
-    needs: Needs,
-) -> tuple[Results, Primals]:
-    """jvp and vjp_jvp, of short problems in one launch."""
-    launch = None if _traced(primals.q) else _Launch(problem, primals, constants)
-    if launch is None or not launch.is_whole(needs):
-        results_t = jvp(problem, primals, constants, results, tangents)
-        return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
-    results_t = launch.empty_results()
-    given = functools.partial(launch.given, results=results, do=do, dlse=dlse, tangents=tangents)
-    return results_t, launch.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)
+    def double_backward(
+        self, results: Results, do: Tensor | None, dlse: Tensor | None, tangents: Primals, needs: Needs
+    ) -> tuple[Results, Primals]:
+        if not self.is_whole(needs):
+            results_t = self.jvp(results, tangents)
+            return results_t, self.vjp_jvp(results, do, dlse, tangents, results_t, needs)
+        results_t = self.empty_results()
+        given = functools.partial(self.given, results=results, do=do, dlse=dlse, tangents=tangents)
+        return results_t, self.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)
 
 
 # The four maps as operators, for what cannot launch: torch.compile's tracer and tensors without data.
 
 _LIBRARY = torch.library.Library("metattn_triton", "FRAGMENT")
+_OPERATORS = operators.Operators("metattn_triton")
 
 
 def _traced(q: Tensor) -> bool:
@@ -447,29 +412,29 @@ def _needs(bits: int) -> Needs:
 
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    return _tensors(_forward(*operators.unflatten("triton", arguments)), arguments[0])
+    return _tensors(_launch_of(arguments).forward(), arguments[0])
 
 
 def _vjp_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, primals, constants = operators.unflatten("triton", arguments)
     *results, do, dlse, bits = arguments[operators.CALL :]
-    return _tensors(
-        _vjp(problem, primals, constants, Results(*results), do, dlse, _needs(bits)), arguments[0]
-    )
+    return _tensors(_launch_of(arguments).vjp(Results(*results), do, dlse, _needs(bits)), arguments[0])
 
 
 def _jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    call, tensors = operators.unflatten("triton", arguments), arguments[operators.CALL :]
-    return _tensors(_jvp(*call, Results(*tensors[:3]), Primals(*tensors[3:])), arguments[0])
+    tensors = arguments[operators.CALL :]
+    return _tensors(_launch_of(arguments).jvp(Results(*tensors[:3]), Primals(*tensors[3:])), arguments[0])
 
 
 def _vjp_jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, primals, constants = operators.unflatten("triton", arguments)
     *tensors, bits = arguments[operators.CALL :]
     results, tangents, results_t = Results(*tensors[:3]), Primals(*tensors[5:10]), Results(*tensors[10:])
     do, dlse = tensors[3:5]
-    found = _vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, _needs(bits))
+    found = _launch_of(arguments).vjp_jvp(results, do, dlse, tangents, results_t, _needs(bits))
     return _tensors(found, arguments[0])
+
+
+def _launch_of(arguments: tuple[Any, ...]) -> _Launch:
+    return _Launch(*operators.unflatten("triton", arguments))
 
 
 for _name, _implementation in (
@@ -489,10 +454,9 @@ operators.describe("metattn_triton")
 
 def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
     """o, lse, and what rounding o lost."""
-    if not _traced(primals.q):
-        return _forward(problem, primals, constants)
-    call = operators.flatten(problem, primals, constants)
-    return operators.results(primals, *torch.ops.metattn_triton.forward(*call))
+    if _traced(primals.q):
+        return _OPERATORS.forward(problem, primals, constants)
+    return _Launch(problem, primals, constants).forward()
 
 
 def vjp(
@@ -505,21 +469,18 @@ def vjp(
     needs: Needs,
 ) -> Primals:
     """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-    if not _traced(primals.q):
-        return _vjp(problem, primals, constants, results, do, dlse, needs)
-    call = operators.flatten(problem, primals, constants)
-    found = torch.ops.metattn_triton.vjp(*call, *results, do, dlse, operators.wanted(needs))
-    return operators.gradients(needs, found)
+    if _traced(primals.q):
+        return _OPERATORS.vjp(problem, primals, constants, results, do, dlse, needs)
+    return _Launch(problem, primals, constants).vjp(results, do, dlse, needs)
 
 
 def jvp(
     problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
 ) -> Results:
     """The tangents of what forward gives."""
-    if not _traced(primals.q):
-        return _jvp(problem, primals, constants, results, tangents)
-    call = operators.flatten(problem, primals, constants)
-    return operators.results(primals, *torch.ops.metattn_triton.jvp(*call, *results, *tangents))
+    if _traced(primals.q):
+        return _OPERATORS.jvp(problem, primals, constants, results, tangents)
+    return _Launch(problem, primals, constants).jvp(results, tangents)
 
 
 def vjp_jvp(
@@ -534,10 +495,24 @@ def vjp_jvp(
     needs: Needs,
 ) -> Primals:
     """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-    if not _traced(primals.q):
-        return _vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
-    call = operators.flatten(problem, primals, constants)
-    found = torch.ops.metattn_triton.vjp_jvp(
-        *call, *results, do, dlse, *tangents, *results_t, operators.wanted(needs)
-    )
-    return operators.gradients(needs, found)
+    rest = results, do, dlse, tangents, results_t, needs
+    if _traced(primals.q):
+        return _OPERATORS.vjp_jvp(problem, primals, constants, *rest)
+    return _Launch(problem, primals, constants).vjp_jvp(*rest)
+
+
+def double_backward(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    tangents: Primals,
+    needs: Needs,
+) -> tuple[Results, Primals]:
+    """jvp and vjp_jvp, of short problems in one launch."""
+    if _traced(primals.q):
+        results_t = jvp(problem, primals, constants, results, tangents)
+        return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
+    return _Launch(problem, primals, constants).double_backward(results, do, dlse, tangents, needs)

@@ -206,7 +206,13 @@ def make_step(contestant: Contestant, case: Case, step: str, inputs: Inputs) -> 
     """The step as a call without arguments; graphs that it starts from are built here, outside the timing."""
     if contestant.name == CHECKPOINTED:
         return lambda: _checkpointed_second_order(case, inputs)
-    attend = attend_by(contestant, case)
+    if step == "vjp_jvp":
+        return _raw_vjp_jvp(contestant, case, inputs)
+    return step_of(attend_by(contestant, case), step, inputs)
+
+
+def step_of(attend: Attend, step: str, inputs: Inputs) -> Step:
+    """make_step for attention as a function of the primals."""
     primals, do, tangents = inputs.primals, inputs.do, inputs.tangents
     if step == "forward":
         detached = [p.detach() for p in primals]
@@ -218,8 +224,6 @@ def make_step(contestant: Contestant, case: Case, step: str, inputs: Inputs) -> 
     if step == "jvp":
         plain = tuple(p.detach() for p in primals)
         return lambda: torch.func.jvp(attend, plain, tangents)
-    if step == "vjp_jvp":
-        return _raw_vjp_jvp(contestant, case, inputs)
     if step == "double backward":
         gradients = torch.autograd.grad(attend(*primals), primals, do, create_graph=True)
         return lambda: torch.autograd.grad(gradients, (*primals, do), tangents, retain_graph=True)

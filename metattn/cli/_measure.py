@@ -37,6 +37,15 @@ class Timing:
         return lower, upper
 
 
+def once(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result  # freed outside the timed region, and before the next candidate needs the memory
+    return seconds
+
+
 def interleave(
     candidates: Mapping[str, Callable[[], object]],
     *,
@@ -44,11 +53,13 @@ def interleave(
     least: int = 5,
     most: int = 200,
     warmup: int = 2,
+    once: Callable[[Callable[[], object]], float] = once,
 ) -> dict[str, Timing]:
     """Times candidates in turn, so that a machine that slows down slows all of them alike.
 
     Each round calls every candidate once, starting one further each time (whoever follows a memory-hungry
     neighbour finds cold caches). Rounds go on for `seconds`, but at least `least` and at most `most` of them.
+    `once` times a call.
     """
     if least < 1 or most < least:
         raise ValueError(f"least and most: expected 1 <= least <= most, got {least} and {most}")
@@ -63,10 +74,7 @@ def interleave(
             break
         for offset in range(len(names)):
             name = names[(round_index + offset) % len(names)]
-            start = time.perf_counter()
-            result = candidates[name]()
-            samples[name].append(time.perf_counter() - start)
-            del result  # freed outside the timed region, and before the next candidate needs the memory
+            samples[name].append(once(candidates[name]))
     return {name: Timing(tuple(times)) for name, times in samples.items()}
 
 
