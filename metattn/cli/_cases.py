@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import metattn
 from metattn import backends
 from metattn.cli._measure import chunks
-from metattn.problem import Constants, Primals, Problem
+from metattn.problem import Call, Options, Primals, dense
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -205,9 +205,13 @@ def attend_by(contestant: Contestant, case: Case) -> Attend:
 def make_step(contestant: Contestant, case: Case, step: str, inputs: Inputs) -> Step:
     """The step as a call without arguments; graphs that it starts from are built here, outside the timing."""
     if contestant.name == CHECKPOINTED:
-        return lambda: _checkpointed_second_order(case, inputs)
+        math, flash = (attend_by(Contestant(name, frozenset()), case) for name in (MATH, FLASH))
+        return lambda: checkpointed_step(math, flash, inputs)
     if step == "vjp_jvp":
-        return _raw_vjp_jvp(contestant, case, inputs)
+        assert contestant.backend is not None
+        q, k, v, *bias = inputs.primals
+        call = dense(q, k, v, Options(causal=case.causal, bias=bias[0] if bias else None))
+        return raw_vjp_jvp(contestant.backend, call, inputs.do, inputs.tangents)
     return step_of(attend_by(contestant, case), step, inputs)
 
 
@@ -239,71 +243,61 @@ def step_of(attend: Attend, step: str, inputs: Inputs) -> Step:
     raise ValueError(f"step: expected one of {', '.join(PRODUCTS)}, got {step!r}")
 
 
-def _raw_vjp_jvp(contestant: Contestant, case: Case, inputs: Inputs) -> Step:
-    """The fourth map by itself, straight from the backend: no public call runs it without the third."""
-    assert contestant.backend is not None
-    module = backends.load(contestant.backend)
-    q, k, v, *bias = (p.detach() for p in inputs.primals)
-    primals = Primals(q, k, v, bias[0] if bias else None, None)
-    tangents = Primals(*inputs.tangents, *(None,) * (5 - len(inputs.tangents)))
-    problem = Problem(
-        scale=case.head_dim**-0.5,
-        softcap=None,
-        causal="top-left" if case.causal else None,
-        window=(-1, -1),
-        dropout_p=0.0,
-        max_q=0,
-        max_k=0,
-        backend=contestant.backend,
-    )
-    constants = Constants(None, None, None, None, None)
-    do = inputs.do.detach()
-    needs = (True, True, True, bool(bias), False)
+def raw_vjp_jvp(backend: str, call: Call, do: Tensor, tangents: tuple[Tensor, ...]) -> Step:
+    """The fourth map by itself, straight from the backend: no public call runs it without the third.
+
+    Everything in a call's canonical form, [B, H, N, d]; tangents of q, k, v and, with a bias, the bias.
+    """
+    module = backends.load(backend)
+    problem, (q, k, v, bias, sinks), constants = call[0].on(backend), call[1], call[2]
+    primals = Primals(q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach(), sinks)
+    padded = Primals(*tangents, *(None,) * (5 - len(tangents)))
+    cotangent = do.detach()
+    needs = (True, True, True, bias is not None, False)
     with torch.no_grad():
         results = module.forward(problem, primals, constants)
-        results_t = module.jvp(problem, primals, constants, results, tangents)
+        results_t = module.jvp(problem, primals, constants, results, padded)
 
     def step() -> tuple[Tensor, ...]:
         with torch.no_grad():
             gradients = module.vjp_jvp(
-                problem, primals, constants, results, do, None, tangents, results_t, needs
+                problem, primals, constants, results, cotangent, None, padded, results_t, needs
             )
         return tuple(g for g in gradients if g is not None)
 
     return step
 
 
-def _checkpointed_second_order(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+def checkpointed_step(
+    math: Attend, forward: Attend, inputs: Inputs, scores_at_once: int = SCORES_AT_ONCE
+) -> tuple[Tensor, ...]:
     """The cheapest right second order that torch has: a flash forward, then the gradient of the math path,
     a few (batch, head) pairs at a time, checkpointed, so that only their matrices exist at once."""
     q, k, v, *bias = inputs.primals
     do = inputs.do
-    group = case.heads // (case.kv_heads or case.heads)
-    o = attend_by(Contestant(FLASH, frozenset()), case)(*(p.detach() for p in inputs.primals))
-    math = attend_by(Contestant(MATH, frozenset()), case)
+    batch, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
+    o = forward(*(p.detach() for p in inputs.primals))
 
     def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
         *leaves, cotangent = tensors
         return torch.autograd.grad(math(*leaves), leaves, cotangent, create_graph=True)
 
-    per_head = case.batch * case.length**2
-    heads_at_once = max(1, min(case.heads // group, SCORES_AT_ONCE // (per_head * group))) * group
-    batch_at_once = max(1, SCORES_AT_ONCE // (case.length**2 * heads_at_once))
+    per_head = q.shape[2] * k.shape[2]
+    heads_at_once = max(1, min(heads // group, scores_at_once // (batch * per_head * group))) * group
+    batch_at_once = max(1, scores_at_once // (per_head * heads_at_once))
+    shared = bool(bias) and bias[0].shape[0] != batch  # one bias for all of the batch
     pieces: list[list[tuple[Tensor, ...]]] = []
-    for b in chunks(case.batch, batch_at_once):
+    for b in chunks(batch, batch_at_once):
         row = []
-        for h in chunks(case.heads, heads_at_once):
+        for h in chunks(heads, heads_at_once):
             kv = slice(h.start // group, h.stop // group)
-            part = (q[b, h], k[b, kv], v[b, kv], *(x[:, h] for x in bias), do[b, h])
+            part = (q[b, h], k[b, kv], v[b, kv], *(x[:, h] if shared else x[b, h] for x in bias), do[b, h])
             row.append(checkpoint(gradient, *part, use_reentrant=False))
         pieces.append(row)
-    gradients = [
-        torch.cat([torch.cat([piece[i] for piece in row], dim=1) for row in pieces]) for i in range(3)
-    ]
-    if bias:  # one for all of the batch
-        gradients.append(
-            torch.stack([torch.cat([piece[3] for piece in row], dim=1) for row in pieces]).sum(dim=0)
-        )
+    gradients = []
+    for i in range(len(inputs.primals)):
+        rows = [torch.cat([piece[i] for piece in row], dim=1) for row in pieces]
+        gradients.append(torch.stack(rows).sum(dim=0) if i == 3 and shared else torch.cat(rows))
     second = torch.autograd.grad(gradients, (*inputs.primals, do), inputs.tangents)
     return o, *(g.detach() for g in gradients), *second
 
