@@ -37,10 +37,12 @@ KERNELS = {
     "vjp": ("vjp_rows", "vjp_keys"),
     "jvp": ("jvp_rows",),
     "vjp_jvp": ("vjp_jvp_rows", "vjp_jvp_keys"),
+    "double backward": ("double_rows",),  # for jvp_rows and vjp_jvp_rows, where it has registers for that
 }
 # N×M products that one visit executes (docs/math.md), all tangents there
 PRODUCTS = {
     "forward_rows": 2, "vjp_rows": 3, "vjp_keys": 4, "jvp_rows": 5, "vjp_jvp_rows": 7, "vjp_jvp_keys": 8,
+    "double_rows": 10,
 }  # fmt: skip
 # registers and warps of a multiprocessor; its tensor cores' FLOP a clock, dense: two-byte floats, TF32
 REGISTERS, MOST_WARPS = 65536, 64
@@ -160,6 +162,8 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
         backend.vjp(problem, primals, constants, results, q, None, needs)
     elif map_ == "jvp":
         backend.jvp(problem, primals, constants, results, primals)
+    elif map_ == "double backward":
+        backend.double_backward(problem, primals, constants, results, q, None, primals, needs, q)
     else:
         backend.vjp_jvp(problem, primals, constants, results, q, None, primals, results, needs)
 
@@ -251,15 +255,22 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
-    """Counts by pipe of the shortest loop with tensor-core instructions, the unmasked one; spills of any."""
-    loops = []
+    """Counts by pipe of the shortest innermost loop with tensor-core instructions, the unmasked one; spills of
+    any innermost one.
+    """
+    spans = set()
     for address, operation, _ in code:
         target = re.match(r"BRA (\d+)", operation)
         if target and int(target[1]) < address:
-            body = [op for at, op, _ in code if int(target[1]) <= at <= address]
-            tensor = sum(bool(MMA.match(op)) for op in body)
-            if tensor:
-                loops.append((len(body), tensor, body))
+            spans.add((int(target[1]), address))
+    loops = []
+    for start, end in spans:
+        if any((s, e) != (start, end) and start <= s and e <= end for s, e in spans):
+            continue
+        body = [op for at, op, _ in code if start <= at <= end]
+        tensor = sum(bool(MMA.match(op)) for op in body)
+        if tensor:
+            loops.append((len(body), tensor, body))
     if not loops:
         return {}
     _, tensor, body = min(loops)

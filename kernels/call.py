@@ -87,6 +87,7 @@ class Given(NamedTuple):
     o_t: Any  # tangents of o, o_lo, lse
     o_t_lo: Any
     lse_t: Any
+    dq: Any  # what vjp gave for q
     # float32 [B, Hq, N] and, as columns, Statistics' fields: a row pass tells a column pass. Without it a
     # column pass has all keys in its one block, and finds out itself.
     statistics: Any
@@ -126,3 +127,24 @@ class Statistics(NamedTuple):
     d: Any  # D = rowsum(dO∘O) − dL
     tau: Any  # the tangent of L
     dt: Any  # Dt = rowsum(dO∘Ot)
+
+
+class Scores(NamedTuple):
+    """Scores under a block of queries and one of keys."""
+
+    i: Any  # indices of queries and keys, broadcast against each other
+    j: Any
+    s: Any  # S
+    bend: Any  # tanh(R / c), or None
+    p: Any  # P
+    z: Any  # Z, or None
+
+
+class Tile(NamedTuple):
+    """What second derivatives are made of, under a block of queries and one of keys."""
+
+    seen: Any  # Scores
+    tr: Any  # TR
+    t: Any  # T
+    dp: Any  # dP = Z∘(dO Vᵀ)
+    e: Any  # E = Z∘(dO Cᵀ)

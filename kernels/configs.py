@@ -1,10 +1,12 @@
-"""Which tile, warps and pipeline stages each kernel gets: a table, read and never searched at run time.
+"""Which tile, warps and pipeline stages each kernel gets: a table, read and never searched at run time, and
+what was measured to be better on the GPU at hand (metattn.tune), where there is such.
 
 Chosen against the compiler's report (registers, spills, shared memory) in benchmarks/results/aot.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -19,6 +21,8 @@ class Config(NamedTuple):
 
 WIDTHS = (32, 64, 96, 128, 256)  # a head dimension takes the first that holds it
 SMALLEST = 16  # of a tile's sides: what a tensor-core product takes
+LARGEST = 256
+MOST_STAGES = 4
 
 # kernel → (two-byte dtypes, float32) → one (rows, keys, warps, stages) for each of WIDTHS
 _AMPERE = {
@@ -46,6 +50,10 @@ _AMPERE = {
         ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ),
+    "double_rows": (
+        ((64, 32, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 8, 1)),
+        ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    ),
     "bias_sums": (
         ((64, 64, 8, 1), (64, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
         ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
@@ -58,11 +66,16 @@ _HOPPER_TWO_BYTES = {
     "vjp_keys": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 1)),
     "jvp_rows": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 16, 8, 1)),
     "vjp_jvp_rows": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 1), (32, 16, 8, 1)),
+    "double_rows": ((128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 1)),
     "vjp_jvp_keys": ((32, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2), (16, 128, 8, 2), (16, 32, 8, 1)),
 }
 _HOPPER = _AMPERE | {kernel: (tiles, _AMPERE[kernel][1]) for kernel, tiles in _HOPPER_TWO_BYTES.items()}
 # Blackwell's compiler gives up on some of them.
 _BLACKWELL = _HOPPER | {
+    "double_rows": (
+        ((128, 32, 8, 1), (128, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (16, 16, 8, 1)),
+        _AMPERE["double_rows"][1],
+    ),
     "jvp_rows": (
         ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 16, 8, 1)),
         _AMPERE["jvp_rows"][1],
@@ -105,6 +118,16 @@ WHOLE_LENGTH = {
     "interpreter": (64, 64),
 }
 WHOLE_FEATURES = 64
+# architecture → widest head dimension, in two-byte dtypes and in float32, for which the tiles and three
+# accumulators of double_rows fit into registers; where they do not, jvp and vjp_jvp serve
+ONE_SWEEP_FEATURES = {
+    "sm80": (64, 0),
+    "sm86": (64, 0),
+    "sm90": (64, 0),
+    "sm100": (64, 0),
+    "gfx9": (64, 0),
+    "interpreter": (256, 256),
+}
 # kernel → (two-byte dtypes, float32) → tile side that holds all keys → (rows, warps, stages)
 WHOLE = {
     "vjp_keys": (
@@ -118,20 +141,53 @@ WHOLE = {
 }
 
 
-def choose(architecture: str, kernel: str, features: int, itemsize: int, n: int, m: int) -> Config:
-    """The configuration for a head dimension and dtype, its tile no larger than n × m needs."""
-    by_width = TABLE[architecture][kernel][0 if itemsize == 2 else 1]
-    width = next(index for index, width in enumerate(WIDTHS) if features <= width)
-    rows, keys, warps, stages = by_width[width]
+def choose(
+    architecture: str,
+    kernel: str,
+    features: int,
+    itemsize: int,
+    n: int,
+    m: int,
+    tuned: Mapping[tuple[str, int, int], Config] | None = None,
+) -> Config:
+    """The configuration for a head dimension and dtype, its tile no larger than n × m needs.
+
+    tuned: by slot, what goes before the table.
+    """
+    place = slot(kernel, features, itemsize)
+    rows, keys, warps, stages = (tuned or {}).get(place) or shipped(architecture, *place)
     fitted_rows, fitted_keys = min(rows, tile_side(n)), min(keys, tile_side(m))
     fewer = rows * keys // (fitted_rows * fitted_keys)  # a smaller tile has work for fewer warps
     return Config(fitted_rows, fitted_keys, max(1, warps // fewer), stages)
+
+
+def slot(kernel: str, features: int, itemsize: int) -> tuple[str, int, int]:
+    """(kernel, width, bytes of an element): what has a configuration of its own."""
+    return kernel, next(width for width in WIDTHS if features <= width), 2 if itemsize == 2 else 4
+
+
+def shipped(architecture: str, kernel: str, width: int, itemsize: int) -> Config:
+    """The table's entry for a slot."""
+    return Config(*TABLE[architecture][kernel][0 if itemsize == 2 else 1][WIDTHS.index(width)])
+
+
+def is_tile(config: Config) -> bool:
+    """Whether kernels can be compiled for a configuration, as far as numbers tell."""
+    if not all(type(number) is int and number > 0 for number in config):
+        return False
+    sides = (SMALLEST <= side <= LARGEST and side & (side - 1) == 0 for side in (config.rows, config.keys))
+    return all(sides) and config.warps in (1, 2, 4, 8) and config.stages <= MOST_STAGES
 
 
 def is_whole(architecture: str, features: int, itemsize: int, n: int, m: int) -> bool:
     """Whether one program shall hold a whole (sequence, key head)."""
     longest = WHOLE_LENGTH[architecture][0 if itemsize == 2 else 1]
     return 0 < max(n, m) <= longest and features <= WHOLE_FEATURES
+
+
+def in_one_sweep(architecture: str, features: int, itemsize: int) -> bool:
+    """Whether the row pass that does all of a double backward in one sweep has registers for it."""
+    return features <= ONE_SWEEP_FEATURES[architecture][0 if itemsize == 2 else 1]
 
 
 def choose_whole(kernel: str, itemsize: int, n: int, m: int) -> Config:

@@ -11,7 +11,7 @@ import triton.language as tl
 from metattn.kernels.call import Block, Statistics
 from metattn.kernels.vjp import sink_probability
 
-from metattn.kernels import memory, products, rowstats, scores, tiles
+from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
 
 CANCELLATION = tl.constexpr(16.0)
 
@@ -20,36 +20,22 @@ CANCELLATION = tl.constexpr(16.0)
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     """Adds a block of keys to (τ − t, Ot)."""
     KEYS: tl.constexpr = FORM[0]
-    ROWS: tl.constexpr = FORM[1]
-    HEAD: tl.constexpr = FORM[2]
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
     excess, acc = state
-    call, given, place, statistics = block.call, block.given, block.place, block.statistics
+    call, given = block.call, block.given
     q, a = block.held
-    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
-    rows, keys = block.first + row_ids, start + key_ids
-    at = tiles.moved(place, block.first, start)
-    i, j = rows[:, None], keys[None, :]
-    inside = tiles.partners_inside(block, keys, MASKED)
-    zero = tl.zeros([ROWS, KEYS], tl.float32)
-    k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
-    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, MASKED)
-    unseen = scores.unseen_keys(call, s)
-    p = scores.probability(s, statistics.high[:, None], statistics.low[:, None])
-    z = scores.dropout(call, place, block.first, start, ROWS, KEYS, False)
+    seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
+    unseen = scores.unseen_keys(call, seen.s)
     if (a is not None) | (given.b is not None) | (given.beta is not None):
-        tr = products.dot_features(a, k, zero, PRECISION)
-        if given.b is not None:
-            tr = products.dot_features(q, memory.load_keys(given.b, at, key_ids, inside, HEAD), tr, PRECISION)
-        t = scores.score_tangent(call, given, place, s, bend, tr * call.scale, i, j, MASKED)
-        pt = scores.shown(call, s, p * (t - statistics.tau[:, None]), MASKED)
+        _, t, _ = row_tiles.tangent_of(block, seen, q, k, a, start, MASKED, FORM)
+        pt = scores.shown(call, seen.s, seen.p * (t - block.statistics.tau[:, None]), MASKED)
         excess += tl.sum(pt, 1)
-        v = products.without(memory.load_keys(call.v, at, key_ids, inside, VALUE), unseen)
-        acc = products.add_product(acc, scores.times(pt, z), v, PRECISION)
+        v = products.without(row_tiles.keys_of(block, call.v, start, MASKED, KEYS, VALUE), unseen)
+        acc = products.add_product(acc, scores.times(pt, seen.z), v, PRECISION)
     if given.c is not None:
-        c = products.without(memory.load_keys(given.c, at, key_ids, inside, VALUE), unseen)
-        acc = products.add_product(acc, scores.times(p, z), c, PRECISION)
+        c = products.without(row_tiles.keys_of(block, given.c, start, MASKED, KEYS, VALUE), unseen)
+        acc = products.add_product(acc, scores.times(seen.p, seen.z), c, PRECISION)
     return excess, acc
 
 
@@ -63,19 +49,10 @@ def largest(x):
 
 
 @triton.jit
-def part_less(x, factor, y):
-    if x is None:
-        return None
-    else:
-        return x - factor * y
-
-
-@triton.jit
 def less(x, factor, y):
     """(x − factor·y, which rows [rows] lost more than CANCELLATION by it)."""
     term = tl.abs(factor) * largest(y)
-    by_row = factor[:, None]
-    difference = (part_less(x[0], by_row, y[0]), part_less(x[1], by_row, y[1]))
+    difference = products.minus(x, factor[:, None], y)
     return difference, term > largest(difference) * CANCELLATION
 
 
@@ -119,11 +96,15 @@ def jvp_rows(
         high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
         nothing = high == float("inf")
         base = tl.zeros_like(high)
-        excess, acc, lost = attempt(call, given, wanted, place, first, high, low, base, ROWS, FORM)
-        if tl.max(lost.to(tl.int32), 0) > 0:
-            base = tl.where(nothing, 0.0, excess)
+        sweeps = 1
+        sweep = 0
+        while sweep < sweeps:
             excess, acc, lost = attempt(call, given, wanted, place, first, high, low, base, ROWS, FORM)
-        acc = products.where_rows(nothing, 0.0, acc)
-        memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
-        tau = tl.where(nothing, 0.0, base.to(tl.float64) + excess.to(tl.float64))
-        memory.store_statistic(wanted.lse, at, row_ids, inside, tau)
+            acc = products.where_rows(nothing, 0.0, acc)
+            memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
+            tau = tl.where(nothing, 0.0, base.to(tl.float64) + excess.to(tl.float64))
+            memory.store_statistic(wanted.lse, at, row_ids, inside, tau)
+            base = tl.where(nothing, 0.0, excess)
+            sweep += 1
+            if (sweep == 1) & (tl.max(lost.to(tl.int32), 0) > 0):
+                sweeps = 2

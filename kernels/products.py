@@ -106,6 +106,20 @@ def scaled(acc, factor):
 
 
 @triton.jit
+def part_minus(x, factor, y):
+    if x is None:
+        return None
+    else:
+        return x - factor * y
+
+
+@triton.jit
+def minus(x, factor, y):
+    """x − factor·y, factor for each row as [rows, 1]."""
+    return (part_minus(x[0], factor, y[0]), part_minus(x[1], factor, y[1]))
+
+
+@triton.jit
 def part_where(x, condition, value):
     if x is None:
         return None

@@ -106,3 +106,10 @@ def as_column(statistics):
         return Statistics(high, low, d, None, None)
     else:
         return Statistics(high, low, d, statistics.tau[:, None], statistics.dt[:, None])
+
+
+@triton.jit
+def as_row(statistics):
+    """For tiles [keys, queries]."""
+    high, low, d = statistics.high[None, :], statistics.low[None, :], statistics.d[None, :]
+    return Statistics(high, low, d, statistics.tau[None, :], statistics.dt[None, :])

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from metattn.kernels.call import Block
 from metattn.kernels.vjp import first_order
 from metattn.kernels.vjp_jvp import second_order
 
-from metattn.kernels import memory, products, rowstats, scores, tiles
+from metattn.kernels import memory, row_tiles, rowstats, scores, tiles
 
 
 class Parts(NamedTuple):
@@ -26,38 +27,28 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def score_gradient(call, given, place, row, key, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
-                   VALUE: tl.constexpr, PRECISION: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
+def score_gradient(call, given, place, span, row, key, TANGENT: tl.constexpr, FORM: tl.constexpr):
     """dS, or its tangent, of the tile at (row, key), zeros where there is nothing."""
-    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
-    rows, keys = row + row_ids, key + key_ids
-    at = tiles.moved(place, row, key)
-    i, j = rows[:, None], keys[None, :]
-    inside, keys_inside = rows < place.n, keys < place.m
-    zero = tl.zeros([ROWS, KEYS], tl.float32)
+    ROWS: tl.constexpr = FORM[1]
+    HEAD: tl.constexpr = FORM[2]
+    VALUE: tl.constexpr = FORM[3]
+    row_ids, at = tl.arange(0, ROWS), tiles.moved(place, row, 0)
+    inside = row + row_ids < place.n
     statistics = rowstats.load_statistics(given.statistics, at, row_ids, inside, TANGENT)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-    k = memory.load_keys(call.k, at, key_ids, keys_inside, HEAD)
-    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, True)
-    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
-    v = memory.load_keys_if(given.do is not None, call.v, at, key_ids, keys_inside, VALUE)
-    dp = products.dot_features(do, v, zero, PRECISION)
-    z = scores.dropout(call, place, row, key, ROWS, KEYS, False)
-    dpz = scores.times(dp, z)
+    (do,) = (memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE),)
     known = rowstats.as_column(statistics)
-    p = scores.probability(s, known.high, known.low)
     if TANGENT:
-        c = memory.load_keys_if(given.do is not None, given.c, at, key_ids, keys_inside, VALUE)
-        e = products.dot_features(do, c, zero, PRECISION)
-        b = memory.load_keys_if(True, given.b, at, key_ids, keys_inside, HEAD)
-        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
-        tr = products.dot_features(q, b, products.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
-        t = scores.score_tangent(call, given, place, s, bend, tr, i, j, True)
-        pt, ez = p * (t - known.tau), scores.times(e, z)
-        ds, _, _ = second_order(call, s, p, bend, pt, dpz, ez, tr, known.d, known.dt, True)
+        (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
+        block = Block(call, given, None, place, span, row, (q, a, do), statistics)
+        tile, _, _, _, _ = row_tiles.all_of(block, key, True, FORM)
+        ds, _, _ = second_order(call, tile, tile.seen.p * (tile.t - known.tau), known, True)
     else:
-        ds, _ = first_order(call, s, p, bend, dpz, known.d, True)
+        block = Block(call, given, None, place, span, row, (q, do), statistics)
+        seen, _ = row_tiles.scores_of(block, q, key, True, FORM)
+        dp, _ = row_tiles.cotangent_of(block, seen, do, call.v, key, True, FORM)
+        ds, _ = first_order(call, seen, dp, known.d, True)
     return ds
 
 
@@ -69,6 +60,7 @@ def bias_sums(
     """One part of a tile of the bias' gradient, summed over those of (batch, head, row, column) that SUMMED
     says.
     """
+    FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
     ALL_BATCHES: tl.constexpr = SUMMED[0]
     ALL_HEADS: tl.constexpr = SUMMED[1]
     ALL_ROWS: tl.constexpr = SUMMED[2]
@@ -100,9 +92,7 @@ def bias_sums(
         first_row, first_key = tl.cast(row * ROWS, tl.int32), tl.cast(key * KEYS, tl.int32)
         reach = tiles.span(first_row, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
         if (first_row < place.n) & (first_key >= reach.first) & (first_key < reach.end):
-            total += score_gradient(
-                call, given, place, first_row, first_key, ROWS, KEYS, HEAD, VALUE, PRECISION, TANGENT
-            )
+            total += score_gradient(call, given, place, reach, first_row, first_key, TANGENT, FORM)
     base = out.ptr + tl.cast(own_batch, tl.int64) * out.batch + tl.cast(own_head, tl.int64) * out.head
     base += tl.cast(part, tl.int64) * out.part
     rows, keys = own_row * ROWS + tl.arange(0, ROWS), own_key * KEYS + tl.arange(0, KEYS)

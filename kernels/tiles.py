@@ -107,13 +107,14 @@ def span_of_keys(call, given, place, first, KEYS: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def sweep(body: tl.constexpr, state, context, span, FORM: tl.constexpr):
-    """Applies `body` to the state for every partner block of a span: masked, unmasked, masked."""
+    """Applies `body` to the state for every partner block of a span: the unmasked ones, then the others."""
     STEP: tl.constexpr = FORM[0]
-    for start in range(span.first, span.full, STEP):
-        state = body(state, context, start, True, FORM)
     for start in range(span.full, span.tail, STEP):
         state = body(state, context, start, False, FORM)
-    for start in range(span.tail, span.end, STEP):
+    # one loop for those before and those behind: each copy of a body costs time to compile
+    before = (span.full - span.first + STEP - 1) // STEP
+    for index in range(0, before + (span.end - span.tail + STEP - 1) // STEP):
+        start = tl.where(index < before, span.first + index * STEP, span.tail + (index - before) * STEP)
         state = body(state, context, start, True, FORM)
     return state
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics
+from metattn.kernels.call import Block, Scores, Statistics
 
-from metattn.kernels import memory, products, rowstats, scores, tiles
+from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
 
 
 @triton.jit
-def first_order(call, s, p, bend, dpz, d, MASKED: tl.constexpr):
-    """(dS, dR) of a tile; dpz is dP."""
-    ds = scores.shown(call, s, p * (dpz - d), MASKED)
-    return ds, scores.slope_of(bend) * ds
+def first_order(call, seen, dp, d, MASKED: tl.constexpr):
+    """(dS, dR) of a tile of Scores."""
+    ds = scores.shown(call, seen.s, seen.p * (dp - d), MASKED)
+    return ds, scores.slope_of(seen.bend) * ds
 
 
 @triton.jit
@@ -55,30 +55,14 @@ def sink_probability(call, place, statistics):
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     """Adds a block of keys to dQ / scale, and stores the bias' gradient."""
-    KEYS: tl.constexpr = FORM[0]
-    ROWS: tl.constexpr = FORM[1]
-    HEAD: tl.constexpr = FORM[2]
-    VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
-    call, place = block.call, block.place
     (dq,) = state
     q, do = block.held
-    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
-    rows, keys = block.first + row_ids, start + key_ids
-    at = tiles.moved(place, block.first, start)
-    i, j = rows[:, None], keys[None, :]
-    inside = tiles.partners_inside(block, keys, MASKED)
-    zero = tl.zeros([ROWS, KEYS], tl.float32)
-    k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
-    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, MASKED)
-    v = memory.load_keys_if(do is not None, call.v, at, key_ids, inside, VALUE)
-    dp = products.dot_features(do, v, zero, PRECISION)
-    dpz = scores.times(dp, scores.dropout(call, place, block.first, start, ROWS, KEYS, False))
-    statistics = rowstats.as_column(block.statistics)
-    p = scores.probability(s, statistics.high, statistics.low)
-    ds, dr = first_order(call, s, p, bend, dpz, statistics.d, MASKED)
-    memory.store_entries(block.wanted.dbias, place, i, j, ds)
-    k = products.without(k, scores.unseen_keys(call, s))
+    seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
+    dp, _ = row_tiles.cotangent_of(block, seen, do, block.call.v, start, MASKED, FORM)
+    ds, dr = first_order(block.call, seen, dp, block.statistics.d[:, None], MASKED)
+    memory.store_entries(block.wanted.dbias, block.place, seen.i, seen.j, ds)
+    k = products.without(k, scores.unseen_keys(block.call, seen.s))
     return (products.add_product(dq, dr, k, PRECISION),)
 
 
@@ -139,7 +123,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     if given.statistics is None:
         d = d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED)
         d = tl.where(statistics.high == float("inf"), 0.0, d)
-    ds, dr = first_order(call, s, p, bend, dpz, d[None, :], MASKED)
+    ds, dr = first_order(call, Scores(i, j, s, bend, p, z), dpz, d[None, :], MASKED)
     if given.statistics is None:
         memory.store_entries(wanted.dbias, place, i, j, ds)
         if wanted.dq is not None:

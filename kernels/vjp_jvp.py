@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics
+from metattn.kernels.call import Block, Scores, Statistics, Tile
 from metattn.kernels.vjp import d_of_all_keys, row_statistics, sink_probability
 
-from metattn.kernels import memory, products, rowstats, scores, tiles
+from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
 
 
 @triton.jit
-def second_order(call, s, p, bend, pt, dpz, ez, tr, d, dt, MASKED: tl.constexpr):
-    """(dSt, dRt, dR) of a tile; dpz is dP, ez is E."""
-    ds = scores.shown(call, s, p * (dpz - d), MASKED)
-    dst = scores.shown(call, s, pt * (dpz - d) + p * (ez - dt), MASKED)
+def second_order(call, tile, pt, statistics, MASKED: tl.constexpr):
+    """(dSt, dRt, dR) of a Tile; pt is Pt, statistics broadcast to it."""
+    seen, lifted = tile.seen, tile.dp - statistics.d
+    ds = scores.shown(call, seen.s, seen.p * lifted, MASKED)
+    dst = scores.shown(call, seen.s, pt * lifted + seen.p * (tile.e - statistics.dt), MASKED)
     dr, drt = ds, dst
-    if bend is not None:
-        slope = scores.slope_of(bend)
+    if seen.bend is not None:
+        slope = scores.slope_of(seen.bend)
         dr = slope * ds
-        drt = scores.shown(call, s, slope * dst + scores.curve_of(call, bend) * tr * ds, MASKED)
+        drt = scores.shown(
+            call, seen.s, slope * dst + scores.curve_of(call, seen.bend) * tile.tr * ds, MASKED
+        )
     return dst, drt, dr
 
 
@@ -39,45 +42,17 @@ def sink_share(call, given, place, statistics):
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     """Adds a block of keys to dQt / scale, and stores the tangent of the bias' gradient."""
-    KEYS: tl.constexpr = FORM[0]
-    ROWS: tl.constexpr = FORM[1]
-    HEAD: tl.constexpr = FORM[2]
-    VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
-    call, given, place = block.call, block.given, block.place
+    call = block.call
     (dq,) = state
-    q, a, do = block.held
-    row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
-    rows, keys = block.first + row_ids, start + key_ids
-    at = tiles.moved(place, block.first, start)
-    i, j = rows[:, None], keys[None, :]
-    inside = tiles.partners_inside(block, keys, MASKED)
-    zero = tl.zeros([ROWS, KEYS], tl.float32)
-    k = memory.load_keys(call.k, at, key_ids, inside, HEAD)
-    s, bend = scores.scores(call, place, products.dot_features(q, k, zero, PRECISION), i, j, MASKED)
-    v = memory.load_keys_if(do is not None, call.v, at, key_ids, inside, VALUE)
-    dp = products.dot_features(do, v, zero, PRECISION)
-    c = memory.load_keys_if(do is not None, given.c, at, key_ids, inside, VALUE)
-    e = products.dot_features(do, c, zero, PRECISION)
-    b = memory.load_keys_if(True, given.b, at, key_ids, inside, HEAD)
-    tr = products.dot_features(q, b, products.dot_features(a, k, zero, PRECISION), PRECISION) * call.scale
-    z = scores.dropout(call, place, block.first, start, ROWS, KEYS, False)
-    statistics = rowstats.as_column(block.statistics)
-    p = scores.probability(s, statistics.high, statistics.low)
-    t = scores.score_tangent(call, given, place, s, bend, tr, i, j, MASKED)
-    pt, dpz, ez = p * (t - statistics.tau), scores.times(dp, z), scores.times(e, z)
-    dst, drt, dr = second_order(call, s, p, bend, pt, dpz, ez, tr, statistics.d, statistics.dt, MASKED)
-    memory.store_entries(block.wanted.dbias, place, i, j, dst)
-    unseen = scores.unseen_keys(call, s)
+    tile, k, b, _, _ = row_tiles.all_of(block, start, MASKED, FORM)
+    seen, statistics = tile.seen, rowstats.as_column(block.statistics)
+    dst, drt, dr = second_order(call, tile, seen.p * (tile.t - statistics.tau), statistics, MASKED)
+    memory.store_entries(block.wanted.dbias, block.place, seen.i, seen.j, dst)
+    unseen = scores.unseen_keys(call, seen.s)
+    dq = products.add_product(dq, drt, products.without(k, unseen), PRECISION)
     # a product with no B leaves what it is added to
-    return (
-        products.add_product(
-            products.add_product(dq, drt, products.without(k, unseen), PRECISION),
-            dr,
-            products.without(b, unseen),
-            PRECISION,
-        ),
-    )
+    return (products.add_product(dq, dr, products.without(b, unseen), PRECISION),)
 
 
 @triton.jit
@@ -158,7 +133,9 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     pt = p * (t - tau[None, :])
     if given.statistics is None:
         dt = tl.sum(scores.shown(call, s, pt * dpz + p * ez, MASKED), 0)
-    dst, drt, dr = second_order(call, s, p, bend, pt, dpz, ez, tr, d[None, :], dt[None, :], MASKED)
+    tile = Tile(Scores(i, j, s, bend, p, z), tr, t, dpz, ez)
+    known = Statistics(statistics.high, statistics.low, d, tau, dt)
+    dst, drt, dr = second_order(call, tile, pt, rowstats.as_row(known), MASKED)
     ptz = scores.times(scores.shown(call, s, pt, MASKED), z)
     if given.statistics is None:
         there, unseen = rows < place.n, scores.unseen_of_all(call, s)
@@ -171,8 +148,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
                 dq = products.add_product(dq, dr.T, products.without(b, unseen), PRECISION, True)
             memory.store_rows(wanted.dq, at, row_ids, there, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
-            dsinks = sink_share(call, given, place, Statistics(statistics.high, statistics.low, d, tau, dt))
-            memory.store_statistic(wanted.dsinks, at, row_ids, there, dsinks)
+            memory.store_statistic(wanted.dsinks, at, row_ids, there, sink_share(call, given, place, known))
         if wanted.o is not None:
             ot = products.add_product(
                 products.zeros(ROWS, VALUE), ptz.T, products.without(v, unseen), PRECISION, True

@@ -136,6 +136,7 @@ class Vjp(_Map):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Primals) -> None:
         ctx.problem, ctx.needs = inputs[:2]
+        ctx.dq = _Kept(output.q) if hasattr(load(inputs[0].backend), "double_backward") else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[2:])
         ctx.save_for_forward(*inputs[2:])
@@ -149,7 +150,7 @@ class Vjp(_Map):
         do, dlse = saved[13:]
         results_t: Any
         if any(needs):
-            results_t, gradients = _double_backward(ctx.problem, needs, saved, tangents)
+            results_t, gradients = _double_backward(ctx.problem, needs, saved, tangents, ctx.dq)
         else:
             results_t, gradients = Jvp.apply(ctx.problem, *saved[:13], *tangents), _NONE5
         return (
@@ -298,8 +299,22 @@ class VjpJvp(_Map):
         return fold.unfold_gradients(gradients), (fold.axis, fold.axis, fold.axis, 0, 0)
 
 
+class _Kept:
+    """An output that a backend may use again, while its owner has not changed it.
+
+    It is no saved tensor: those that change are an error, and gradients often do, as when they are clipped.
+    """
+
+    def __init__(self, output: Tensor | None) -> None:
+        self.tensor = None if output is None else output.detach()
+        self.version = 0 if output is None else output._version
+
+    def get(self) -> Tensor | None:
+        return self.tensor if self.tensor is not None and self.tensor._version == self.version else None
+
+
 def _double_backward(
-    problem: Problem, needs: reference.Needs, saved: Tensors, tangents: Tensors
+    problem: Problem, needs: reference.Needs, saved: Tensors, tangents: Tensors, dq: _Kept | None
 ) -> tuple[Any, Any]:
     """Jvp and VjpJvp of Vjp's inputs; in one go where no graph is asked for and the backend can."""
     together = getattr(load(problem.backend), "double_backward", None)
@@ -312,7 +327,8 @@ def _double_backward(
         results_t = Jvp.apply(problem, *saved[:13], *tangents)
         return results_t, VjpJvp.apply(problem, needs, *saved, *tangents, *results_t)
     primals, constants, results = Primals(*saved[:5]), Constants(*saved[5:10]), Results(*saved[10:13])  # type: ignore[arg-type]
-    return together(problem, primals, constants, results, *saved[13:], Primals(*tangents), needs)  # type: ignore[no-any-return, arg-type]
+    kept = None if dq is None else dq.get()
+    return together(problem, primals, constants, results, *saved[13:], Primals(*tangents), needs, kept)  # type: ignore[no-any-return, arg-type]
 
 
 # Beyond the fused maps.

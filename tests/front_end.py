@@ -96,7 +96,9 @@ def call(
         if "vjp" in maps:
             backend.vjp(problem, primals, constants, results, *cotangents, needed)
         if "second" in maps:
-            backend.double_backward(problem, primals, constants, results, *cotangents, moves, needed)
+            for dq in (q, None):  # with a row pass in one sweep, where that serves, and without
+                given = (problem, primals, constants, results, *cotangents, moves, needed, dq)
+                backend.double_backward(*given)
 
 
 def one(index: int) -> tuple[bool, ...]:

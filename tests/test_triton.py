@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from four_maps import Call, assert_close, four_maps
+from four_maps import Call, Outputs, assert_close, four_maps
 from torch import Tensor
 
 from metattn.backends import available_backends, reference, triton
@@ -69,13 +69,18 @@ class OnDevice:
     def move(x: Any) -> Any:
         return x.to("cuda") if isinstance(x, Tensor) and not triton.interpreted() else x
 
+    def back(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            parts = [self.back(part) for part in x]
+            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        return x.cpu() if isinstance(x, Tensor) else x
+
     def __getattr__(self, name: str) -> Any:
         def run(*arguments: Any) -> Any:
             moved = [
                 type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments
             ]
-            found = getattr(triton, name)(*moved)
-            return type(found)(*(x.cpu() if x is not None else None for x in found))
+            return self.back(getattr(triton, name)(*moved))
 
         return run
 
@@ -141,6 +146,85 @@ def test_double_backward_is_jvp_and_vjp_jvp(sizes: tuple[int, ...]) -> None:
     alone = triton.vjp_jvp(problem, primals, constants, results, do, dlse, tangents, moved_alone, needs)
     for found, expected in zip((*moved[:2], *second), (*moved_alone[:2], *alone), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
+    """Kernels that a double backward launched, its outputs, and the same in float64."""
+    problem, primals, tangents, constants, do, dlse = call.make()
+    needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+    ours, launched = OnDevice(), []
+    results = ours.forward(problem, primals, constants)
+    first = ours.vjp(problem, primals, constants, results, do, dlse, needs)
+    launch = triton.run
+
+    def run(kernel: Any, *arguments: Any, **options: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "run", run)
+        rest = (results, do, dlse, tangents, needs, first.q)
+        moved, second = ours.double_backward(problem, primals, constants, *rest)
+    exact = four_maps(reference, call, wide=True)
+    found: Outputs = {"ot": moved.o, "lt": moved.lse}
+    found.update({f"d{name}t": x for name, x in second._asdict().items()})
+    return launched, found, {name: exact[name] for name in found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_double_backward_in_one_sweep(name: str, dtype: torch.dtype) -> None:
+    options = {**OPTIONS[name], **({"bias": (0, 1, 1, 1)} if "bias" in OPTIONS[name] else {})}
+    if dtype == torch.float32 and not triton.interpreted():
+        pytest.skip("float32 takes two sweeps on a GPU")
+    launched, found, exact = one_sweep(Call((2, *LONG[1:]), dtype, **options))
+    assert launched[:2] == ["double_rows", "vjp_jvp_keys"]
+    terms = 2 * LONG[3] * LONG[4] if "bias" in options else 1
+    absolute = TOLERANCE[dtype] * 0.1 * terms**0.5
+    assert_close(found, exact, TOLERANCE[dtype], absolute)
+
+
+@pytest.mark.parametrize("what", ["keys", "values", "cotangent", "tangents", "peaked"])
+def test_one_sweep_where_terms_cancel(what: str) -> None:
+    """Inputs whose mean is large beside their spread: what is subtracted is not left to rounding."""
+    call = Call(LONG, torch.bfloat16)
+    problem, primals, tangents, constants, do, dlse = call.make()
+    shift = torch.full((), 20.0)
+    if what == "keys":
+        primals = primals._replace(k=(primals.k + shift).bfloat16())
+    elif what == "values":
+        primals = primals._replace(v=(primals.v + shift).bfloat16())
+    elif what == "cotangent":
+        do = (do + shift).bfloat16()
+    elif what == "tangents":
+        tangents = Primals(*(None if t is None else (t + shift).bfloat16() for t in tangents))  # type: ignore[arg-type]
+    else:
+        problem = replace(problem, scale=4.0)
+    needs = (True, True, True, False, False)
+
+    def errors(backend: Any, wide: bool = False) -> Any:
+        p, t, y = primals, tangents, do
+        if wide:
+            p, t = (Primals(*(None if x is None else x.double() for x in y)) for y in (primals, tangents))  # type: ignore[arg-type]
+            y = do.double()
+        results = backend.forward(problem, p, constants)
+        if wide:
+            moved = backend.jvp(problem, p, constants, results, t)
+            return moved, backend.vjp_jvp(problem, p, constants, results, y, dlse, t, moved, needs)
+        first = backend.vjp(problem, p, constants, results, y, dlse, needs)
+        moved = backend.jvp(problem, p, constants, results, t)
+        two = moved, backend.vjp_jvp(problem, p, constants, results, y, dlse, t, moved, needs)
+        return two, backend.double_backward(problem, p, constants, results, y, dlse, t, needs, first.q)
+
+    two, one = errors(OnDevice())
+    exact = errors(reference, wide=True)
+
+    def distance(found: Any, index: int, name: str) -> float:
+        right = getattr(exact[index], name)
+        return float((getattr(found[index], name).double() - right).norm() / right.norm())
+
+    for index, name in ((0, "o"), (1, "q"), (1, "k"), (1, "v")):
+        assert distance(one, index, name) <= max(1.5 * distance(two, index, name), 4e-3), name
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1, 9, 11, 4, 4), (1, 1, 1, 9, 70, 4, 4)], ids=["short", "long"])

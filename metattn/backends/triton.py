@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metattn.backends import operators
+from metattn.backends import operators, tuned
 from metattn.backends.operators import ROUNDED, Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
@@ -24,6 +24,7 @@ try:
     from metattn.kernels import configs
     from metattn.kernels.call import Call, Given, View, Wanted
     from metattn.kernels.configs import Config
+    from metattn.kernels.double_backward import double_rows
     from metattn.kernels.forward import forward_rows
     from metattn.kernels.jvp import jvp_rows
     from metattn.kernels.shared import Parts, bias_sums, sink_sums
@@ -95,6 +96,27 @@ def architecture_of(capability: int) -> str | None:
     if capability < 90 or capability >= 120:
         return "sm86"  # 99 KiB of shared memory a program
     return "sm90" if capability < 100 else "sm100"
+
+
+def device_at_hand() -> torch.device:
+    """Where kernels run: the current GPU, in the interpreter the CPU."""
+    return torch.device("cpu") if interpreted() else torch.device("cuda", torch.cuda.current_device())
+
+
+@functools.cache
+def gpu(device: torch.device) -> tuned.Gpu:
+    """What a table of tuned tiles is made for."""
+    if interpreted():
+        return tuned.Gpu("interpreter", "interpreter")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return tuned.Gpu(properties.name, properties.gcnArchName.partition(":")[0])
+    return tuned.Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
+
+
+def tuned_tiles(device: torch.device) -> Mapping[tuple[str, int, int], Config]:
+    """What metattn.tune saved for a GPU; kernels compiled for tensors without data get the shipped tiles."""
+    return {} if device.type == "meta" else tuned.table(gpu(device)).tiles
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -188,6 +210,7 @@ class _Launch:
         dlse: Tensor | None = None,
         tangents: Primals = NONE5,
         results_t: Results | None = None,
+        dq: Tensor | None = None,
     ) -> Given:
         rows = self.rows
         o, lse, o_lo = results if results is not None else (None, None, None)
@@ -200,7 +223,7 @@ class _Launch:
             o=rows(o), o_lo=rows(o_lo), lse=rows(lse), do=rows(do), dlse=rows(dlse),
             a=rows(tangents.q), b=rows(tangents.k), c=rows(tangents.v),
             beta=_view(_broadcast(tangents.bias)), sigma=_view(_broadcast(tangents.sinks)),
-            o_t=rows(o_t), o_t_lo=rows(o_t_lo), lse_t=rows(lse_t), statistics=table,
+            o_t=rows(o_t), o_t_lo=rows(o_t_lo), lse_t=rows(lse_t), dq=rows(dq), statistics=table,
         )  # fmt: skip
 
     def wanted(self, **tensors: Tensor | None) -> Wanted:
@@ -211,7 +234,8 @@ class _Launch:
     def config(self, kernel: str) -> Config:
         assert self.architecture is not None
         features = max(self.head[0], self.value[0])
-        return configs.choose(self.architecture, kernel, features, self.q.element_size(), self.n, self.m)
+        size, better = self.q.element_size(), tuned_tiles(self.q.device)
+        return configs.choose(self.architecture, kernel, features, size, self.n, self.m, better)
 
     def precision(self) -> str:
         """How float32 products are taken: three TF32 ones unless torch allows one; AMD has no TF32 of use."""
@@ -265,6 +289,15 @@ class _Launch:
         itemsize = self.q.element_size()
         return not shared_bias and configs.is_whole(self.architecture, features, itemsize, self.n, self.m)
 
+    def takes_one_sweep(self, needs: Needs) -> bool:
+        """Whether one row pass shall serve jvp and vjp_jvp: dQt is asked for, and no entry of dSt by itself,
+        which needs τ and Dt at once.
+        """
+        assert self.architecture is not None
+        features = max(self.head[0], self.value[0])
+        fits = configs.in_one_sweep(self.architecture, features, self.q.element_size())
+        return fits and needs[0] and not (needs[3] and self.own_entries)
+
     @property
     def own_entries(self) -> bool:
         """Whether the bias is nowhere broadcast."""
@@ -281,8 +314,8 @@ class _Launch:
         """Launches a row and a column pass, or a whole one, and the sums for a shared bias and sinks, as
         needed.
 
-        `given` makes the views for a table of statistics. results_t: room for the tangents that a whole pass
-        of vjp_jvp gives too.
+        `given` makes the views for a table of statistics. results_t: room for what jvp gives, of a pass that
+        gives that too.
         """
         q, k, v, bias, sinks = self.primals
         dq = torch.empty_like(q) if needs[0] else None
@@ -295,9 +328,9 @@ class _Launch:
         if needs[4]:
             shares = q.new_empty(q.shape[:3], dtype=torch.float32)
         of_rows = {"dq": dq, "dbias": dbias, "dsinks": shares}
+        if results_t is not None:
+            of_rows |= results_t._asdict()
         if self.is_whole(needs):
-            if results_t is not None:
-                of_rows |= results_t._asdict()
             self.launch(
                 kernels[1], given(None), self.wanted(dk=dk, dv=dv, **of_rows), of_keys=True, whole=True
             )
@@ -378,14 +411,24 @@ class _Launch:
         return self.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given)
 
     def double_backward(
-        self, results: Results, do: Tensor | None, dlse: Tensor | None, tangents: Primals, needs: Needs
+        self,
+        results: Results,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        tangents: Primals,
+        needs: Needs,
+        dq: Tensor | None,
     ) -> tuple[Results, Primals]:
-        if not self.is_whole(needs):
-            results_t = self.jvp(results, tangents)
-            return results_t, self.vjp_jvp(results, do, dlse, tangents, results_t, needs)
-        results_t = self.empty_results()
         given = functools.partial(self.given, results=results, do=do, dlse=dlse, tangents=tangents)
-        return results_t, self.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)
+        if self.is_whole(needs):
+            results_t = self.empty_results()
+            return results_t, self.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)
+        if dq is not None and do is not None and self.takes_one_sweep(needs):
+            results_t = self.empty_results()
+            given = functools.partial(given, results_t=results_t, dq=dq)
+            return results_t, self.gradients((double_rows, vjp_jvp_keys), needs, given, results_t)
+        results_t = self.jvp(results, tangents)
+        return results_t, self.vjp_jvp(results, do, dlse, tangents, results_t, needs)
 
 
 # The four maps as operators, for what cannot launch: torch.compile's tracer and tensors without data.
@@ -510,9 +553,12 @@ def double_backward(
     dlse: Tensor | None,
     tangents: Primals,
     needs: Needs,
+    dq: Tensor | None = None,
 ) -> tuple[Results, Primals]:
-    """jvp and vjp_jvp, of short problems in one launch."""
+    """jvp and vjp_jvp: of short problems in one launch, and where dq, the gradient that vjp gave for q, is at
+    hand, of others by one row pass.
+    """
     if _traced(primals.q):
         results_t = jvp(problem, primals, constants, results, tangents)
         return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
-    return _Launch(problem, primals, constants).double_backward(results, do, dlse, tangents, needs)
+    return _Launch(problem, primals, constants).double_backward(results, do, dlse, tangents, needs, dq)
