@@ -13,6 +13,7 @@ from metattn.integrations.sdpa import sdpa_override
 if TYPE_CHECKING:
     from metattn import meta, nn
     from metattn.nn import replace_attention
+    from metattn.tuning import tune
 
 __all__ = [
     "HigherOrderWarning",
@@ -24,6 +25,7 @@ __all__ = [
     "replace_attention",
     "scaled_dot_product_attention",
     "sdpa_override",
+    "tune",
     "use_backend",
     "varlen_attention",
 ]
@@ -34,6 +36,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"metattn.{name}")
     if name == "replace_attention":
         return importlib.import_module("metattn.nn").replace_attention
+    if name == "tune":
+        return importlib.import_module("metattn.tuning").tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

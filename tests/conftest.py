@@ -15,6 +15,8 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ["METATTN_TUNED"] = "0"  # the shipped tiles, whatever somebody has tuned here
+
 import interpreter
 
 from metattn.backends import available_backends, triton

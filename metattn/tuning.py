@@ -1,0 +1,598 @@
+"""metattn.tune: searches tiles, warps and stages for the GPU at hand, and saves what beats the shipped table.
+
+A kernel is searched by itself: what the maps launch is recorded, and replayed with other configurations. A
+candidate must give what the shipped configuration gives, be faster by more than the spread of both, and give
+the same with every option at once too, where a kernel needs more registers and shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metattn import backends
+from metattn.backends import triton, tuned
+from metattn.cli._measure import Timing, interleave
+from metattn.kernels import configs
+from metattn.kernels.configs import Config
+from metattn.problem import Constants, Primals, Problem
+
+MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
+WARPS = (4, 8)
+STAGES = tuple(range(1, configs.MOST_STAGES + 1))
+GAIN = 0.03  # of the shipped median: what a winner must save at least
+# How far the results of two tiles may lie apart, relative, in any (batch, head): twice what each may be off
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
+TF32_TOLERANCE = 4e-3
+SECONDS, ROUNDS = 0.3, 11  # a candidate is timed for so long, and in so many turns at least
+HEADS, TOKENS = 16, 8192  # what fills a GPU
+
+Advance = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate beside the shipped configuration. objection: why it is not the winner, None: it is."""
+
+    config: Config
+    objection: str | None
+    shipped: Timing | None = None  # None: it was not timed
+    own: Timing | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Own median / shipped median."""
+        return self.own.median / self.shipped.median if self.own and self.shipped else math.inf
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was tried for one kernel, head dimension and dtype."""
+
+    kernel: str
+    features: int
+    dtype: torch.dtype
+    shipped: Config
+    candidates: int
+    trials: tuple[Trial, ...]  # fewer than candidates where time ran out
+
+    @property
+    def slot(self) -> tuple[str, int, int]:
+        slot: tuple[str, int, int] = configs.slot(self.kernel, self.features, self.dtype.itemsize)
+        return slot
+
+    @property
+    def winner(self) -> Trial | None:
+        return next((trial for trial in self.trials if trial.objection is None), None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What metattn.tune found; str() is a table for people."""
+
+    gpu: tuned.Gpu
+    length: int
+    causal: bool
+    searches: tuple[Search, ...]
+    path: Path | None  # where it was saved
+    seconds: float  # that it took
+
+    def __str__(self) -> str:
+        titles = ("kernel", "features", "dtype", "shipped", "ms", "tuned", "ms", "tried")
+        rows = [titles, *map(_row, self.searches)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        won = sum(search.winner is not None for search in self.searches)
+        where = "nothing saved" if self.path is None else f"saved to {self.path}"
+        calls = f"N = M = {self.length}, {'causal' if self.causal else 'not causal'}"
+        first = f"{self.gpu.name}, {self.gpu.architecture}, {calls}"
+        last = f"{won} of {len(self.searches)} shipped tiles beaten, in {self.seconds:.0f} s; {where}"
+        return "\n".join([first, *lines, last])
+
+
+def _row(search: Search) -> tuple[str, ...]:
+    best = search.winner
+    shipped = [trial.shipped.median for trial in search.trials if trial.shipped]
+    dtype = str(search.dtype).removeprefix("torch.")
+    old = _milliseconds(statistics.median(shipped)) if shipped else "–"
+    new = ("stays", "–")
+    if best is not None and best.own is not None:
+        new = (_short(best.config), _milliseconds(best.own.median))
+    tried = f"{len(search.trials)} of {search.candidates}"
+    untimed = sum(trial.own is None for trial in search.trials)
+    tried += f", {untimed} unusable" if untimed else ""
+    return search.kernel, str(search.features), dtype, _short(search.shipped), old, *new, tried
+
+
+def _short(config: Config) -> str:
+    return f"{config.rows}×{config.keys} w{config.warps} s{config.stages}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def tune(
+    *,
+    features: Sequence[int] = (64, 128),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    maps: Sequence[str] = MAPS,
+    length: int = 4096,
+    causal: bool = True,
+    candidates: int = 16,
+    seconds: float | None = None,
+    save: bool = True,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Searches configurations of the Triton kernels for the current GPU, and saves those that win.
+
+    Arguments:
+        features: head dimensions, 1 to 256, one for each width that has tiles: 32, 64, 96, 128 and 256.
+        dtypes: torch.bfloat16 or torch.float16, which share their tiles, and torch.float32.
+        maps: of "forward", "vjp", "jvp", "vjp_jvp"; the last has all of a double backward but jvp.
+        length: queries, and keys, of the calls that are measured; at least 256.
+        causal: whether those calls are causal.
+        candidates: how many are tried for each kernel, those nearest to the shipped configuration first.
+        seconds: after so many no further candidate is begun; None: all are tried.
+        save: whether to keep what won, for this process and later ones. Winners of earlier searches stay,
+            but for those of kernels that are searched again.
+        path: the file; None: $METATTN_TUNED, or else metattn/tuned-<GPU>.json in the user's cache folder.
+            Deleting it undoes everything.
+        progress: whether to show a bar, if rich is installed.
+
+    Returns a Report. Where nothing wins, nothing is saved. Raises TypeError and ValueError for arguments that
+    are wrong, and NotImplementedError where the Triton backend is unavailable, before anything runs; OSError
+    if the file cannot be written.
+    """
+    started = time.monotonic()
+    _check_choices(features, dtypes, maps)
+    _check_numbers(length, candidates, seconds)
+    _check_flags(causal=causal, save=save, progress=progress)
+    gpu = _gpu()
+    file = _file(gpu, save, path)
+    work = [Workload(d, dtype, length, causal) for d in features for dtype in dtypes]
+    total = sum(len(neighbours(s.shipped, candidates)) for w in work for s in w.record(maps) if s.map in maps)
+    deadline = math.inf if seconds is None else started + seconds
+    searches: list[Search] = []
+    with _bar(total, progress) as advance:
+        for each in work:
+            searches += _searches(each, maps, candidates, deadline, advance)
+    saved = file is not None and _save(file, gpu, searches, length, causal)
+    seconds = time.monotonic() - started
+    return Report(gpu, length, causal, tuple(searches), file if saved else None, seconds)
+
+
+# What tune is told.
+
+
+def _check_choices(features: Sequence[int], dtypes: Sequence[torch.dtype], maps: Sequence[str]) -> None:
+    for d in _elements("features", features, int, "integers from 1 to 256"):
+        if not 1 <= d <= triton.MOST_FEATURES:
+            raise ValueError(f"features: expected integers from 1 to {triton.MOST_FEATURES}, got {d}")
+    for dtype in _elements("dtypes", dtypes, torch.dtype, "torch dtypes"):
+        if dtype not in TOLERANCE:
+            raise ValueError(f"dtypes: expected any of {', '.join(map(str, TOLERANCE))}, got {dtype}")
+    for name in _elements("maps", maps, str, "names of maps"):
+        if name not in MAPS:
+            raise ValueError(f"maps: expected any of {', '.join(MAPS)}, got {name!r}")
+    widths = [configs.slot("", d, 2)[1] for d in features]
+    if len(set(widths)) < len(widths):
+        raise ValueError(f"features: expected one for each width of {configs.WIDTHS}, got {features}")
+    sizes = [dtype.itemsize for dtype in dtypes]
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"dtypes: expected one of each size, for they share their tiles, got {dtypes}")
+
+
+def _elements(name: str, values: object, kind: type, expected: str) -> Sequence[Any]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of {expected}, got {values!r}")
+    for value in values:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not values:
+        raise ValueError(f"{name}: expected {expected}, got none")
+    return values
+
+
+def _check_numbers(length: int, candidates: int, seconds: float | None) -> None:
+    for name, value, least in (("length", length, configs.LARGEST), ("candidates", candidates, 1)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if seconds is None:
+        return
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
+        raise TypeError(f"seconds: expected a number or None, got {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected more than 0, got {seconds}")
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _gpu() -> tuned.Gpu:
+    reason = backends.unavailable_reason("triton")
+    if reason is None and triton.architecture(triton.device_at_hand()) is None:
+        reason = "the GPU's compute capability is below 8.0"
+    if reason is not None:
+        raise NotImplementedError(
+            f"tune: it searches for the backend triton, which cannot run here: {reason}"
+        )
+    return triton.gpu(triton.device_at_hand())
+
+
+def _file(gpu: tuned.Gpu, save: bool, path: str | os.PathLike[str] | None) -> Path | None:
+    """Where to save; None: nowhere."""
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a file's path or None, got {path!r}")
+    if not save:
+        if path is not None:
+            raise ValueError(f"path: expected None with save=False, got {path!r}")
+        return None
+    file = tuned.place(gpu) if path is None else Path(path)
+    if file is None:
+        raise ValueError(f"save: expected False or a path, for {tuned.VARIABLE} is 0, got True")
+    if file.is_dir():
+        raise ValueError(f"path: expected a file's path, got the folder {file}")
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"path: expected one in a folder that can be written to, got {file}")
+    return file
+
+
+# What is launched.
+
+
+@dataclass(eq=False)
+class Step:
+    """A recorded launch: it writes the same outputs again, with any configuration."""
+
+    kernel: str
+    map: str
+    shipped: Config
+    launch: Callable[[Config], None]
+    outputs: dict[str, Tensor]
+    tolerance: float
+    right: dict[str, Tensor] = field(default_factory=dict)  # what the shipped configuration gives
+
+    def settle(self) -> None:
+        """Runs with the shipped configuration; later steps read what it gives."""
+        self._run(self.shipped)
+        self.right = {name: output.clone() for name, output in self.outputs.items()}
+
+    def objection(self, config: Config) -> str | None:
+        """Why a configuration cannot take the shipped one's place, or None."""
+        try:
+            self._run(config)
+            reason = self._difference()
+        except Exception as error:  # compilers and launches fail in many ways, and each is a finding
+            reason = f"{type(error).__name__}: {error}"
+        for name, output in self.outputs.items():
+            output.copy_(self.right[name])
+        return reason
+
+    def _run(self, config: Config) -> None:
+        for name, output in self.outputs.items():
+            # NaN shows what is not written; of dbias, which starts as zeros, that is what nobody attends to
+            output.fill_(0.0 if name == "dbias" else math.nan)
+        self.launch(config)
+        if next(iter(self.outputs.values())).is_cuda:
+            torch.cuda.synchronize()
+
+    def _difference(self) -> str | None:
+        found, right = _values(self.outputs), _values(self.right)
+        for name, expected in right.items():
+            error = _error(found[name], expected)
+            if not error <= self.tolerance:
+                return f"wrong: {name} is off by {error:.1e}"
+        return None
+
+
+def _values(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float64; o with what rounding it lost, which by itself depends on the last bit."""
+    values = {name: output.double() for name, output in outputs.items()}
+    lost = values.pop("o_lo", None)
+    if lost is not None:
+        values["o"] = values["o"] + lost
+    return values
+
+
+def _error(found: Tensor, right: Tensor) -> float:
+    """Of the worst (batch, head); inf unless what is not finite is the same."""
+    finite = right.isfinite()
+    same = torch.where(finite, found.isfinite(), (found == right) | (found.isnan() & right.isnan()))
+    if not bool(same.all()):
+        return math.inf
+    zero = right.new_zeros(())
+    distance = torch.where(finite, found - right, zero).flatten(0, 1).flatten(1).norm(dim=1)
+    size = torch.where(finite, right, zero).flatten(0, 1).flatten(1).norm(dim=1)
+    return float((distance / size.clamp_min(1e-30)).max())
+
+
+class _Recorder(triton._Launch):
+    """Records what the maps launch instead of launching it."""
+
+    def __init__(self, *call: Any) -> None:
+        super().__init__(*call)
+        self.steps: dict[str, Step] = {}
+        self.known: set[int] = set()  # addresses of tensors that no later step is the first to write
+        self.map = ""
+        self.trial: Config | None = None
+
+    def is_whole(self, needs: Any) -> bool:
+        return False
+
+    def config(self, kernel: str) -> Config:
+        return self.trial or super().config(kernel)
+
+    def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
+        new = {t.data_ptr(): (name, t) for name, t in _tensors(arguments) if t.data_ptr() not in self.known}
+        self.known |= set(new)
+        start = super().launch
+
+        def replay(config: Config) -> None:
+            self.trial = config
+            start(kernel, *arguments, of_keys=of_keys)
+
+        name = kernel.__name__
+        features, itemsize = max(self.head[0], self.value[0]), self.q.element_size()
+        shipped = configs.shipped(self.architecture, *configs.slot(name, features, itemsize))
+        tolerance = TF32_TOLERANCE if self.precision() == "tf32" else TOLERANCE[self.q.dtype]
+        self.steps.setdefault(name, Step(name, self.map, shipped, replay, dict(new.values()), tolerance))
+
+    def sum_sinks(self, shares: Tensor, sinks: Tensor) -> Tensor:
+        return sinks  # there is nothing to sum yet
+
+
+def _tensors(arguments: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
+    """Of the views in Given and in Wanted, by name."""
+    named = [pair for views in arguments if hasattr(views, "_asdict") for pair in views._asdict().items()]
+    return [(name, view.ptr) for name, view in named if view is not None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Calls of the four maps; everything: with every option."""
+
+    features: int
+    dtype: torch.dtype
+    length: int
+    causal: bool
+    everything: bool = False
+
+    def record(self, maps: Sequence[str]) -> list[Step]:
+        """The launches of the four maps and of a double backward, in order, each kernel once, up to the last
+        that one of `maps` has.
+        """
+        problem, primals, tangents, constants, do, dlse = self._call()
+        needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+        recorder = _Recorder(problem, primals, constants)
+        given = (*primals, *tangents, *constants, do, dlse)
+        recorder.known |= {t.data_ptr() for t in given if t is not None}
+        recorder.map = "forward"
+        results = recorder.forward()
+        recorder.map = "vjp"
+        first = recorder.vjp(results, do, dlse, needs)
+        recorder.map = "jvp"
+        moved = recorder.jvp(results, tangents)
+        recorder.map = "vjp_jvp"
+        recorder.vjp_jvp(results, do, dlse, tangents, moved, needs)
+        # a double backward that gives no bias its gradient may have kernels of its own
+        needs = (True, True, True, False, needs[4])
+        recorder.double_backward(results, do, dlse, tangents, needs, first.q)
+        steps = list(recorder.steps.values())
+        recorder.steps = {}  # the steps hold the recorder, which would hold them and all their memory
+        last = max(index for index, step in enumerate(steps) if step.map in maps)
+        return steps[: last + 1]
+
+    def _call(self) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor]:
+        """problem, primals, tangents, constants, do, dlse."""
+        device = triton.device_at_hand()
+        small = device.type == "cpu" or self.everything
+        n = self.length
+        batch, heads = (1, 1) if small else (max(1, TOKENS // n), HEADS)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+        def primals() -> Primals:
+            q, k, v = (normal(batch, heads, n, self.features) for _ in range(3))
+            if not self.everything:
+                return Primals(q, k, v, None, None)
+            return Primals(q, k, v, normal(batch, heads, n, n), normal(1, heads, dtype=torch.float32))
+
+        do, dlse = normal(batch, heads, n, self.features), normal(batch, heads, n, dtype=torch.float64)
+        problem = Problem(
+            scale=self.features**-0.5,
+            softcap=2.0 if self.everything else None,
+            causal="top-left" if self.causal else None,
+            window=(n // 2, -1) if self.everything else (-1, -1),
+            dropout_p=0.2 if self.everything else 0.0,
+            max_q=0,
+            max_k=0,
+            backend="triton",
+        )
+        constants = Constants(None, None, None, None, None)
+        if self.everything:
+            mask = torch.rand(batch, heads, n, n, generator=generator, device=device) < 0.9
+            slopes = torch.full((1, heads), 0.01, dtype=torch.float32, device=device)
+            rng = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+            constants = Constants(mask, slopes, rng, None, None)
+        return problem, primals(), primals(), constants, do, dlse
+
+    def at_its_most(self) -> Workload:
+        """The call of its slot that needs the most registers and shared memory."""
+        width = configs.slot("", self.features, self.dtype.itemsize)[1]
+        return replace(self, features=width, length=configs.LARGEST, everything=True)
+
+
+# The search.
+
+
+def neighbours(shipped: Config, most: int) -> list[Config]:
+    """Candidates: sides halved or doubled, other warps and stages; those with the fewest changes first, and
+    changes of stages last.
+    """
+    sides = [
+        [side, *(x for x in (side // 2, side * 2) if configs.SMALLEST <= x <= configs.LARGEST)]
+        for side in (shipped.rows, shipped.keys)
+    ]
+    numbers = (shipped.warps, *WARPS), (shipped.stages, *STAGES)
+    every = dict.fromkeys(Config(*choice) for choice in itertools.product(*sides, *numbers))
+
+    def distance(config: Config) -> tuple[int, bool]:
+        changes = sum(new != old for new, old in zip(config, shipped, strict=True))
+        return changes, config.stages != shipped.stages
+
+    return sorted((config for config in every if config != shipped), key=distance)[:most]
+
+
+def _searches(
+    work: Workload, maps: Sequence[str], most: int, deadline: float, advance: Advance
+) -> Iterator[Search]:
+    """A search for each kernel that the maps launch, in the order of their launches."""
+
+    @functools.cache
+    def demanding() -> dict[str, Step]:
+        steps = work.at_its_most().record(maps)
+        for step in steps:
+            step.settle()
+        return {step.kernel: step for step in steps}
+
+    def objection(kernel: str, config: Config) -> str | None:
+        return demanding()[kernel].objection(config)
+
+    for step in work.record(maps):
+        step.settle()
+        if step.map in maps:
+            candidates = neighbours(step.shipped, most)
+            trials = _trials(step, candidates, deadline, advance)
+            judged = _crown(trials, functools.partial(objection, step.kernel))
+            yield Search(step.kernel, work.features, work.dtype, step.shipped, len(candidates), judged)
+
+
+def _trials(step: Step, candidates: list[Config], deadline: float, advance: Advance) -> list[Trial]:
+    """Each candidate by itself: right or not, and timed; all that are faster are without objection."""
+    trials = []
+    for config in candidates:
+        if time.monotonic() >= deadline:
+            break
+        doing = f"{step.kernel} {_short(config)}"
+        advance(doing, 0)
+        trials.append(_trial(step, config))
+        advance(doing, 1)
+    return trials
+
+
+def _trial(step: Step, config: Config) -> Trial:
+    objection = step.objection(config)
+    if objection is not None:
+        return Trial(config, objection)
+    shipped, own = timed(step, config)
+    return Trial(config, None if faster(own, shipped) else "not faster", shipped, own)
+
+
+def _crown(trials: list[Trial], objection: Callable[[Config], str | None]) -> tuple[Trial, ...]:
+    """The same trials, without objection to one at most: the fastest that is right with every option."""
+    judged = {trial.config: trial for trial in trials}
+    won = False
+    for trial in sorted(trials, key=lambda trial: trial.ratio):
+        if trial.objection is not None:
+            continue
+        reason = "another is faster" if won else objection(trial.config)
+        if reason is not None and not won:
+            reason = f"with every option, {reason}"
+        won = won or reason is None
+        judged[trial.config] = replace(trial, objection=reason)
+    return tuple(judged.values())
+
+
+def timed(step: Step, config: Config) -> tuple[Timing, Timing]:
+    """Seconds of the shipped configuration and of a candidate, in turns."""
+    calls = {
+        "shipped": functools.partial(step.launch, step.shipped),
+        "own": functools.partial(step.launch, config),
+    }
+    if triton.interpreted():
+        found = interleave(calls, seconds=SECONDS, least=ROUNDS)
+    else:
+        found = interleave(calls, seconds=SECONDS, least=ROUNDS, once=_once_on_gpu)
+    return found["shipped"], found["own"]
+
+
+def _once_on_gpu(call: Callable[[], object]) -> float:
+    """Seconds of one call, by events; the one before keeps the GPU busy while the host prepares it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
+
+
+def faster(own: Timing, shipped: Timing) -> bool:
+    """By GAIN at least, and by more than the spread: the quartiles do not overlap."""
+    return own.quartiles[1] < shipped.quartiles[0] and own.median <= (1.0 - GAIN) * shipped.median
+
+
+def _save(file: Path, gpu: tuned.Gpu, searches: list[Search], length: int, causal: bool) -> bool:
+    """Winners take the places that were searched, others stay; whether anything was written."""
+    try:
+        old = tuned.read(file, gpu)
+    except (OSError, ValueError):
+        old = []
+    searched = {s.slot for s in searches if s.winner is not None or len(s.trials) == s.candidates}
+    kept = [winner for winner in old if winner.slot not in searched]
+    new = [_winner(search, length, causal) for search in searches if search.winner is not None]
+    if not new and kept == old:
+        return False
+    tuned.write(file, gpu, [*kept, *new])
+    tuned.table.cache_clear()
+    return True
+
+
+def _winner(search: Search, length: int, causal: bool) -> tuned.Winner:
+    best = search.winner
+    assert best is not None
+    assert best.own is not None
+    assert best.shipped is not None
+    medians = best.own.median, best.shipped.median
+    dtype = str(search.dtype).removeprefix("torch.")
+    return tuned.Winner(
+        *search.slot, best.config, medians[0], search.shipped, medians[1],
+        search.features, dtype, length, causal,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Advance]:
+    """Yields a function that says what is being done and moves a bar by so many; without rich, in silence."""
+    if not shown or importlib.util.find_spec("rich") is None:
+        yield lambda doing, done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda doing, done: bar.update(task, description=doing, advance=done)
