@@ -13,6 +13,7 @@ import torch
 
 import metattn
 from metattn import backends
+from metattn.backends import tuned
 from metattn.cli._measure import machine
 
 OLDEST_TORCH = (2, 10)
@@ -62,6 +63,7 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "interpreter": f"{platform.python_implementation()} {platform.python_version()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "tiles": tiles(),
         **host,
     }
 
@@ -92,6 +94,15 @@ def self_test(backend: str) -> float:
     )
 
 
+def tiles() -> dict[str, Any]:
+    """How many tuned tiles the Triton backend uses here, from which file, and why none are."""
+    if backends.unavailable_reason("triton") is not None:
+        return {"tuned": 0, "file": None, "reason": "backend triton is unavailable"}
+    triton = backends.load("triton")
+    table = tuned.table(triton.gpu(triton.device_at_hand()))
+    return {"tuned": len(table.tiles), "file": table.path and str(table.path), "reason": table.reason}
+
+
 def host_module() -> dict[str, Any]:
     """What the compiled host module tells, or why there is none."""
     try:
@@ -117,6 +128,9 @@ def text(report: dict[str, Any]) -> str:
     lines.append("machine")
     lines.append(f"  cpu          {about['cpu']}, {about['cores']} cores, {about['threads']} threads in use")
     lines.append(f"  gpu          {report['cuda'] or 'none that torch can use'}")
+    tiles = report["tiles"]
+    found = f"{tiles['tuned']} tuned ones, from {tiles['file']}"
+    lines.append(f"  tiles        {'shipped: ' + tiles['reason'] if tiles['reason'] else found}")
     if report["build"] is None:
         lines.append(f"extension\n  not here: {report['build_missing']}")
     else:
