@@ -168,10 +168,12 @@ def tune(
     total = sum(len(neighbours(s.shipped, candidates)) for w in work for s in w.record(maps) if s.map in maps)
     deadline = math.inf if seconds is None else started + seconds
     searches: list[Search] = []
+    saved = False
     with _bar(total, progress) as advance:
-        for each in work:
-            searches += _searches(each, maps, candidates, deadline, advance)
-    saved = file is not None and _save(file, gpu, searches, length, causal)
+        for search in (s for w in work for s in _searches(w, maps, candidates, deadline, advance)):
+            searches.append(search)
+            if file is not None:
+                saved |= _save(file, gpu, search, length, causal)  # at once: what follows may be interrupted
     seconds = time.monotonic() - started
     return Report(gpu, length, causal, tuple(searches), file if saved else None, seconds)
 
@@ -555,15 +557,16 @@ def faster(own: Timing, shipped: Timing) -> bool:
     return own.quartiles[1] < shipped.quartiles[0] and own.median <= (1.0 - GAIN) * shipped.median
 
 
-def _save(file: Path, gpu: tuned.Gpu, searches: list[Search], length: int, causal: bool) -> bool:
-    """Winners take the places that were searched, others stay; whether anything was written."""
+def _save(file: Path, gpu: tuned.Gpu, search: Search, length: int, causal: bool) -> bool:
+    """Puts a winner in its place, or empties that if all candidates lost; whether anything was written."""
     try:
         old = tuned.read(file, gpu)
     except (OSError, ValueError):
         old = []
-    searched = {s.slot for s in searches if s.winner is not None or len(s.trials) == s.candidates}
-    kept = [winner for winner in old if winner.slot not in searched]
-    new = [_winner(search, length, causal) for search in searches if search.winner is not None]
+    new = [] if search.winner is None else [_winner(search, length, causal)]
+    if not new and len(search.trials) < search.candidates:
+        return False
+    kept = [winner for winner in old if winner.slot != search.slot]
     if not new and kept == old:
         return False
     tuned.write(file, gpu, [*kept, *new])

@@ -370,6 +370,20 @@ def test_searches_add_up(monkeypatch: pytest.MonkeyPatch, few_rows_win: None, fi
     assert kept() == ["vjp_keys", "vjp_rows"]
 
 
+def test_an_interruption_keeps_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, few_rows_win: None, file: Path
+) -> None:
+    def timed(step: tuning.Step, config: Config) -> tuple[Timing, Timing]:
+        if step.kernel != "forward_rows":
+            raise KeyboardInterrupt
+        return timer(fewer_rows)(step, config)
+
+    monkeypatch.setattr(tuning, "timed", timed)
+    with pytest.raises(KeyboardInterrupt):
+        metattn.tune(**{**QUICK, "maps": ("forward", "vjp")})
+    assert [winner.kernel for winner in tuned.read(file, HERE)] == ["forward_rows"]
+
+
 def test_the_total_is_known_beforehand(monkeypatch: pytest.MonkeyPatch, few_rows_win: None) -> None:
     told: dict[str, int] = {"total": 0, "done": 0}
 
