@@ -1,8 +1,9 @@
-"""The cases of `metattn bench` under pytest-benchmark, for its statistics and for comparing saved runs.
+"""The cases of `metattn bench`, and with a GPU those of `make gpu`, under pytest-benchmark.
 
     python -m pytest benchmarks --benchmark-group-by=group --benchmark-autosave
 
-`-k` chooses, for instance `-k "few-shot and second-order"`. Outputs are checked against float64 first.
+For its statistics and for comparing saved runs. `-k` chooses, for instance `-k "few-shot and second-order"`.
+Outputs are checked against float64 first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import functools
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
+from benchmarks import gpu_cases, gpu_measure, gpu_peers
 from metattn.cli import _cases, bench
 
 if TYPE_CHECKING:
@@ -24,6 +27,15 @@ ROWS = [
     for step in case.steps
     for contestant in _cases.contestants()
     if contestant.can(case, step)
+]
+GPU = torch.device("cuda")
+GPU_ROWS = [
+    pytest.param(case, step, contestant, id=f"{case.name}-{step}-{contestant.name}")
+    for case in (gpu_cases.CASES if torch.cuda.is_available() else ())
+    if not case.memory
+    for step in case.steps
+    for contestant in gpu_measure.with_graphs(gpu_peers.contestants(case), GPU)
+    if step in contestant.steps
 ]
 
 
@@ -47,3 +59,28 @@ def test_step(
     benchmark.group = f"{case.name}: {step}"
     benchmark.extra_info["operations"] = case.operations(step)
     benchmark(run)
+
+
+@functools.lru_cache(maxsize=1)
+def prepared_for_gpu(case: gpu_cases.Case) -> gpu_measure.Prepared:
+    return gpu_measure.prepare(case, GPU)
+
+
+@pytest.mark.parametrize(("case", "step", "contestant"), GPU_ROWS)
+def test_step_on_gpu(
+    case: gpu_cases.Case, step: str, contestant: gpu_peers.Contestant, benchmark: BenchmarkFixture
+) -> None:
+    """Each call waits for the GPU: the host's clock sees all of it, launches too."""
+    row: gpu_measure.Row = {}
+    run = gpu_measure.checked(contestant, case, step, prepared_for_gpu(case), row)
+    if "cannot" in row:
+        pytest.skip(row["cannot"])
+    assert run is not None, row["wrong"]
+    benchmark.group = f"{case.name}: {step}"
+    benchmark.extra_info["operations"] = case.operations(step)
+
+    def call() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    benchmark(call)

@@ -1,0 +1,183 @@
+"""The benchmark of gpu.py, in a process of its own: measures cases and saves after each.
+
+    python -m benchmarks.gpu_run --folder FOLDER --device cuda --seconds 0.3 --end TIME --cases NAME …
+
+Reads FOLDER/gpu.json, adds to it, and keeps in it which case is being measured: a process that dies, or
+loses the GPU (exit 3), is followed by another for the cases that are left. See supervise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_cases, gpu_report
+from benchmarks.gpu_measure import (
+    DeviceLostError,
+    first_line,
+    measure_case,
+    measure_memory,
+    predicted,
+    recover,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+LOST = 3  # the exit status of a process that lost its GPU
+MARGIN = 15.0  # seconds before the end in which no step is begun
+
+
+def save(folder: Path, results: dict[str, Any]) -> None:
+    """Replaces gpu.json and gpu.md, each at once: a process that is killed leaves whole files."""
+    for name, text in (
+        ("gpu.json", json.dumps(results, indent=1) + "\n"),
+        ("gpu.md", gpu_report.summary(results) + gpu_report.details(results)),
+    ):
+        new = folder / f".{name}"
+        new.write_text(text)
+        new.replace(folder / name)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "gpu.json").read_text())
+    assert isinstance(results, dict)
+    return results
+
+
+def benchmark(
+    folder: Path, results: dict[str, Any], names: list[str], device: torch.device, seconds: float, end: float
+) -> bool:
+    """Measures the cases in turn; False where the GPU was lost in one, the rest unmeasured."""
+    every = {case.name: case for case in (*gpu_cases.CASES, *gpu_cases.SMOKE_CASES)}
+    for name in names:
+        if time.time() > end - MARGIN:
+            results["not_measured"].append(name)
+            continue
+        began = time.time()
+        results["current"] = name
+        save(folder, results)
+        try:
+            measure(every[name], device, seconds, end - MARGIN, results)
+        except DeviceLostError as error:
+            results["failed"].append(f"{name}: the GPU was lost: {error}")
+            save(folder, results)
+            return False
+        print(f"{name}: {time.time() - began:.1f} s", file=sys.stderr, flush=True)
+    results.pop("current", None)
+    save(folder, results)
+    return True
+
+
+def measure(
+    case: gpu_cases.Case, device: torch.device, seconds: float, end: float, results: dict[str, Any]
+) -> None:
+    """Adds a case to the results; an error in it is told there."""
+    try:
+        if case.memory:
+            measure_memory(case, device, results["memory"])
+        else:
+            left = measure_case(case, device, seconds, end, results["rows"])
+            results["not_measured"] += [f"{case.name}: {step}" for step in left]
+            add_predictions(results, case)
+    except DeviceLostError:
+        raise
+    except Exception as error:  # the cases that were measured stay
+        results["failed"].append(f"{case.name}: {first_line(error)}")
+    finally:
+        gpu_cases.position_mask.cache_clear()
+        gpu_cases.ends.cache_clear()
+    recover(device)
+
+
+def add_predictions(results: dict[str, Any], case: gpu_cases.Case) -> None:
+    for row in results["rows"]:
+        if (row["case"]["name"], row["step"]) == (case.name, "forward") and gpu_report.is_ours(row):
+            path = ROOT / "benchmarks" / "results" / "aot.json"
+            row["predicted_tflops"] = predicted(case, results["target"], path)
+
+
+# The process, and who watches it.
+
+
+def supervise(
+    folder: Path, command: Callable[[list[str]], list[str]], names: list[str], log: Path, end: float
+) -> None:
+    """Runs `command(names)` until each case had its turn; one in which the process dies is told and left."""
+    while names:
+        if time.time() > end - MARGIN:
+            results = load(folder)
+            results["not_measured"] += names
+            save(folder, results)
+            return
+        ended = run_to(log, command(names), max(1.0, end - time.time()))
+        results = load(folder)
+        current = results.pop("current", None)
+        if ended == "exit 0":
+            return
+        if not (ended == f"exit {LOST}" and results["failed"]):
+            results["failed"].append(f"{current or 'the benchmark'}: its process: {ended}; see {log.name}")
+        if current not in names:  # it did not even begin
+            results["not_measured"] += names
+            names = []
+        else:
+            names = names[names.index(current) + 1 :]
+        save(folder, results)
+
+
+def run_to(log: Path, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> str:
+    """Runs a command with its output added to a file; how it ended. Its children end with it."""
+    return wait_for(start_to(log, command, environment), seconds)
+
+
+def start_to(
+    log: Path, command: list[str], environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    with log.open("ab") as handle:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
+        )
+
+
+def wait_for(process: subprocess.Popen[bytes], seconds: float) -> str:
+    try:
+        return f"exit {process.wait(seconds)}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what a sanitizer or a compiler started, too
+        process.wait()
+        return "stopped: out of time"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each step of a case")
+    parser.add_argument("--end", type=float, required=True, help="the time, as time.time() tells it")
+    parser.add_argument("--cases", nargs="+", required=True)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    whole = benchmark(args.folder, load(args.folder), args.cases, device, args.seconds, args.end)
+    return 0 if whole else LOST
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())
