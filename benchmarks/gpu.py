@@ -31,7 +31,8 @@ from metattn.cli._measure import machine
 STAGES = ("tests", "sanitizer", "benchmark")
 TESTS = ("test_triton", "test_faults", "test_precision")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-CHECKS_SHARE = 0.4  # of the time, for tests and sanitizers together
+COMPILERS = 4  # processes that compile the benchmark's kernels while tests run
+CHECKS_SHARE = 0.4  # of the time, for tests, sanitizers and compiling together
 NO_SANITIZER = "compute-sanitizer is not on the PATH: not run"
 # The allocator's own reuse would hide from the sanitizer what lies outside of a tensor, or is unwritten.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -50,18 +51,25 @@ def checks(stages: tuple[str, ...], sanitizer: str | None) -> dict[str, list[str
     return commands
 
 
+def compiling(names: list[str], device: str) -> dict[str, list[str]]:
+    """The commands that compile our kernels for the cases, which are dealt out to a few processes."""
+    how = [sys.executable, "-m", "benchmarks.gpu_run", "--compile-only", "--device", device, "--cases"]
+    shares = [names[first::COMPILERS] for first in range(COMPILERS)]
+    return {f"compile {i}": [*how, *share] for i, share in enumerate(shares, 1) if share}
+
+
 def run_checks(commands: dict[str, list[str]], folder: Path, end: float) -> dict[str, str]:
-    """Runs them all at once, for each is one thread that mostly compiles; how each ended, its last line."""
+    """Runs them at once, for each is one thread that mostly compiles; how each ended, and its last line."""
     started = {}
     for name, command in commands.items():
-        log = folder / f"{name}.log"
+        log = folder / f"{name.replace(' ', '-')}.log"
         log.unlink(missing_ok=True)
         started[name] = log, start_to(log, command, UNCACHED if name in SANITIZERS else None)
     said = {}
     for name, (log, process) in started.items():
         ended = wait_for(process, max(1.0, end - time.time()))
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said[name] = f"{ended}: {lines[-1].strip('= ')[:200] if lines else 'no output'}"
+        said[name] = f"{ended}: {lines[-1].strip('= ')[:200]}" if lines else ended
     return said
 
 
@@ -116,6 +124,8 @@ def main() -> int:
     if "sanitizer" in args.stages and sanitizer is None:
         results["stages"]["sanitizer"] = NO_SANITIZER
     commands = checks(tuple(args.stages), sanitizer)
+    if commands and "benchmark" in args.stages and device.type == "cuda":
+        commands |= compiling(names, args.device)
     results["stages"] |= run_checks(commands, folder, time.time() + CHECKS_SHARE * (end - time.time()))
     save(folder, results)
     if "benchmark" in args.stages:
@@ -152,7 +162,8 @@ def measure_all(
 
 def failed(results: dict[str, Any]) -> bool:
     """Whether a check failed, a case broke off, or a backend of ours is wrong or cannot take a case."""
-    stages = any(not said.startswith(("exit 0", NO_SANITIZER)) for said in results["stages"].values())
+    checked = {name: said for name, said in results["stages"].items() if not name.startswith("compile")}
+    stages = any(not said.startswith(("exit 0", NO_SANITIZER)) for said in checked.values())
     ours = [row for row in (*results["rows"], *results["memory"]) if row["contestant"].startswith("metattn")]
     return stages or bool(results["failed"]) or any("wrong" in row or "cannot" in row for row in ours)
 

@@ -1,6 +1,7 @@
 """The benchmark of gpu.py, in a process of its own: measures cases and saves after each.
 
     python -m benchmarks.gpu_run --folder FOLDER --device cuda --seconds 0.3 --end TIME --cases NAME …
+    python -m benchmarks.gpu_run --compile-only --cases NAME …
 
 Reads FOLDER/gpu.json, adds to it, and keeps in it which case is being measured: a process that dies, or
 loses the GPU (exit 3), is followed by another for the cases that are left. See supervise.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_cases, gpu_report
+from benchmarks import gpu_cases, gpu_peers, gpu_report
 from benchmarks.gpu_measure import (
     DeviceLostError,
     first_line,
@@ -34,6 +36,10 @@ from benchmarks.gpu_measure import (
 ROOT = Path(__file__).resolve().parents[1]
 LOST = 3  # the exit status of a process that lost its GPU
 MARGIN = 15.0  # seconds before the end in which no step is begun
+
+
+def named(name: str) -> gpu_cases.Case:
+    return next(case for case in (*gpu_cases.CASES, *gpu_cases.SMOKE_CASES) if case.name == name)
 
 
 def save(folder: Path, results: dict[str, Any]) -> None:
@@ -57,7 +63,6 @@ def benchmark(
     folder: Path, results: dict[str, Any], names: list[str], device: torch.device, seconds: float, end: float
 ) -> bool:
     """Measures the cases in turn; False where the GPU was lost in one, the rest unmeasured."""
-    every = {case.name: case for case in (*gpu_cases.CASES, *gpu_cases.SMOKE_CASES)}
     for name in names:
         if time.time() > end - MARGIN:
             results["not_measured"].append(name)
@@ -66,7 +71,7 @@ def benchmark(
         results["current"] = name
         save(folder, results)
         try:
-            measure(every[name], device, seconds, end - MARGIN, results)
+            measure(named(name), device, seconds, end - MARGIN, results)
         except DeviceLostError as error:
             results["failed"].append(f"{name}: the GPU was lost: {error}")
             save(folder, results)
@@ -96,6 +101,21 @@ def measure(
         gpu_cases.position_mask.cache_clear()
         gpu_cases.ends.cache_clear()
     recover(device)
+
+
+def compile_ours(names: list[str], device: torch.device) -> None:
+    """Runs each step of ours once: Triton keeps what it compiles, for the process that measures."""
+    for case in map(named, names):
+        if case.memory:
+            continue
+        inputs = gpu_cases.make_inputs(case, device)
+        for contestant in gpu_peers.contestants(case):
+            for step in contestant.steps if contestant.name.startswith("metattn") else ():
+                try:
+                    contestant.start(step, inputs)()
+                except Exception as error:  # the benchmark will tell
+                    print(f"{case.name}, {step}: {first_line(error)}", file=sys.stderr)
+                    recover(device)
 
 
 def add_predictions(results: dict[str, Any], case: gpu_cases.Case) -> None:
@@ -165,15 +185,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--compile-only", action="store_true", help="measure nothing, run each step of ours")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each step of a case")
-    parser.add_argument("--end", type=float, required=True, help="the time, as time.time() tells it")
+    parser.add_argument("--end", type=float, default=math.inf, help="the time, as time.time() tells it")
     parser.add_argument("--cases", nargs="+", required=True)
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if args.compile_only:
+        compile_ours(args.cases, device)
+        return 0
     whole = benchmark(args.folder, load(args.folder), args.cases, device, args.seconds, args.end)
     return 0 if whole else LOST
 

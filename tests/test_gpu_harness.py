@@ -409,6 +409,27 @@ def test_checks(tmp_path: Path) -> None:
     assert said["hangs"].startswith("stopped: out of time")
 
 
+def test_compiling() -> None:
+    commands = gpu.compiling([f"case {i}" for i in range(6)], "cuda")
+    shares = [command[command.index("--cases") + 1 :] for command in commands.values()]
+    assert sorted(name for share in shares for name in share) == [f"case {i}" for i in range(6)]
+    assert len(gpu.compiling(["one"], "cuda")) == 1
+
+
+def test_compile_runs_each_step_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def start(case: Case, backend: str, step: str, inputs: Any) -> Callable[[], None]:
+        return lambda: ran.append(f"{case.name} {step}")
+
+    monkeypatch.setattr(gpu_peers, "ours_step", start)
+    monkeypatch.setattr(
+        sys, "argv", ["run", "--compile-only", "--device", "cpu", "--cases", "bias", "packed"]
+    )
+    assert gpu_run.main() == 0
+    assert ran == [f"{name} {step}" for name in ("bias", "packed") for step in STEPS]
+
+
 def test_a_process_that_dies_is_followed_by_another(tmp_path: Path) -> None:
     """The case in which it died is told, those before it stay, those after it are measured."""
     gpu_run.save(tmp_path, results_with())
