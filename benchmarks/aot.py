@@ -255,8 +255,9 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
-    """Counts by pipe of the shortest innermost loop with tensor-core instructions, the unmasked one; spills of
-    any innermost one.
+    """Counts by pipe of the shortest innermost loop with tensor-core instructions: the unmasked one.
+
+    And spills of any innermost one.
     """
     spans = set()
     for address, operation, _ in code:

@@ -170,4 +170,5 @@ def failed(results: dict[str, Any]) -> bool:
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["METATTN_TUNED"] = "0"  # the shipped tiles are measured
     sys.exit(main())
