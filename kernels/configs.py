@@ -88,6 +88,8 @@ _BLACKWELL = _HOPPER | {
 # 64 KiB of shared memory, and loads that are not pipelined through it.
 _CDNA_TILES = ((64, 32, 4, 1),) * 2 + ((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),)
 _CDNA = {kernel: (_CDNA_TILES, ((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),) * 3) for kernel in _AMPERE}
+# its compiler gives up on rows of 64 there
+_CDNA["double_rows"] = (((32, 32, 4, 1),) * 2 + ((16, 16, 4, 1),) * 3, _CDNA["double_rows"][1])
 # the interpreter minds neither registers nor warps
 _INTERPRETER = {kernel: (((64, 64, 1, 1),) * len(WIDTHS),) * 2 for kernel in _AMPERE}
 TABLE = {
