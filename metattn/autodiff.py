@@ -136,7 +136,9 @@ class Vjp(_Map):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Primals) -> None:
         ctx.problem, ctx.needs = inputs[:2]
-        ctx.dq = _Kept(output.q) if hasattr(load(inputs[0].backend), "double_backward") else None
+        # within torch.func's transforms a double backward is made of Jvp and VjpJvp: it needs none
+        alone = not torch._C._are_functorch_transforms_active()
+        ctx.dq = _Kept(output[0]) if alone and hasattr(load(ctx.problem.backend), "double_backward") else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[2:])
         ctx.save_for_forward(*inputs[2:])
