@@ -308,8 +308,10 @@ class _Kept:
     """
 
     def __init__(self, output: Tensor | None) -> None:
-        self.tensor = None if output is None else output.detach()
-        self.version = 0 if output is None else output._version
+        # of an inference tensor nobody takes a derivative, and it counts no changes
+        known = output is not None and not output.is_inference()
+        self.tensor = output.detach() if known else None
+        self.version = output._version if known else 0
 
     def get(self) -> Tensor | None:
         return self.tensor if self.tensor is not None and self.tensor._version == self.version else None

@@ -18,6 +18,7 @@ import torch
 from four_maps import Call, Outputs, assert_close, four_maps
 from torch import Tensor
 
+import metattn
 from metattn.backends import available_backends, reference, triton
 from metattn.problem import Constants, Primals, Problem, Results
 
@@ -182,6 +183,47 @@ def test_double_backward_in_one_sweep(name: str, dtype: torch.dtype) -> None:
     terms = 2 * LONG[3] * LONG[4] if "bias" in options else 1
     absolute = TOLERANCE[dtype] * 0.1 * terms**0.5
     assert_close(found, exact, TOLERANCE[dtype], absolute)
+
+
+@interpreted
+@pytest.mark.parametrize("change", [None, "clipped in place"])
+def test_one_sweep_uses_the_gradient_as_it_was(change: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller may change a gradient in place: then it is not used again, and nothing is wrong for it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do, *along = (torch.randn(1, 1, 70, 8, generator=generator) for _ in range(7))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    launched, launch = [], triton.run
+
+    def run(kernel: Any, *arguments: Any, **options: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **options)
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        o = metattn.attention(*leaves, backend=backend)
+        first = torch.autograd.grad(o, leaves, do, create_graph=True)
+        loss = sum((x * y).sum() for x, y in zip(first, along, strict=True))
+        if change is not None:
+            with torch.no_grad():
+                first[0].mul_(0.5)
+        launched.clear()
+        return torch.autograd.grad(loss, leaves)
+
+    monkeypatch.setattr(triton, "run", run)
+    found = second("triton")
+    assert ("double_rows" in launched) == (change is None)
+    assert ("jvp_rows" in launched) == (change is not None)
+    for x, y in zip(found, second("reference"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_gradient_in_inference_mode() -> None:
+    q = torch.ones(1, 1, 5, 4, requires_grad=True)
+    o = metattn.attention(q, q, q, backend="triton")
+    with torch.inference_mode():
+        (found,) = torch.autograd.grad(o, q, torch.ones_like(o))
+    assert found.is_inference()
+    torch.testing.assert_close(found.clone(), torch.ones_like(q), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["keys", "values", "cotangent", "tangents", "peaked"])
