@@ -363,7 +363,7 @@ def cells(each: Row) -> list[str]:
     ]
 
 
-def markdown(rows: list[Row], versions: dict[str, str]) -> str:
+def markdown(rows: list[Row], broken: list[str], versions: dict[str, str]) -> str:
     lines = [
         "# What the compiler makes of the Triton kernels",
         "",
@@ -381,7 +381,8 @@ def markdown(rows: list[Row], versions: dict[str, str]) -> str:
     said = [(r, text) for r in rows for text in dict.fromkeys([spills(r), *complaints(r)]) if text]
     for r, text in said:
         lines.append(f"* {r.target} {r.dtype} d={r.features} {r.kernel} {r.variant}: {text}")
-    if not said:
+    lines += [f"* {text}" for text in sorted(broken)]
+    if not said and not broken:
         lines.append("None: no spill for d ≤ 128 on sm_80 and sm_90, shared memory within the limits, every")
         lines.append("product of two-byte floats on tensor cores.")
     return "\n".join(lines) + "\n"
@@ -412,15 +413,18 @@ def main() -> int:
         if variant != "few-shot" or (features <= WHOLE_FEATURES and map_ in ("vjp", "vjp_jvp"))
     ]
     rows: list[Row] = []
+    broken: list[str] = []
     with ProcessPoolExecutor(args.jobs) as pool, Progress() as progress:
         bar = progress.add_task("compiling", total=len(work))
         jobs = {pool.submit(compile_all, *item): item for item in work}
         for job in as_completed(jobs):
+            progress.advance(bar)
             try:
                 rows += [Row(**each) for each in job.result()]
-            except Exception as error:
-                raise RuntimeError(f"{jobs[job]}: {error}") from error
-            progress.advance(bar)
+            except Exception as error:  # compilers fail in many ways, and each is a finding
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                broken.append(f"{' '.join(map(str, jobs[job]))}: does not compile: {reason}")
+                continue
             for each in job.result():
                 told = (
                     "target",
@@ -447,12 +451,16 @@ def main() -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "aot.json").write_text(
-            json.dumps({"versions": versions, "rows": [asdict(each) for each in rows]}, indent=1) + "\n"
+            json.dumps(
+                {"versions": versions, "rows": [asdict(each) for each in rows], "broken": sorted(broken)},
+                indent=1,
+            )
+            + "\n"
         )
-        (args.out / "aot.md").write_text(markdown(rows, versions))
+        (args.out / "aot.md").write_text(markdown(rows, broken, versions))
     else:
-        print(markdown(rows, versions))
-    failures = [
+        print(markdown(rows, broken, versions))
+    failures = broken + [
         f"{r.target} {r.dtype} d={r.features} {r.kernel}: {text}" for r in rows for text in complaints(r)
     ]
     print("\n".join(failures) or "no complaint", file=sys.stderr)
