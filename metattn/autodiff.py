@@ -308,10 +308,10 @@ class _Kept:
     """
 
     def __init__(self, output: Tensor | None) -> None:
+        self.tensor: Tensor | None = None
         # of an inference tensor nobody takes a derivative, and it counts no changes
-        known = output is not None and not output.is_inference()
-        self.tensor = output.detach() if known else None
-        self.version = output._version if known else 0
+        if output is not None and not output.is_inference():
+            self.tensor, self.version = output.detach(), output._version
 
     def get(self) -> Tensor | None:
         return self.tensor if self.tensor is not None and self.tensor._version == self.version else None
