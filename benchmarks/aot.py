@@ -49,6 +49,18 @@ REGISTERS, MOST_WARPS = 65536, 64
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KiB of a multiprocessor
 TENSOR = {"sm_80": (2048, 1024), "sm_90": (4096, 2048), "sm_100": (8192, 4096)}
 H200_SMS, H200_CLOCK = 132, 1.83e9  # the clock at which 132 × 4096 make the data sheet's 989 TFLOP/s
+# bytes a clock and multiprocessor. L2: 5120 for all, as Nvidia says of an A100, of 108, 132 and 148 of them.
+# HBM: an A100's 2.0 TB/s at 1.41 GHz, an H200's 4.8 at 1.83, a B200's 8 at 1.85.
+SHARED_RATE = 128
+L2_RATE = {"sm_80": 47.4, "sm_90": 38.8, "sm_100": 34.6}
+HBM_RATE = {"sm_80": 13.1, "sm_90": 19.9, "sm_100": 29.2}
+LENGTH = 4096  # queries, and keys, of the calls that are compiled
+# tensors [N, d] or [M, d] that a kernel reads or writes, the second halves of rounded results among them
+TENSORS = {
+    "forward_rows": 5, "vjp_rows": 7, "vjp_keys": 6, "jvp_rows": 10, "vjp_jvp_rows": 12, "vjp_jvp_keys": 9,
+    "double_rows": 13,
+}  # fmt: skip
+PIPES = ("tensor", "exp", "integer", "issue", "shared", "L2", "HBM")
 MMA = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|DMMA|UTCHMMA|UTCQMMA|UTCMMA)")
 HALF_RATE = re.compile(r"^(IADD|ISETP|LOP|SHF|LEA|SEL|FSEL|FMNMX|FSETP|PRMT|F2FP|VIMNMX|PLOP|IMNMX|IABS|MOV)")
 
@@ -83,6 +95,7 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
     from triton.backends.compiler import GPUTarget
 
     from metattn.backends import triton as backend
+    from metattn.backends.plans import Launch
     from metattn.kernels import configs
 
     nvidia = target.startswith("sm_")
@@ -104,15 +117,13 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
     architecture = backend.architecture_of(gpu.arch) if nvidia else "gfx9"
     found: list[Row] = []
 
-    def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        name = kernel.fn.__name__
+    def compile_only(launch: Launch, *arguments: Any) -> None:
+        name, tile = launch.kernel.fn.__name__, launch.constants
         if name not in KERNELS[map_]:
             return
-        kernel.device_caches.clear()
-        compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
-        config = configs.Config(
-            constants["ROWS"], constants["KEYS"], constants["num_warps"], constants["num_stages"]
-        )
+        launch.kernel.device_caches.clear()
+        compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **tile)
+        config = configs.Config(tile["ROWS"], tile["KEYS"], tile["num_warps"], tile["num_stages"])
         found.append(row(compiled, target, dtype, features, variant, name, config, architecture))
 
     with (
@@ -132,7 +143,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    b, h, n = 2, 16, 4096
+    b, h, n = 2, 16, LENGTH
     if variant == "few-shot":
         n = configs.WHOLE_LENGTH[architecture][0 if dtype.itemsize == 2 else 1]
     q, statistic = empty(b, h, n, features), empty(b, h, n, dtype=torch.float64)
@@ -281,11 +292,30 @@ def main_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
         "tensor": tensor,
         "mufu": sum(op.startswith("MUFU") for op in body),
         "half_rate": sum(bool(HALF_RATE.match(op)) for op in body),
-        "shared": sum(op.startswith(("LDS", "STS", "LDSM", "STSM")) for op in body),
-        "global": sum(op.startswith(("LDG", "LDGSTS", "STG")) for op in body),
+        "shared_bytes": sum(shared_bytes(op) for op in body),
+        "global_bytes": sum(lane_bytes(op) for op in body if op.startswith(("LDG.", "LDGSTS", "STG"))),
         "spill": sum(op.startswith(("LDL", "STL")) for op in body),
         "spill_of_any": everywhere,
     }
+
+
+def lane_bytes(operation: str) -> int:
+    """Bytes that a warp's 32 lanes move."""
+    width = re.search(r"\.[US]?(8|16|64|128)\b", operation.split(maxsplit=1)[0])
+    return 32 * int(width[1] if width else 32) // 8
+
+
+def shared_bytes(operation: str) -> int:
+    """Bytes of shared memory that one warp's instruction moves; not those that sm_100's tensor cores read."""
+    name, *rest = operation.split()
+    product = re.match(r"HGMMA\.64x(\d+)x", name)
+    if product:  # four warps read [32 bytes of k, n], and where the other operand is in no registers that too
+        rows = 64 if rest[1].startswith("gdesc") else 0
+        return (int(product[1]) + rows) * 32 // 4
+    matrices = re.match(r"(?:LDSM|STSM)\.16\.M[T]?88(?:\.(\d))?$", name)
+    if matrices:
+        return 128 * int(matrices[1] or 1)
+    return lane_bytes(operation) if name.startswith(("LDS", "STS", "LDGSTS")) else 0
 
 
 def visit_bounds(
@@ -294,9 +324,11 @@ def visit_bounds(
     """Clocks a multiprocessor needs at least for one visit of a block: by pipe, each with the others free.
 
     A multiprocessor issues four warp instructions a clock, takes 16 lanes of special functions, 64 of
-    integer and select operations. Its program's warps share that.
+    integer and select operations. Its program's warps share that. Of HBM a visit has its share of what the
+    kernel reads and writes once.
     """
     work = PRODUCTS[name] * 2 * config.rows * config.keys * features
+    itemsize = 2 if dtype == "bfloat16" else 4
     two_byte, tf32 = TENSOR[target]
     tensor = work / two_byte if dtype == "bfloat16" else 3 * work / tf32  # three TF32 products each
     warps = config.warps
@@ -306,6 +338,9 @@ def visit_bounds(
         "exp": warps * loop["mufu"] * 32 / 16,
         "integer": warps * loop["half_rate"] * 32 / 64,
         "issue": warps * loop["all"] / 4,
+        "shared": warps * loop["shared_bytes"] / SHARED_RATE,
+        "L2": warps * loop["global_bytes"] / L2_RATE[target],
+        "HBM": TENSORS[name] * features * itemsize * config.rows * config.keys / LENGTH / HBM_RATE[target],
     }
 
 
@@ -347,19 +382,23 @@ def complaints(each: Row) -> list[str]:
 
 COLUMNS = (
     "d", "kernel", "variant", "queries×keys", "warps", "stages", "registers", "spilled", "shared KiB",
-    "resident warps", "tensor instructions", "bound", "TFLOP/s at most",
+    "resident warps", "tensor instructions", *PIPES, "TFLOP/s at most",
 )  # fmt: skip
 
 
 def cells(each: Row) -> list[str]:
-    bound, tflops = "–", "–" if each.tflops is None else f"{each.tflops:.0f}"
-    if each.bounds:
-        name = max(each.bounds, key=lambda pipe: each.bounds[pipe])
-        bound = f"{name} {each.bounds[name]:.0f}"
+    tflops = "–" if each.tflops is None else f"{each.tflops:.0f}"
+    busiest = max(each.bounds.values(), default=0.0)
+    clocks = []
+    for pipe in PIPES:
+        clock = each.bounds.get(pipe)
+        text = "–" if clock is None else f"{clock:.0f}"
+        clocks.append(f"**{text}**" if clock == busiest else text)
     numbers = (each.warps, each.stages, each.registers, each.spilled, round(each.shared / 1024))
     more = (each.resident_warps, each.tensor_instructions)
     return [
-        str(x) for x in (each.features, each.kernel, each.variant, each.tile, *numbers, *more, bound, tflops)
+        str(x)
+        for x in (each.features, each.kernel, each.variant, each.tile, *numbers, *more, *clocks, tflops)
     ]
 
 
@@ -368,13 +407,14 @@ def markdown(rows: list[Row], broken: list[str], versions: dict[str, str]) -> st
         "# What the compiler makes of the Triton kernels",
         "",
         f"Written by `make aot` with Triton {versions['triton']}; no GPU took part. Registers and spilled",
-        "bytes are per thread, shared memory per program. The last two columns are bounds, not measurements:",
-        "the fewest clocks that one visit of an unmasked block takes on a multiprocessor, by its busiest",
-        "pipe, and what follows for an H200.",
+        "bytes are per thread, shared memory per program. The columns behind the instructions bound, and do",
+        "not measure: the fewest clocks that one visit of an unmasked block takes on a multiprocessor, by",
+        "what is busy (tensor cores, special functions, integer and select units, issue, shared memory, L2,",
+        f"HBM at N = M = {LENGTH}), and what the busiest (in bold) leaves of an H200's speed.",
     ]
     for target, dtype in dict.fromkeys((each.target, each.dtype) for each in rows):
         lines += ["", f"## {target}, {dtype}", "", "| " + " | ".join(COLUMNS) + " |"]
-        lines.append("|---:|---|---|---|" + "---:|" * 7 + "---|---:|")
+        lines.append("|---:|---|---|---|" + "---:|" * (len(COLUMNS) - 4))
         some = [each for each in rows if (each.target, each.dtype) == (target, dtype)]
         lines += ["| " + " | ".join(cells(each)) + " |" for each in some]
     lines += ["", "## Exceptions", ""]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QKV = ("q", "k", "v")
@@ -295,7 +296,7 @@ def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> T
         raise ValueError(f"{name}: expected shape [sequences + 1], got {list(cu.shape)}")
     if total >= 2**31:
         raise ValueError(f"{name}: expected fewer than 2**31 packed rows, got {total}")
-    if _readable(cu):
+    if _readable(cu) and not _checked.holds(cu, total, longest):
         ends = cu.tolist()
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(f"{name}: expected to go from 0 to {total}, got {ends[0]} to {ends[-1]}")
@@ -307,7 +308,33 @@ def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> T
                 f"{name.replace('cu_seqlens', 'max_seqlen')}: expected at least the longest sequence's "
                 f"{max(lengths)}, got {longest}"
             )
+        _checked.add(cu, total, longest)
     return cu.to(torch.int32).contiguous()
+
+
+class _Checked:
+    """Tensors whose values were found right, until they change: to read them again would wait for the GPU.
+
+    Of tensors on a CPU none is held: reading is quick there, and other libraries change values unseen.
+    """
+
+    def __init__(self, devices: tuple[str, ...]) -> None:
+        self.devices = devices
+        self._found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def holds(self, t: Tensor, *against: int) -> bool:
+        return self._counts(t) and (t._version, *against) in self._found.get(t, ())
+
+    def add(self, t: Tensor, *against: int) -> None:
+        if self._counts(t):
+            others = {found for found in self._found.get(t, ()) if found[0] == t._version}
+            self._found[t] = {*others, (t._version, *against)}
+
+    def _counts(self, t: Tensor) -> bool:
+        return t.device.type in self.devices and not t.is_inference()  # inference tensors count no changes
+
+
+_checked = _Checked(("cuda",))
 
 
 def _readable(t: Tensor) -> bool:

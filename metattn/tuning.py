@@ -25,6 +25,7 @@ from torch import Tensor
 
 from metattn import backends
 from metattn.backends import triton, tuned
+from metattn.backends.plans import Launch
 from metattn.cli._measure import Timing, interleave
 from metattn.kernels import configs
 from metattn.kernels.configs import Config
@@ -329,11 +330,13 @@ def _error(found: Tensor, right: Tensor) -> float:
     return float((distance / size.clamp_min(1e-30)).max())
 
 
-class _Recorder(triton._Launch):
-    """Records what the maps launch instead of launching it."""
+class _Recorder(triton.Planner):
+    """Plans the maps with tensors that have data, and keeps how to launch each kernel."""
 
-    def __init__(self, *call: Any) -> None:
-        super().__init__(*call)
+    def __init__(self, problem: Problem, primals: Primals, constants: Constants) -> None:
+        if constants.mask is not None:
+            constants = constants._replace(mask=constants.mask.view(torch.uint8))
+        super().__init__(triton.setting(primals.q.device), problem, primals, constants)
         self.steps: dict[str, Step] = {}
         self.known: set[int] = set()  # addresses of tensors that no later step is the first to write
         self.map = ""
@@ -345,6 +348,13 @@ class _Recorder(triton._Launch):
     def config(self, kernel: str) -> Config:
         return self.trial or super().config(kernel)
 
+    def room(self, stand_in: Tensor, *, zero: bool = False) -> Tensor:
+        return torch.empty_like(stand_in, device=self.here.device).fill_(0.0 if zero else math.nan)
+
+    def add(self, launch: Launch, *arguments: Any) -> None:
+        with triton.on(self.here.device):
+            triton.run(launch, *arguments)
+
     def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
         new = {t.data_ptr(): (name, t) for name, t in _tensors(arguments) if t.data_ptr() not in self.known}
         self.known |= set(new)
@@ -355,8 +365,8 @@ class _Recorder(triton._Launch):
             start(kernel, *arguments, of_keys=of_keys)
 
         name = kernel.__name__
-        features, itemsize = max(self.head[0], self.value[0]), self.q.element_size()
-        shipped = configs.shipped(self.architecture, *configs.slot(name, features, itemsize))
+        slot = configs.slot(name, self.features, self.q.element_size())
+        shipped = configs.shipped(self.here.architecture, *slot)
         tolerance = TF32_TOLERANCE if self.precision() == "tf32" else TOLERANCE[self.q.dtype]
         self.steps.setdefault(name, Step(name, self.map, shipped, replay, dict(new.values()), tolerance))
 

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 from metattn.backends import triton as backend
+from metattn.backends.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
 GPU = GPUTarget("cuda", 90, 32)
@@ -126,17 +127,17 @@ def main() -> None:
         }
     read, label = 0, ""
 
-    def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def run(launch: Launch, *arguments: Any) -> None:
         nonlocal read
-        kernel.device_caches.clear()
+        launch.kernel.device_caches.clear()
         try:
-            kernel.warmup(*arguments, grid=(programs,), **constants)
+            launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.constants)
         except ReadError:
             read += 1
         except Exception as error:
             while error.__cause__ is not None:
                 error = error.__cause__  # type: ignore[assignment]
-            print(f"{label}: {kernel.fn.__name__}: {error}")
+            print(f"{label}: {launch.kernel.fn.__name__}: {error}")
 
     triton.runtime.driver.set_active(Driver())
     with (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import metattn
+from metattn import problem as problem_module
 from metattn.problem import Options, Packing, Problem, check_head_groups, dense, packed
 
 B, HQ, HKV, N, M, D, DV = 2, 4, 2, 3, 5, 8, 6
@@ -304,6 +305,40 @@ class TestPacked:
         with torch._subclasses.FakeTensorMode() as mode:
             fake = {n: mode.from_tensor(t) if isinstance(t, Tensor) else t for n, t in self.call().items()}
             assert metattn.varlen_attention(**fake).shape == (7, HQ, DV)
+
+    def test_values_that_were_read_are_not_read_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where reading waits for a GPU, until they change; another length is checked again."""
+        monkeypatch.setattr(problem_module, "_checked", problem_module._Checked(("cpu",)))
+        read: list[Tensor] = []
+        tolist = Tensor.tolist
+        monkeypatch.setattr(Tensor, "tolist", lambda t: read.append(t) or tolist(t))
+        cu = self.cu_q.clone()
+
+        def call(longest: int = 4) -> None:
+            packed(self.q, self.k, self.v, Packing(cu, self.cu_k, longest, 5), Options())
+
+        call()
+        call()
+        assert len(read) == 2
+        with pytest.raises(ValueError, match="max_seqlen_q"):
+            call(longest=1)
+        call()
+        assert len(read) == 3
+        cu[1] = 6
+        with pytest.raises(ValueError, match="no decreasing entry"):
+            call()
+        with torch.inference_mode():
+            cu = torch.tensor([0, 3, 3, 7])
+        call()
+        call()
+        assert len(read) == 6  # an inference tensor counts no changes
+
+    def test_values_on_a_cpu_are_always_read(self) -> None:
+        packing = Packing(self.cu_q.clone(), self.cu_k, 4, 5)
+        packed(self.q, self.k, self.v, packing, Options())
+        packing.cu_seqlens_q.numpy()[1] = 6  # which torch does not count
+        with pytest.raises(ValueError, match="no decreasing entry"):
+            packed(self.q, self.k, self.v, packing, Options())
 
     def test_dropout_has_a_row_for_each_sequence(self) -> None:
         packing = Packing(self.cu_q, self.cu_k, 4, 4)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import metattn
 from metattn.backends import available_backends, reference, triton
+from metattn.backends.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
 if available_backends()["triton"] is not None:
@@ -156,11 +157,11 @@ def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
     ours, launched = OnDevice(), []
     results = ours.forward(problem, primals, constants)
     first = ours.vjp(problem, primals, constants, results, do, dlse, needs)
-    launch = triton.run
+    start = triton.run
 
-    def run(kernel: Any, *arguments: Any, **options: Any) -> None:
-        launched.append(kernel.fn.__name__)
-        launch(kernel, *arguments, **options)
+    def run(launch: Launch, *arguments: Any) -> None:
+        launched.append(launch.kernel.fn.__name__)
+        start(launch, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "run", run)
@@ -192,11 +193,11 @@ def test_one_sweep_uses_the_gradient_as_it_was(change: str | None, monkeypatch: 
     generator = torch.Generator().manual_seed(0)
     q, k, v, do, *along = (torch.randn(1, 1, 70, 8, generator=generator) for _ in range(7))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    launched, launch = [], triton.run
+    launched, start = [], triton.run
 
-    def run(kernel: Any, *arguments: Any, **options: Any) -> None:
-        launched.append(kernel.fn.__name__)
-        launch(kernel, *arguments, **options)
+    def run(launch: Launch, *arguments: Any) -> None:
+        launched.append(launch.kernel.fn.__name__)
+        start(launch, *arguments)
 
     def second(backend: str) -> tuple[Tensor, ...]:
         o = metattn.attention(*leaves, backend=backend)

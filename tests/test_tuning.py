@@ -20,6 +20,7 @@ import torch
 import metattn
 from metattn import backends
 from metattn.backends import triton, tuned
+from metattn.backends.plans import Launch
 from metattn.cli import doctor
 from metattn.cli._measure import Timing
 
@@ -92,12 +93,12 @@ def few_rows_win(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     """Kernels and configurations in the order in which they are launched."""
     found: list[tuple[str, Config]] = []
-    launch = triton.run
+    start = triton.run
 
-    def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        tile = [constants.get(name) for name in ("ROWS", "KEYS", "num_warps", "num_stages")]
-        found.append((kernel.__name__, Config(*tile)))
-        launch(kernel, programs, *arguments, **constants)
+    def run(launch: Launch, *arguments: Any) -> None:
+        tile = [launch.constants.get(name) for name in ("ROWS", "KEYS", "num_warps", "num_stages")]
+        found.append((launch.kernel.__name__, Config(*tile)))
+        start(launch, *arguments)
 
     monkeypatch.setattr(triton, "run", run)
     return found
@@ -111,11 +112,11 @@ def call(length: int = 70) -> torch.Tensor:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, how: Callable[[Any, int], bool]) -> None:
     """how(call, rows) may raise, and tells whether a kernel shall be launched at all."""
-    launch = triton.run
+    start = triton.run
 
-    def run(kernel: Any, programs: int, of: Any, *rest: Any, **constants: Any) -> None:
-        if how(of, constants["ROWS"]):
-            launch(kernel, programs, of, *rest, **constants)
+    def run(launch: Launch, of: Any, *rest: Any) -> None:
+        if how(of, launch.constants["ROWS"]):
+            start(launch, of, *rest)
 
     monkeypatch.setattr(triton, "run", run)
 
@@ -300,13 +301,11 @@ def test_a_workload_is_freed_when_it_is_done_with() -> None:
 
 
 def test_wrong_results_never_win(monkeypatch: pytest.MonkeyPatch, few_rows_win: None, file: Path) -> None:
-    launch = triton.run
+    start = triton.run
 
-    def run(
-        kernel: Any, programs: int, of: Any, given: Any, wanted: Any, *rest: Any, **constants: Any
-    ) -> None:
-        launch(kernel, programs, of, given, wanted, *rest, **constants)
-        if constants["ROWS"] == 32:
+    def run(launch: Launch, of: Any, given: Any, wanted: Any, *rest: Any) -> None:
+        start(launch, of, given, wanted, *rest)
+        if launch.constants["ROWS"] == 32:
             wanted.o.ptr[0, 0, -1] += 0.1  # the last query alone
 
     monkeypatch.setattr(triton, "run", run)
@@ -616,9 +615,9 @@ def test_importing_leaves_triton_and_rich_alone() -> None:
 def test_a_later_process_uses_it(few_rows_win: None) -> None:
     metattn.tune(**QUICK)
     code = (
-        "import torch\nimport metattn\nfrom metattn.backends import triton\nlaunch = triton.run\n"
-        "def run(*arguments, **constants):\n"
-        "    print(constants['ROWS'], constants['KEYS'])\n    launch(*arguments, **constants)\n"
+        "import torch\nimport metattn\nfrom metattn.backends import triton\nstart = triton.run\n"
+        "def run(launch, *arguments):\n"
+        "    print(launch.constants['ROWS'], launch.constants['KEYS'])\n    start(launch, *arguments)\n"
         "triton.run = run\nq = torch.ones(1, 1, 70, 8)\nmetattn.attention(q, q, q, backend='triton')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

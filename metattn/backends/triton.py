@@ -1,7 +1,7 @@
 """The Triton backend: launches the kernels of metattn.kernels on CUDA and ROCm devices.
 
 Under TRITON_INTERPRET=1 the kernels run in Python on CPU tensors instead. No maths here: a call is turned
-into the kernels' arguments, outputs are allocated, kernels launched.
+into a plan of allocations and launches, and the plan is run; the next call that is alike finds it made.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metattn.backends import operators, tuned
 from metattn.backends.operators import ROUNDED, Needs
+from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
 from metattn.problem import Constants, Primals, Problem, Results
 
 try:
@@ -39,6 +40,9 @@ except Exception as error:  # a Triton that does not fit this torch or Python fa
 
 MOST_FEATURES = 256
 NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
+NO_RESULTS = None, None, None
+ALL: Needs = (True, True, True, True, True)
+PLANS = 1024  # plans are kept for so many different calls, those that were used last
 STATISTICS = 5  # fields of kernels.call.Statistics
 WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
 BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
@@ -114,32 +118,31 @@ def gpu(device: torch.device) -> tuned.Gpu:
     return tuned.Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
 
 
-def tuned_tiles(device: torch.device) -> Mapping[tuple[str, int, int], Config]:
-    """What metattn.tune saved for a GPU; kernels compiled for tensors without data get the shipped tiles."""
-    return {} if device.type == "meta" else tuned.table(gpu(device)).tiles
-
-
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the current device: the tensors' own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
-def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+def run(launch: Launch, *arguments: Any) -> None:
     """Every launch goes through here."""
-    kernel[(programs,)](*arguments, **constants)
+    launch(*arguments)
 
 
 # A call as kernels take it.
 
 
-def _view(t: Tensor | None, *, rows_of_all: bool = False) -> View | None:
+def _view(t: Tensor | None, *, rows_of_all: bool = False, broadcast: bool = False) -> View | None:
     """A tensor [B, H, rows[, columns]] or [B, H]; rows_of_all: packed, the rows of all sequences lie in
-    batch 0.
+    batch 0; broadcast: a dimension of size 1 stands for all.
     """
     if t is None:
         return None
-    t = t.resolve_neg()  # torch's own operators see to that bit; a pointer does not
-    batch, head, row, column = (*t.stride(), 0, 0)[:4]
+    strides = t.stride()
+    if broadcast and t.numel():
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(t.shape, strides, strict=True))
+    batch, head, row, column = (*strides, 0, 0)[:4]
     wide = 1 if max(abs(row), abs(column)) >= WIDE else None
     return View(t, 0 if rows_of_all else batch, head, row, column, wide)
 
@@ -150,37 +153,48 @@ def _reach(problem: Problem, most: int) -> tuple[int | None, int | None]:
     return left, 0 if problem.causal is not None else right
 
 
-def _broadcast(t: Tensor | None) -> Tensor | None:
-    """With stride 0 where a dimension of size 1 stands for all."""
-    if t is None or t.numel() == 0:
-        return t
-    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
-    return t.as_strided(t.shape, strides)
+class Setting(NamedTuple):
+    """What a plan depends on besides its call."""
+
+    device: torch.device
+    architecture: str
+    tf32: bool  # whether torch allows float32 products to be taken in TF32
+    tuned: tuned.Table | None  # what metattn.tune saved; kernels compiled without a GPU get the shipped tiles
 
 
-class _Launch:
-    """One call of a map: its views, sizes and configurations."""
+def setting(device: torch.device) -> Setting:
+    """What holds now for tensors on a device."""
+    row = architecture(device)
+    assert row is not None  # unsupported() said so
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Setting(device, row, tf32, None if device.type == "meta" else tuned.table(gpu(device)))
 
-    def __init__(self, problem: Problem, primals: Primals, constants: Constants) -> None:
+
+class Planner:
+    """Plans a call of a map, on tensors whose data it never reads: its views, sizes and configurations."""
+
+    def __init__(self, here: Setting, problem: Problem, primals: Primals, constants: Constants) -> None:
         q, k, v = primals.q, primals.k, primals.v
-        self.q, self.primals = q, primals
+        self.here, self.q, self.primals = here, q, primals
+        self.rooms: list[tuple[Tensor, bool]] = []
+        self.launches: list[tuple[Launch, tuple[Any, ...]]] = []
+        self.made: list[Made] = []
         self.packed = constants.cu_q is not None
         self.batch = constants.cu_q.shape[0] - 1 if constants.cu_q is not None else q.shape[0]
         self.heads, self.kv_heads = q.shape[1], k.shape[1]
         self.n = problem.max_q if self.packed else q.shape[2]
         self.m = problem.max_k if self.packed else k.shape[2]
         self.head, self.value = configs.parts(q.shape[3]), configs.parts(v.shape[3])
-        self.architecture = architecture(q.device)
         left, right = _reach(problem, self.n + self.m)
         rng = constants.rng
         self.call = Call(
             q=self.rows(q),
             k=self.rows(k),
             v=self.rows(v),
-            bias=_view(_broadcast(primals.bias)),
-            sinks=_view(_broadcast(primals.sinks)),
-            mask=_view(_broadcast(None if constants.mask is None else constants.mask.view(torch.uint8))),
-            slopes=_view(_broadcast(constants.slopes)),
+            bias=_view(primals.bias, broadcast=True),
+            sinks=_view(primals.sinks, broadcast=True),
+            mask=_view(constants.mask, broadcast=True),
+            slopes=_view(constants.slopes, broadcast=True),
             rng=None if rng is None else View(rng, rng.stride(0), 0, 0, rng.stride(1), None),
             cu_q=constants.cu_q,
             cu_k=constants.cu_k,
@@ -222,7 +236,7 @@ class _Launch:
         return Given(
             o=rows(o), o_lo=rows(o_lo), lse=rows(lse), do=rows(do), dlse=rows(dlse),
             a=rows(tangents.q), b=rows(tangents.k), c=rows(tangents.v),
-            beta=_view(_broadcast(tangents.bias)), sigma=_view(_broadcast(tangents.sinks)),
+            beta=_view(tangents.bias, broadcast=True), sigma=_view(tangents.sinks, broadcast=True),
             o_t=rows(o_t), o_t_lo=rows(o_t_lo), lse_t=rows(lse_t), dq=rows(dq), statistics=table,
         )  # fmt: skip
 
@@ -232,16 +246,37 @@ class _Launch:
                       dbias=_view(tensors.get("dbias")))  # fmt: skip
 
     def config(self, kernel: str) -> Config:
-        assert self.architecture is not None
-        features = max(self.head[0], self.value[0])
-        size, better = self.q.element_size(), tuned_tiles(self.q.device)
-        return configs.choose(self.architecture, kernel, features, size, self.n, self.m, better)
+        size, better = self.q.element_size(), {} if self.here.tuned is None else self.here.tuned.tiles
+        return configs.choose(self.here.architecture, kernel, self.features, size, self.n, self.m, better)
+
+    @property
+    def features(self) -> int:
+        return max(int(self.head[0]), int(self.value[0]))
 
     def precision(self) -> str:
         """How float32 products are taken: three TF32 ones unless torch allows one; AMD has no TF32 of use."""
-        if self.architecture in ("gfx9", "interpreter") or self.q.dtype in ROUNDED:
+        if self.here.architecture in ("gfx9", "interpreter") or self.q.dtype in ROUNDED:
             return "ieee"
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+        return "tf32" if self.here.tf32 else "tf32x3"
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.room(torch.empty(shape, dtype=dtype or self.q.dtype, device="meta"))
+
+    def empty_like(self, t: Tensor) -> Tensor:
+        return self.room(torch.empty_like(t, device="meta"))
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self.room(torch.empty(shape, dtype=dtype, device="meta"), zero=True)
+
+    def room(self, stand_in: Tensor, *, zero: bool = False) -> Tensor:
+        """Plans an allocation."""
+        self.rooms.append((stand_in, zero))
+        return stand_in
+
+    def make(self, source: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
+        """Plans what torch shall make of a tensor after the launches."""
+        self.made.append(Made(how(source), source, how))
+        return self.made[-1].result
 
     def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
         """A row pass, or a column pass, of all (sequence, head) pairs; whole: its one block has all keys."""
@@ -255,47 +290,45 @@ class _Launch:
         self.start(kernel, programs, config, *arguments, blocks)
 
     def start(self, kernel: Any, programs: int, config: Config, *arguments: Any, **constants: Any) -> None:
-        if programs == 0:
-            return
-        with on(self.q.device):
-            run(
-                kernel,
-                programs,
-                self.call,
-                *arguments,
-                **constants,
-                ROWS=config.rows,
-                KEYS=config.keys,
-                HEAD=self.head,
-                VALUE=self.value,
-                PRECISION=self.precision(),
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
+        constants |= {
+            "ROWS": config.rows,
+            "KEYS": config.keys,
+            "HEAD": self.head,
+            "VALUE": self.value,
+            "PRECISION": self.precision(),
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+        self.add(Launch(kernel, programs, constants), self.call, *arguments)
+
+    def add(self, launch: Launch, *arguments: Any) -> None:
+        """Plans a launch, if there is something to do."""
+        if launch.programs:
+            self.launches.append((launch, arguments))
 
     def empty_results(self) -> Results:
         """Room for o, lse and o_lo."""
         q = self.q
         width = self.primals.v.shape[3]
-        o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
-        o_lo = torch.empty_like(o, dtype=torch.bfloat16) if q.dtype in ROUNDED else None
-        return Results(o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo)
+        o = self.empty_like(q) if width == q.shape[3] else self.empty(*q.shape[:3], width)
+        low = None
+        if q.dtype in ROUNDED:
+            low = self.room(torch.empty_like(o, dtype=torch.bfloat16, device="meta"))
+        return Results(o, self.empty(*q.shape[:3], dtype=torch.float64), low)
 
     def is_whole(self, needs: Needs) -> bool:
         """Whether the few-sample path serves: one launch that finds every statistic itself."""
-        assert self.architecture is not None
         shared_bias = needs[3] and not self.own_entries
-        features = max(self.head[0], self.value[0])
-        itemsize = self.q.element_size()
-        return not shared_bias and configs.is_whole(self.architecture, features, itemsize, self.n, self.m)
+        size = self.q.element_size()
+        return not shared_bias and configs.is_whole(
+            self.here.architecture, self.features, size, self.n, self.m
+        )
 
     def takes_one_sweep(self, needs: Needs) -> bool:
         """Whether one row pass shall serve jvp and vjp_jvp: dQt is asked for, and no entry of dSt by itself,
         which needs τ and Dt at once.
         """
-        assert self.architecture is not None
-        features = max(self.head[0], self.value[0])
-        fits = configs.in_one_sweep(self.architecture, features, self.q.element_size())
+        fits = configs.in_one_sweep(self.here.architecture, self.features, self.q.element_size())
         return fits and needs[0] and not (needs[3] and self.own_entries)
 
     @property
@@ -318,15 +351,15 @@ class _Launch:
         gives that too.
         """
         q, k, v, bias, sinks = self.primals
-        dq = torch.empty_like(q) if needs[0] else None
-        dk = torch.empty_like(k) if needs[1] else None
-        dv = torch.empty_like(v) if needs[2] else None
+        dq = self.empty_like(q) if needs[0] else None
+        dk = self.empty_like(k) if needs[1] else None
+        dv = self.empty_like(v) if needs[2] else None
         dbias = shares = dsinks = None
         if needs[3] and bias is not None and self.own_entries:
             # blocks that position leaves out are never visited
-            dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+            dbias = self.zeros(bias.shape, bias.dtype)
         if needs[4]:
-            shares = q.new_empty(q.shape[:3], dtype=torch.float32)
+            shares = self.empty(*q.shape[:3], dtype=torch.float32)
         of_rows = {"dq": dq, "dbias": dbias, "dsinks": shares}
         if results_t is not None:
             of_rows |= results_t._asdict()
@@ -335,7 +368,7 @@ class _Launch:
                 kernels[1], given(None), self.wanted(dk=dk, dv=dv, **of_rows), of_keys=True, whole=True
             )
         else:
-            statistics = given(q.new_empty((STATISTICS, *q.shape[:3]), dtype=torch.float32))
+            statistics = given(self.empty(STATISTICS, *q.shape[:3], dtype=torch.float32))
             self.launch(kernels[0], statistics, self.wanted(**of_rows))
             if needs[1] or needs[2]:
                 self.launch(kernels[1], statistics, self.wanted(dk=dk, dv=dv), of_keys=True)
@@ -355,7 +388,7 @@ class _Launch:
         tiles_owned = math.prod(count for count, over in zip(counts, summed, strict=True) if not over)
         terms = math.prod(count for count, over in zip(counts, summed, strict=True) if over)
         pieces = max(1, min(terms, BIAS_PROGRAMS // max(1, tiles_owned)))
-        out = torch.zeros((pieces, *bias.shape), dtype=torch.float32, device=bias.device)
+        out = self.zeros((pieces, *bias.shape), torch.float32)
         self.start(
             bias_sums,
             pieces * tiles_owned if out.numel() else 0,
@@ -369,15 +402,14 @@ class _Launch:
             SUMMED=summed,
             TANGENT=given.lse_t is not None,
         )
-        return out.sum(0).to(bias.dtype)
+        return self.make(out, functools.partial(_sum_of_parts, dtype=bias.dtype))
 
     def sum_sinks(self, shares: Tensor, sinks: Tensor) -> Tensor:
-        out = torch.zeros(sinks.shape, dtype=torch.float32, device=sinks.device)
+        out = self.zeros(sinks.shape, torch.float32)
         batches = self.batch if sinks.shape[0] != self.batch else 1
-        if out.numel():
-            with on(self.q.device):
-                run(sink_sums, out.numel(), self.call, self.rows(shares), out, batches, STEP=256)
-        return out.to(sinks.dtype)
+        launch = Launch(sink_sums, out.numel(), {"STEP": 256})
+        self.add(launch, self.call, self.rows(shares), out, batches)
+        return self.make(out, functools.partial(_rounded, dtype=sinks.dtype))
 
     # The four maps.
 
@@ -431,6 +463,63 @@ class _Launch:
         return results_t, self.vjp_jvp(results, do, dlse, tangents, results_t, needs)
 
 
+def _sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts.sum(0).to(dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True)
+
+
+# Plans are made and run here. A call's tensors, in order: primals, constants, results, do, dlse, tangents,
+# their results, dq.
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan(map_: str, here: Setting, problem: Problem, needs: Needs, of: tuple[Like | None, ...]) -> Plan:
+    given = [stand_in(each) for each in of]
+    primals, constants, results = Primals(*given[:5]), Constants(*given[5:10]), Results(*given[10:13])  # type: ignore[arg-type]
+    do, dlse, tangents, results_t = given[13], given[14], Primals(*given[15:20]), Results(*given[20:23])  # type: ignore[arg-type]
+    planner = Planner(here, problem, primals, constants)
+    found: tuple[Any, ...]
+    if map_ == "forward":
+        found = (planner.forward(),)
+    elif map_ == "vjp":
+        found = (planner.vjp(results, do, dlse, needs),)
+    elif map_ == "jvp":
+        found = (planner.jvp(results, tangents),)
+    elif map_ == "vjp_jvp":
+        found = (planner.vjp_jvp(results, do, dlse, tangents, results_t, needs),)
+    else:
+        found = planner.double_backward(results, do, dlse, tangents, needs, given[23])
+    return Plan(given, planner.rooms, planner.launches, planner.made, found)
+
+
+def _launch(
+    map_: str,
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Sequence[Tensor | None] = NO_RESULTS,
+    do: Tensor | None = None,
+    dlse: Tensor | None = None,
+    tangents: Sequence[Tensor | None] = NONE5,
+    results_t: Sequence[Tensor | None] = NO_RESULTS,
+    dq: Tensor | None = None,
+    needs: Needs = ALL,
+) -> tuple[Any, ...]:
+    """Plans a map's call, or finds the plan of one that was alike, and runs it."""
+    if constants.mask is not None:
+        constants = constants._replace(mask=constants.mask.view(torch.uint8))
+    tensors = (*primals, *constants, *results, do, dlse, *tangents, *results_t, dq)
+    # torch's own operators see to the negative bit; a pointer does not
+    given = [None if t is None else t.resolve_neg() for t in tensors]
+    device = primals.q.device
+    plan = _plan(map_, setting(device), problem, needs, likes(given))
+    with on(device):
+        return plan.run(given, device, run)
+
+
 # The four maps as operators, for what cannot launch: torch.compile's tracer and tensors without data.
 
 _LIBRARY = torch.library.Library("metattn_triton", "FRAGMENT")
@@ -455,29 +544,30 @@ def _needs(bits: int) -> Needs:
 
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    return _tensors(_launch_of(arguments).forward(), arguments[0])
+    return _tensors(_launch("forward", *_call(arguments))[0], arguments[0])
 
 
 def _vjp_operator(*arguments: Any) -> tuple[Tensor, ...]:
     *results, do, dlse, bits = arguments[operators.CALL :]
-    return _tensors(_launch_of(arguments).vjp(Results(*results), do, dlse, _needs(bits)), arguments[0])
+    found = _launch("vjp", *_call(arguments), results, do, dlse, needs=_needs(bits))
+    return _tensors(found[0], arguments[0])
 
 
 def _jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
     tensors = arguments[operators.CALL :]
-    return _tensors(_launch_of(arguments).jvp(Results(*tensors[:3]), Primals(*tensors[3:])), arguments[0])
+    found = _launch("jvp", *_call(arguments), tensors[:3], tangents=tensors[3:])
+    return _tensors(found[0], arguments[0])
 
 
 def _vjp_jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, bits = arguments[operators.CALL :]
-    results, tangents, results_t = Results(*tensors[:3]), Primals(*tensors[5:10]), Results(*tensors[10:])
-    do, dlse = tensors[3:5]
-    found = _launch_of(arguments).vjp_jvp(results, do, dlse, tangents, results_t, _needs(bits))
-    return _tensors(found, arguments[0])
+    results, (do, dlse), tangents, results_t = tensors[:3], tensors[3:5], tensors[5:10], tensors[10:]
+    found = _launch("vjp_jvp", *_call(arguments), results, do, dlse, tangents, results_t, needs=_needs(bits))
+    return _tensors(found[0], arguments[0])
 
 
-def _launch_of(arguments: tuple[Any, ...]) -> _Launch:
-    return _Launch(*operators.unflatten("triton", arguments))
+def _call(arguments: tuple[Any, ...]) -> tuple[Problem, Primals, Constants]:
+    return operators.unflatten("triton", arguments)
 
 
 for _name, _implementation in (
@@ -499,7 +589,8 @@ def forward(problem: Problem, primals: Primals, constants: Constants) -> Results
     """o, lse, and what rounding o lost."""
     if _traced(primals.q):
         return _OPERATORS.forward(problem, primals, constants)
-    return _Launch(problem, primals, constants).forward()
+    results: Results = _launch("forward", problem, primals, constants)[0]
+    return results
 
 
 def vjp(
@@ -514,7 +605,8 @@ def vjp(
     """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
     if _traced(primals.q):
         return _OPERATORS.vjp(problem, primals, constants, results, do, dlse, needs)
-    return _Launch(problem, primals, constants).vjp(results, do, dlse, needs)
+    gradients: Primals = _launch("vjp", problem, primals, constants, results, do, dlse, needs=needs)[0]
+    return gradients
 
 
 def jvp(
@@ -523,7 +615,8 @@ def jvp(
     """The tangents of what forward gives."""
     if _traced(primals.q):
         return _OPERATORS.jvp(problem, primals, constants, results, tangents)
-    return _Launch(problem, primals, constants).jvp(results, tangents)
+    results_t: Results = _launch("jvp", problem, primals, constants, results, tangents=tangents)[0]
+    return results_t
 
 
 def vjp_jvp(
@@ -538,10 +631,11 @@ def vjp_jvp(
     needs: Needs,
 ) -> Primals:
     """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-    rest = results, do, dlse, tangents, results_t, needs
+    rest = results, do, dlse, tangents, results_t
     if _traced(primals.q):
-        return _OPERATORS.vjp_jvp(problem, primals, constants, *rest)
-    return _Launch(problem, primals, constants).vjp_jvp(*rest)
+        return _OPERATORS.vjp_jvp(problem, primals, constants, *rest, needs)
+    gradients: Primals = _launch("vjp_jvp", problem, primals, constants, *rest, needs=needs)[0]
+    return gradients
 
 
 def double_backward(
@@ -561,4 +655,6 @@ def double_backward(
     if _traced(primals.q):
         results_t = jvp(problem, primals, constants, results, tangents)
         return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
-    return _Launch(problem, primals, constants).double_backward(results, do, dlse, tangents, needs, dq)
+    given = problem, primals, constants, results, do, dlse, tangents
+    results_t, gradients = _launch("double_backward", *given, dq=dq, needs=needs)
+    return results_t, gradients

@@ -15,6 +15,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ class Winner(NamedTuple):
         return self.kernel, self.width, self.itemsize
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True, eq=False)  # plans are kept by the table that they were made with
+class Table:
     """The tuned tiles that are in use, and why there are none."""
 
     path: Path | None
