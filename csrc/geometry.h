@@ -3,12 +3,6 @@
 
 #include "params.h"
 
-#ifdef __CUDACC__
-#define METATTN_HD __host__ __device__ __forceinline__
-#else
-#define METATTN_HD inline
-#endif
-
 namespace metattn {
 
 // One sequence: where its rows and keys start in memory, and how many there are.

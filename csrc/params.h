@@ -5,6 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define METATTN_HD __host__ __device__ __forceinline__
+#else
+#define METATTN_HD inline
+#endif
+
 namespace metattn {
 
 enum class DType : int32_t { f64, f32, bf16, f16 };
@@ -15,7 +21,7 @@ struct View {
   char* data;
   DType dtype;
   int64_t stride[4];
-  explicit operator bool() const { return data != nullptr; }
+  METATTN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 // Bits of `needs`, in the order of the differentiable inputs.
@@ -80,6 +86,16 @@ struct Params {
   int64_t key_chunks;
   bool all_batches, all_heads;  // key sweeps: a unit walks every batch (head), so that it owns a broadcast bias gradient
   const int64_t* first_unit;    // row sweeps: [batch + 1] first unit of each sequence
+
+  // On a GPU (csrc/cuda): what a row pass tells a column pass and the sums after it, compute type
+  // [kStatistics, B, Hq, N]; over (field, seq, head), rows contiguous.
+  char* statistics;
+  int64_t statistics_stride[3];
+  int64_t bias_parts_stride;    // elements of grad_bias from one part of a sum to the next
+  bool own_bias;                // whether the bias is nowhere broadcast: a row pass stores its gradient
+  bool twice;                   // weights are multiplied in two parts: few keys average no rounding out
 };
+
+enum Statistic : int { kHigh, kLow, kD, kTau, kDt, kSinkShare, kStatistics };
 
 }  // namespace metattn

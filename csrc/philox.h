@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define METATTN_PHILOX_HD __host__ __device__ __forceinline__
-#else
-#define METATTN_PHILOX_HD inline
-#endif
+#include "params.h"
 
 namespace metattn {
 
@@ -16,7 +12,7 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-static METATTN_PHILOX_HD PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+static METATTN_HD PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;

@@ -1,0 +1,152 @@
+// What a kernel knows of the machine: its block, its warps and their lanes. The same kernels run on a GPU and, for
+// tests, emulated on a CPU: there one thread stands for a warp, and holds the registers of its 32 lanes.
+#pragma once
+
+#include "geometry.h"
+#include "params.h"
+
+#ifdef __CUDACC__
+#define METATTN_DEVICE __device__ __forceinline__
+#define METATTN_CALLED __device__ __noinline__
+#define METATTN_UNROLL _Pragma("unroll")
+#else
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#define METATTN_DEVICE inline
+#define METATTN_CALLED inline
+#define METATTN_UNROLL
+#endif
+
+namespace metattn::cuda {
+
+constexpr int kLanes = 32;
+#ifdef __CUDACC__
+constexpr int kSlots = 1;  // lanes that one thread stands for
+static METATTN_DEVICE int lane_of(int) { return static_cast<int>(threadIdx.x) % kLanes; }
+#else
+constexpr int kSlots = kLanes;
+static METATTN_DEVICE int lane_of(int slot) { return slot; }
+#endif
+
+// for each lane that this thread stands for
+#define METATTN_EACH_LANE(slot, lane)                                \
+  METATTN_UNROLL for (int slot = 0; slot < kSlots; ++slot)           \
+    if ([[maybe_unused]] const int lane = ::metattn::cuda::lane_of(slot); true)
+
+#ifdef __CUDACC__
+struct Block {
+  char* shared;
+  METATTN_DEVICE int64_t index() const { return blockIdx.x; }
+  METATTN_DEVICE int chunk() const { return static_cast<int>(blockIdx.y); }
+  METATTN_DEVICE int warp() const { return static_cast<int>(threadIdx.x) / kLanes; }
+  METATTN_DEVICE int warps() const { return static_cast<int>(blockDim.x) / kLanes; }
+  // Work that all threads share: each takes the pieces worker, worker + workers, …
+  METATTN_DEVICE int worker() const { return static_cast<int>(threadIdx.x); }
+  METATTN_DEVICE int workers() const { return static_cast<int>(blockDim.x); }
+  METATTN_DEVICE void sync() const { __syncthreads(); }
+  METATTN_DEVICE bool any(bool x) const { return __syncthreads_or(x); }
+};
+// Work that a warp shares: each lane takes the pieces first_lane, first_lane + lane_step, …
+static METATTN_DEVICE int first_lane() { return lane_of(0); }
+static METATTN_DEVICE int lane_step() { return kLanes; }
+template <class T>
+static METATTN_DEVICE T lane_sum(T x) {
+  METATTN_UNROLL for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+static METATTN_DEVICE void set_bits(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+#else
+struct Block {
+  char* shared;
+  int64_t block_index;
+  int block_chunk, warp_index, warp_count;
+  std::barrier<>* barrier;
+  std::atomic<int>* flags;  // three in turn, so that none is cleared while it is read
+  int turn = 0;
+  int64_t index() const { return block_index; }
+  int chunk() const { return block_chunk; }
+  int warp() const { return warp_index; }
+  int warps() const { return warp_count; }
+  int worker() const { return warp_index; }
+  int workers() const { return warp_count; }
+  void sync() { barrier->arrive_and_wait(); }
+  bool any(bool x) {
+    std::atomic<int>& flag = flags[turn];
+    turn = (turn + 1) % 3;
+    if (x) flag.store(1);
+    sync();
+    const bool found = flag.load();
+    if (warp_index == 0) flags[turn].store(0);
+    sync();
+    return found;
+  }
+};
+static inline int first_lane() { return 0; }
+static inline int lane_step() { return 1; }
+template <class T>
+static inline T lane_sum(T x) { return x; }
+static inline void set_bits(uint32_t* word, uint32_t bits) { std::atomic_ref<uint32_t>(*word).fetch_or(bits); }
+#endif
+
+// ---- a value for each of the two rows, lane / 4 and lane / 4 + 8, that a lane has of a warp's sixteen ----
+
+template <class T>
+struct Rows {
+  T x[kSlots][2];
+  static METATTN_DEVICE Rows filled(T value) {
+    Rows rows;
+    METATTN_EACH_LANE(slot, lane) rows.x[slot][0] = rows.x[slot][1] = value;
+    return rows;
+  }
+};
+
+// Row and column of element e of the 16 × 8 tile t that a lane holds: how tensor cores lay out their results.
+static METATTN_DEVICE int row_of(int lane, int e) { return lane / 4 + 8 * (e / 2); }
+static METATTN_DEVICE int column_of(int lane, int tile, int e) { return 8 * tile + 2 * (lane % 4) + e % 2; }
+
+// Sixteen rows of 8·Tiles columns, spread over a warp.
+template <class T, int Tiles>
+struct Fragment {
+  T x[kSlots][Tiles][4];
+
+  METATTN_DEVICE void fill(T value) {
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL for (int e = 0; e < 4; ++e) x[slot][t][e] = value;
+  }
+  // f(value, row, column, slot, tile, e)
+  template <class F>
+  METATTN_DEVICE void each(F f) {
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL for (int e = 0; e < 4; ++e)
+          f(x[slot][t][e], row_of(lane, e), column_of(lane, t, e), slot, t, e);
+  }
+  // Adds up rows, or takes their maximum, with what the four lanes of a row have.
+  template <class Join>
+  METATTN_DEVICE Rows<T> joined(T start, Join join) const {
+    Rows<T> rows = Rows<T>::filled(start);
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL for (int e = 0; e < 4; ++e)
+          rows.x[slot][e / 2] = join(rows.x[slot][e / 2], x[slot][t][e]);
+#ifdef __CUDACC__
+    METATTN_UNROLL for (int h = 0; h < 2; ++h)
+      METATTN_UNROLL for (int step = 1; step < 4; step *= 2)
+        rows.x[0][h] = join(rows.x[0][h], __shfl_xor_sync(0xffffffffu, rows.x[0][h], step));
+#else
+    for (int quad = 0; quad < kLanes; quad += 4)
+      for (int h = 0; h < 2; ++h) {
+        const T all = join(join(rows.x[quad][h], rows.x[quad + 1][h]), join(rows.x[quad + 2][h], rows.x[quad + 3][h]));
+        for (int lane = quad; lane < quad + 4; ++lane) rows.x[lane][h] = all;
+      }
+#endif
+    return rows;
+  }
+  METATTN_DEVICE Rows<T> row_sums() const {
+    return joined(T{0}, [](T a, T b) { return a + b; });
+  }
+};
+
+}  // namespace metattn::cuda

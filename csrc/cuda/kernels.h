@@ -1,0 +1,198 @@
+// The kernels of one dtype, and how each map starts them. Included by a file a dtype (bf16.cu, …), which nvcc compiles
+// for GPUs, and a C++ compiler for the emulation.
+#pragma once
+
+#ifndef __CUDACC__
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+#endif
+
+#include "cuda/keys.h"
+#include "cuda/launch.h"
+#include "cuda/sums.h"
+
+namespace metattn::cuda {
+namespace {
+
+constexpr int kMostWarps = 4;
+constexpr const char* kTooWide = "a head of this size does not fit the shared memory of this GPU";
+
+template <class Pass>
+size_t shared_bytes(const Params& p, int warps) {
+  Pieces pieces{nullptr};
+  Pass(p, warps, pieces);
+  return pieces.used;
+}
+
+// Warps of a block: as many as shared memory holds, and rows need; 0 where one is too many.
+template <class Pass>
+int warps_for(const Params& p, const Gpu& gpu, int64_t rows) {
+  int warps = kMostWarps;
+  while (warps > 0 && shared_bytes<Pass>(p, warps) > gpu.shared_memory) warps /= 2;
+  while (warps > 1 && kWarpRows * (warps / 2) >= rows) warps /= 2;
+  return warps;
+}
+
+#ifdef __CUDACC__
+
+template <class Pass>
+__global__ void __launch_bounds__(kLanes* kMostWarps) pass_kernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char memory[];
+  Block block{memory};
+  Pieces pieces{memory};
+  Pass(p, block.warps(), pieces).run(p, block);
+}
+template <class T>
+__global__ void sum_parts_kernel(const __grid_constant__ Params p) {
+  sum_parts<T>(p, static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
+               static_cast<int64_t>(gridDim.x) * blockDim.x);
+}
+template <class T>
+__global__ void sum_sinks_kernel(const __grid_constant__ Params p) {
+  sum_sinks<T>(p, blockIdx.x);
+}
+
+const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class Pass>
+const char* start(const Params& p, const Gpu& gpu, int warps, int64_t blocks, int64_t chunks) {
+  const size_t bytes = shared_bytes<Pass>(p, warps);
+  if (bytes > 48 * 1024)
+    cudaFuncSetAttribute(pass_kernel<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
+  pass_kernel<Pass><<<grid, kLanes * warps, bytes, static_cast<cudaStream_t>(gpu.stream)>>>(p);
+  return last_error();
+}
+template <class T>
+const char* start_sum_parts(const Params& p, const Gpu& gpu) {
+  const int64_t blocks = smaller((p.bias_parts_stride + 255) / 256, 4096);
+  sum_parts_kernel<T><<<static_cast<unsigned>(blocks), 256, 0, static_cast<cudaStream_t>(gpu.stream)>>>(p);
+  return last_error();
+}
+template <class T>
+const char* start_sum_sinks(const Params& p, const Gpu& gpu, int64_t slots) {
+  sum_sinks_kernel<T><<<static_cast<unsigned>(slots), kLanes, 0, static_cast<cudaStream_t>(gpu.stream)>>>(p);
+  return last_error();
+}
+
+#else
+
+// A thread a warp; shared memory holds NaN at first, as it may on a GPU.
+template <class Pass>
+const char* start(const Params& p, const Gpu&, int warps, int64_t blocks, int64_t chunks) {
+  const size_t bytes = shared_bytes<Pass>(p, warps);
+  const std::unique_ptr<char, void (*)(void*)> memory(
+      static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 64)))), std::free);
+  std::barrier<> barrier(warps);
+  std::atomic<int> flags[3]{};
+  const auto run_warp = [&](int warp) {
+    for (int64_t index = 0; index < blocks * chunks; ++index) {
+      if (warp == 0) memset(memory.get(), 0xff, bytes);
+      barrier.arrive_and_wait();
+      Block block{memory.get(), index / chunks, static_cast<int>(index % chunks), warp, warps, &barrier, flags};
+      Pieces pieces{memory.get()};
+      Pass(p, warps, pieces).run(p, block);
+      barrier.arrive_and_wait();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int warp = 1; warp < warps; ++warp) threads.emplace_back(run_warp, warp);
+  run_warp(0);
+  for (std::thread& thread : threads) thread.join();
+  return nullptr;
+}
+template <class T>
+const char* start_sum_parts(const Params& p, const Gpu&) {
+  sum_parts<T>(p, 0, 1);
+  return nullptr;
+}
+template <class T>
+const char* start_sum_sinks(const Params& p, const Gpu&, int64_t slots) {
+  for (int64_t slot = 0; slot < slots; ++slot) sum_sinks<T>(p, slot);
+  return nullptr;
+}
+
+#endif
+
+// A pass over `length` rows of each of `pairs`.
+template <class Pass>
+const char* start_pass(const Params& p, const Gpu& gpu, int64_t pairs, int64_t length, int64_t chunks) {
+  const int warps = warps_for<Pass>(p, gpu, length);
+  if (warps == 0) return kTooWide;
+  const int64_t rows = kWarpRows * warps, blocks = pairs * ((length + rows - 1) / rows);
+  if (blocks >= int64_t{1} << 31) return "more blocks than a GPU takes in one launch";
+  return blocks == 0 || chunks == 0 ? nullptr : start<Pass>(p, gpu, warps, blocks, chunks);
+}
+
+template <class S, int Tiles, bool Second>
+const char* start_bias_sums(const Params& p, const Gpu& gpu) {
+  using Sums = BiasSums<S, Tiles, Second>;
+  const int warps = warps_for<Sums>(p, gpu, p.n);
+  if (warps == 0) return kTooWide;
+  const int64_t rows = kWarpRows * warps;
+  int64_t blocks = p.grad_bias_parts;
+  const int64_t counts[4] = {p.batch, p.heads, (p.n + rows - 1) / rows, (p.m + Sums::kKeys - 1) / Sums::kKeys};
+  for (int dim = 0; dim < 4; ++dim)
+    if (p.grad_bias_stride[dim + 1] != 0) blocks *= counts[dim];
+  if (blocks >= int64_t{1} << 31) return "more blocks than a GPU takes in one launch";
+  const char* error = blocks == 0 ? nullptr : start<Sums>(p, gpu, warps, blocks, 1);
+  return error != nullptr || p.bias_parts_stride == 0 ? error : start_sum_parts<Compute<S>>(p, gpu);
+}
+
+template <class S, int Columns, int Tiles, bool Full, bool Second>
+const char* start_gradients(const Params& p, const Gpu& gpu, int64_t chunks) {
+  const char* error = start_pass<GradientRows<S, Columns, Tiles, Full, Second>>(
+      p, gpu, p.batch * p.heads, p.n, p.grad_q ? larger(1, chunks) : 1);
+  if (error == nullptr && (p.grad_k || p.grad_v))
+    error = start_pass<GradientKeys<S, Columns, Tiles, Full, Second>>(p, gpu, p.batch * p.kv_heads, p.m, chunks);
+  return error;
+}
+
+template <class S, int Columns, int Tiles, bool Full>
+const char* start_map(Map map, const Params& p, const Gpu& gpu) {
+  const auto chunks = [](int64_t width) { return (width + 8 * Columns - 1) / (8 * Columns); };
+  const int64_t pairs = p.batch * p.heads, of_values = larger(1, chunks(p.dv));
+  switch (map) {
+    case Map::forward: return start_pass<ForwardRows<S, Columns, Tiles, Full>>(p, gpu, pairs, p.n, of_values);
+    case Map::jvp: return start_pass<JvpRows<S, Columns, Tiles, Full>>(p, gpu, pairs, p.n, of_values);
+    case Map::vjp: return start_gradients<S, Columns, Tiles, Full, false>(p, gpu, chunks(larger(p.d, p.dv)));
+    default: return start_gradients<S, Columns, Tiles, Full, true>(p, gpu, chunks(larger(p.d, p.dv)));
+  }
+}
+
+static bool is_full(const Params& p) {
+  return p.softcap != 0 || p.bias || p.slopes || p.mask || p.rng != nullptr;
+}
+
+// What follows a map's passes: sums over what a bias is broadcast over, and over rows for the sinks.
+template <class S, int Tiles>
+const char* start_sums(Map map, const Params& p, const Gpu& gpu) {
+  const char* error = nullptr;
+  if (map != Map::vjp && map != Map::vjp_jvp) return error;
+  if (p.grad_bias != nullptr && !p.own_bias)
+    error = map == Map::vjp ? start_bias_sums<S, Tiles, false>(p, gpu) : start_bias_sums<S, Tiles, true>(p, gpu);
+  if (error == nullptr && p.grad_sinks != nullptr && p.sinks_batch * p.heads > 0)
+    error = start_sum_sinks<Compute<S>>(p, gpu, p.sinks_batch * p.heads);
+  return error;
+}
+
+// Two-byte floats. With options, and heads past 128 features, in smaller tiles: of registers and shared memory there
+// is no more, and every shape of tile costs minutes to compile.
+template <class S>
+const char* run_two_bytes(Map map, const Params& p, const Gpu& gpu) {
+  const int64_t width = larger(p.d, p.dv);
+  const char* error = is_full(p)      ? start_map<S, 8, 2, true>(map, p, gpu)
+                      : width <= 32   ? start_map<S, 4, 4, false>(map, p, gpu)
+                      : width <= 64   ? start_map<S, 8, 4, false>(map, p, gpu)
+                      : width <= 128  ? start_map<S, 16, 4, false>(map, p, gpu)
+                                      : start_map<S, 8, 2, false>(map, p, gpu);
+  return error != nullptr ? error : start_sums<S, 2>(map, p, gpu);
+}
+
+}  // namespace
+}  // namespace metattn::cuda

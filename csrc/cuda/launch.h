@@ -1,0 +1,24 @@
+// How the four maps' kernels are started: on a GPU's stream, or emulated.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+
+namespace metattn::cuda {
+
+// What a launch needs to know of a GPU.
+struct Gpu {
+  size_t shared_memory;  // bytes that one block may have
+  void* stream;          // a cudaStream_t
+};
+
+enum class Map { forward, vjp, jvp, vjp_jvp };
+
+// Start a map's kernels for q, k and v of one dtype. Null, or why they do not run.
+const char* run_bf16(Map map, const Params& p, const Gpu& gpu);
+const char* run_f16(Map map, const Params& p, const Gpu& gpu);
+const char* run_f32(Map map, const Params& p, const Gpu& gpu);
+const char* run_f64(Map map, const Params& p, const Gpu& gpu);
+
+}  // namespace metattn::cuda

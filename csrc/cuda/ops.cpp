@@ -1,0 +1,160 @@
+// The operators metattn::{forward, vjp, jvp, vjp_jvp} on a GPU. With METATTN_EMULATED: metattn_emulated::…, the same
+// kernels on CPU tensors, for tests.
+#ifndef METATTN_EMULATED
+#define METATTN_ON_GPU
+#endif
+#include "call.h"
+#include "cuda/launch.h"
+
+#ifdef METATTN_ON_GPU
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace {
+
+using metattn::cuda::Gpu;
+using metattn::cuda::Map;
+
+constexpr int64_t kBiasBlocks = 512;  // a sum over fewer tiles than this is cut into parts
+constexpr int64_t kFewKeys = 128;     // up to so many, weights are multiplied in two parts
+
+#ifdef METATTN_ON_GPU
+Gpu gpu_of(const Tensor& q) {
+  int bytes = 0;
+  STD_TORCH_CHECK(
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, q.get_device_index()) == cudaSuccess,
+      "metattn: the GPU does not say how much shared memory it has");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  return {static_cast<size_t>(bytes), stream};
+}
+using Guard = torch::stable::accelerator::DeviceGuard;
+#else
+size_t emulated_shared_memory = 99 * 1024;
+Gpu gpu_of(const Tensor&) { return {emulated_shared_memory, nullptr}; }
+struct Guard {
+  explicit Guard(int32_t) {}
+};
+#endif
+
+void run(Map map, Call& call) {
+  Params& p = call.p;
+  p.twice = p.m <= kFewKeys;
+  const Gpu gpu = gpu_of(call.q);
+  const char* error = nullptr;
+  switch (p.q.dtype) {
+    case DType::bf16: error = metattn::cuda::run_bf16(map, p, gpu); break;
+    case DType::f16: error = metattn::cuda::run_f16(map, p, gpu); break;
+    case DType::f32: error = metattn::cuda::run_f32(map, p, gpu); break;
+    case DType::f64: error = metattn::cuda::run_f64(map, p, gpu); break;
+  }
+  STD_TORCH_CHECK(error == nullptr, "metattn: ", error);
+}
+
+int32_t device_of(const Tensor& q) { return q.is_cpu() ? 0 : q.get_device_index(); }
+
+Results forward(METATTN_PROBLEM_ARGUMENTS) {
+  const Guard guard(device_of(q));
+  Call call = make_call(METATTN_PROBLEM_NAMES);
+  Results results = new_results(call);
+  run(Map::forward, call);
+  return results;
+}
+
+Results jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe t_q, Maybe t_k, Maybe t_v, Maybe t_bias,
+            Maybe t_sinks) {
+  const Guard guard(device_of(q));
+  Call call = make_call(METATTN_PROBLEM_NAMES);
+  set_results(call, o, lse, o_lo);
+  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
+  Results results = new_results(call);
+  run(Map::jvp, call);
+  return results;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// In how many parts a broadcast bias' gradient is summed: by shapes alone.
+int64_t bias_parts(const Params& p) {
+  const int64_t counts[4] = {p.batch, p.heads, ceil_div(p.n, 64), ceil_div(p.m, 32)};
+  int64_t owned = 1, terms = 1;
+  for (int dim = 0; dim < 4; ++dim) (p.grad_bias_stride[dim + 1] == 0 ? terms : owned) *= counts[dim];
+  const int64_t wanted = kBiasBlocks / (owned > 0 ? owned : 1);
+  const int64_t parts = wanted < terms ? wanted : terms;
+  return parts > 0 ? parts : 1;
+}
+
+Gradients run_gradients(Map map, Call& call, int64_t needs) {
+  Params& p = call.p;
+  const NewGradients made = new_gradients(call, needs);
+  const ScalarType compute = call.compute_type();
+  Tensor grad_bias = call.nothing(), grad_sinks = call.nothing(), bias_parts_tensor = call.nothing();
+  const Tensor statistics = torch::stable::new_empty(
+      call.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, compute);
+  p.statistics = static_cast<char*>(statistics.data_ptr());
+  p.statistics_stride[2] = call.rows;
+  p.statistics_stride[1] = call.packed ? 0 : p.heads * call.rows;
+  p.statistics_stride[0] = call.leading * p.heads * call.rows;
+  if (needs & metattn::kNeedBias) {
+    const Tensor& bias = *call.bias;
+    // blocks that position leaves out are never visited
+    grad_bias = torch::stable::new_zeros(bias, {bias.size(0), bias.size(1), bias.size(2), bias.size(3)});
+    p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
+    p.own_bias = bias.size(0) == p.batch && bias.size(1) == p.heads && bias.size(2) == call.mask_rows &&
+                 bias.size(3) == call.mask_keys;
+    int64_t step = 1;
+    for (int dim = 3; dim >= 0; --dim) {
+      p.bias_size[dim] = bias.size(dim);
+      p.grad_bias_stride[dim + 1] = bias.size(dim) == 1 ? 0 : step;
+      step *= bias.size(dim);
+    }
+    p.bias_parts_stride = step;
+    if (p.own_bias) {
+      p.grad_bias = p.grad_bias_out.data;
+    } else {
+      p.grad_bias_parts = bias_parts(p);
+      bias_parts_tensor = torch::stable::new_zeros(bias, {p.grad_bias_parts, step}, compute);
+      p.grad_bias = static_cast<char*>(bias_parts_tensor.data_ptr());
+    }
+  }
+  if (needs & metattn::kNeedSinks) {
+    p.sinks_batch = call.sinks->size(0);
+    grad_sinks = torch::stable::new_zeros(*call.sinks, {p.sinks_batch, p.heads});
+    p.grad_sinks = static_cast<char*>(grad_sinks.data_ptr());
+  }
+  run(map, call);
+  return {made.q, made.k, made.v, grad_bias, grad_sinks};
+}
+
+Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs) {
+  const Guard guard(device_of(q));
+  Call call = make_call(METATTN_PROBLEM_NAMES);
+  set_first_order(call, o, lse, o_lo, d_o, d_lse);
+  return run_gradients(Map::vjp, call, needs);
+}
+
+Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
+                  Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, Maybe o_t_lo,
+                  int64_t needs) {
+  const Guard guard(device_of(q));
+  Call call = make_call(METATTN_PROBLEM_NAMES);
+  set_first_order(call, o, lse, o_lo, d_o, d_lse);
+  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
+  set_tangent_results(call, o_t, lse_t, o_t_lo);
+  return run_gradients(Map::vjp_jvp, call, needs);
+}
+
+}  // namespace
+
+#ifdef METATTN_ON_GPU
+// the schemas are the CPU library's
+STABLE_TORCH_LIBRARY_IMPL(metattn, CUDA, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+#else
+extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(size_t bytes) {
+  emulated_shared_memory = bytes;
+}
+STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
+STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+#endif

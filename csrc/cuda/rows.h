@@ -1,0 +1,365 @@
+// Row passes: a block owns queries and visits the keys that they attend to. forward, jvp, and of the gradients dQ, the
+// entries of a bias' own gradient, the sinks' shares and the row statistics.
+#pragma once
+
+#include "cuda/derivatives.h"
+
+namespace metattn::cuda {
+
+// Where a block of queries is; whether it has any.
+static METATTN_DEVICE bool place_rows(const Params& p, const Block& block, Place& place, int64_t& row0) {
+  const int64_t rows = kWarpRows * block.warps(), blocks = (p.n + rows - 1) / rows;
+  const int64_t pair = block.index() / blocks;
+  place.seq = pair / p.heads;
+  place.head = pair % p.heads;
+  place.kv_head = place.head / (p.heads / p.kv_heads);
+  place.s = sequence(p, place.seq);
+  row0 = (blocks - 1 - block.index() % blocks) * rows;  // the last have the most keys under a causal mask: first
+  return row0 < place.s.n;
+}
+
+// The keys that rows [row0, row0 + rows) attend to.
+static METATTN_DEVICE Range keys_of_rows(const Params& p, const Place& place, int64_t row0, int64_t rows) {
+  const int64_t last = smaller(row0 + rows, place.s.n) - 1;
+  return {attended_keys(p, place.s, row0).lo, attended_keys(p, place.s, last).hi};
+}
+
+// Tiles of keys, values and their tangents, in shared memory.
+template <class S, int Tiles>
+struct KeyTiles {
+  Tile<S> k, b, v, c;
+  uint32_t* seen;
+
+  static METATTN_HD KeyTiles take(Pieces& pieces, const Params& p, int ld, bool with_v, bool tangents) {
+    KeyTiles tiles;
+    tiles.k = pieces.tile<S>(true, 8 * Tiles, ld);
+    tiles.b = pieces.tile<S>(tangents && p.t_k, 8 * Tiles, ld);
+    tiles.v = pieces.tile<S>(with_v, 8 * Tiles, ld);
+    tiles.c = pieces.tile<S>(tangents && with_v && p.t_v, 8 * Tiles, ld);
+    tiles.seen = pieces.take<uint32_t>(2);
+    return tiles;
+  }
+  // Loads the keys [key0, …) of [range.lo, range.hi); whether unseen ones must be cleared.
+  template <bool Full>
+  METATTN_DEVICE bool load(Block& block, const Params& p, const Place& place, Range range, int64_t key0) const {
+    const auto none = [](int) { return false; };
+    const int64_t first = place.s.k0;
+    const auto one = [&](Tile<S> tile, const View& view, int64_t width) {
+      const int64_t base = offset_of(view, place.seq, place.kv_head, first);
+      return load_tile(block, tile, 8 * Tiles, view, base, key0, range.lo, range.hi, width, none);
+    };
+    block.sync();  // what was here before is no longer read
+    bool met = one(k, p.k, p.d);
+    met |= one(b, p.t_k, p.d);
+    met |= one(v, p.v, p.dv);
+    met |= one(c, p.t_v, p.dv);
+    if (Full && (p.mask || p.bias)) return block.any(met);
+    block.sync();
+    return false;
+  }
+};
+
+// Tiles of queries and what is shaped like them.
+template <class S>
+struct QueryTiles {
+  Tile<S> q, a, d_o;
+
+  static METATTN_HD QueryTiles take(Pieces& pieces, const Params& p, int rows, int ld, bool with_d_o,
+                                        bool tangents) {
+    QueryTiles tiles;
+    tiles.q = pieces.tile<S>(true, rows, ld);
+    tiles.a = pieces.tile<S>(tangents && p.t_q, rows, ld);
+    tiles.d_o = pieces.tile<S>(with_d_o && p.d_o, rows, ld);
+    return tiles;
+  }
+  template <class Skip>
+  METATTN_DEVICE void load(const Block& block, const Params& p, const Place& place, int64_t row0, int rows,
+                           Skip skip) const {
+    const auto one = [&](Tile<S> tile, const View& view, int64_t width) {
+      const int64_t base = offset_of(view, place.seq, place.head, place.s.q0);
+      load_tile(block, tile, rows, view, base, row0, 0, place.s.n, width, skip);
+    };
+    one(q, p.q, p.d);
+    one(a, p.t_q, p.d);
+    one(d_o, p.d_o, p.dv);
+  }
+};
+
+static METATTN_DEVICE int depth_of(int64_t width) { return static_cast<int>(round_up(width, 16)); }
+
+// ---- forward: O = (P∘Z)V and L = logsumexp(S), by the online softmax ----
+
+template <class S, int Columns, int Tiles, bool Full>
+struct ForwardRows {
+  static constexpr int kTiles = 2 * Tiles;
+  using T = Compute<S>;
+  Tile<S> q;
+  KeyTiles<S, kTiles> keys;
+
+  METATTN_HD ForwardRows(const Params& p, int warps, Pieces& pieces) {
+    const int ld = leading<S>(p, 8 * Columns);
+    q = pieces.tile<S>(true, kWarpRows * warps, ld);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, true, false);
+  }
+
+  METATTN_DEVICE void run(const Params& p, Block& block) const {
+    Place place;
+    int64_t row0;
+    if (!place_rows(p, block, place, row0)) return;
+    const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
+    load_tile(block, q, rows, p.q, offset_of(p.q, place.seq, place.head, place.s.q0), row0, 0, place.s.n, p.d,
+              [](int) { return false; });
+    const T sink = p.sinks ? per_head<T>(p.sinks, place) : -kInfinity<T>;
+    Rows<T> top = Rows<T>::filled(sink), total = Rows<T>::filled(sink == -kInfinity<T> ? 0 : 1);
+    Fragment<T, Columns> acc;
+    acc.fill(0);
+    const int first = 8 * Columns * block.chunk();
+    const Range range = keys_of_rows(p, place, row0, rows);
+    for (int64_t key0 = range.lo / (8 * kTiles) * (8 * kTiles); key0 < range.hi; key0 += 8 * kTiles) {
+      const bool unclean = keys.template load<Full>(block, p, place, range, key0);
+      const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
+      Fragment<T, kTiles> s, bend;
+      s.fill(0);
+      add_scores(s, q, warp_row, keys.k, depth_of(p.d));
+      finish_scores<Full>(window, s, bend);
+      if (unclean) clear_unseen(block, keys.seen, s, {keys.v});
+      const Kept<kTiles> kept = dropout<Full, false, kTiles>(window);
+      const Rows<T> highest = s.joined(-kInfinity<T>, [](T a, T b) { return a > b ? a : b; });
+      Rows<T> shift, decay;
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+          // a NaN among the scores is no highest, and comes out of the sum
+          const T now = larger_of(top.x[slot][h], highest.x[slot][h]);
+          shift.x[slot][h] = now == -kInfinity<T> ? 0 : now;
+          decay.x[slot][h] = exponential(top.x[slot][h] - shift.x[slot][h]);
+          top.x[slot][h] = now;
+        }
+      s.each([&](T& value, int, int, int slot, int, int e) { value = exponential(value - shift.x[slot][e / 2]); });
+      const Rows<T> sums = s.row_sums();
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h)
+          total.x[slot][h] = total.x[slot][h] * decay.x[slot][h] + sums.x[slot][h];
+      if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
+      acc.each([&](T& value, int, int, int slot, int, int e) { value *= decay.x[slot][e / 2]; });
+      add_weighted(acc, s, keys.v, first, p.twice);
+    }
+    // a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see
+    acc.each([&](T& value, int, int, int slot, int, int e) {
+      value = total.x[slot][e / 2] == 0 ? 0 : value / total.x[slot][e / 2];
+    });
+    const int64_t mine = row0 + warp_row;
+    store_rows_in_two<S>(p.out_o, p.out_o_lo, offset_of(p.out_o, place.seq, place.head, place.s.q0),
+                      offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
+    if (block.chunk() != 0) return;
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        const int64_t i = mine + lane / 4 + 8 * h;
+        if (lane % 4 == 0 && i < place.s.n)
+          *double_at(p.out_lse, place.seq, place.head, place.s.q0 + i) =
+              join_lse<T>(top.x[slot][h], log(static_cast<double>(total.x[slot][h])));
+      }
+  }
+  static METATTN_DEVICE T larger_of(T a, T b) { return a > b ? a : b; }
+};
+
+// ---- jvp: Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O and τ, for any t ----
+
+// With t = 0 the terms cancel where a sharply peaked row has large T: a block with a row that lost more than this is
+// swept once more, with t = τ of the first sweep.
+constexpr float kCancellation = 16;
+
+template <class S, int Columns, int Tiles, bool Full>
+struct JvpRows {
+  static constexpr int kTiles = Tiles;
+  using T = Compute<S>;
+  QueryTiles<S> queries;
+  KeyTiles<S, kTiles> keys;
+  Statistics<T> known;
+
+  METATTN_HD JvpRows(const Params& p, int warps, Pieces& pieces) {
+    const int ld = leading<S>(p, 8 * Columns);
+    queries = QueryTiles<S>::take(pieces, p, kWarpRows * warps, ld, false, true);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, true, true);
+    known = Statistics<T>::take(pieces, kWarpRows * warps);
+  }
+
+  METATTN_DEVICE void run(const Params& p, Block& block) const {
+    Place place;
+    int64_t row0;
+    if (!place_rows(p, block, place, row0)) return;
+    const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
+    for (int r = block.worker(); r < rows; r += block.workers()) {
+      SplitLse<T> lse{kInfinity<T>, 0};
+      if (row0 + r < place.s.n) lse = known_lse<T>(p, place, row0 + r);
+      known.high[r] = lse.high;
+      known.low[r] = lse.low;
+    }
+    block.sync();
+    queries.load(block, p, place, row0, rows,
+                 [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); });
+    const bool has_scores = p.t_q || p.t_k || p.t_bias;
+    const int first = 8 * Columns * block.chunk();
+    const int64_t mine = row0 + warp_row;
+    Rows<T> base = Rows<T>::filled(0);
+    for (int sweep = 0; sweep < 2; ++sweep) {
+      Fragment<T, Columns> acc;
+      Rows<T> excess = Rows<T>::filled(0);
+      acc.fill(0);
+      const Range range = keys_of_rows(p, place, row0, rows);
+      for (int64_t key0 = range.lo / (8 * kTiles) * (8 * kTiles); key0 < range.hi; key0 += 8 * kTiles)
+        visit(p, block, place, row0, range, key0, has_scores, first, base, excess, acc);
+      if (p.sinks) {
+        const T sigma = p.t_sinks ? per_head<T>(p.t_sinks, place) : 0;
+        METATTN_EACH_LANE(slot, lane)
+          METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+            const int r = warp_row + lane / 4 + 8 * h;
+            if (!known.idle(r))
+              excess.x[slot][h] += sink_probability(p, place, known.high[r], known.low[r]) * (sigma - base.x[slot][h]);
+          }
+      }
+      const bool lossy = finish(p, place, mine, warp_row, first, excess, acc);
+      store_rows_in_two<S>(p.out_o, p.out_o_lo, offset_of(p.out_o, place.seq, place.head, place.s.q0),
+                        offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+          const int r = lane / 4 + 8 * h;
+          const bool idle = known.idle(warp_row + r);
+          if (block.chunk() == 0 && lane % 4 == 0 && mine + r < place.s.n)
+            *double_at(p.out_lse, place.seq, place.head, place.s.q0 + mine + r) =
+                idle ? 0 : static_cast<double>(base.x[slot][h]) + static_cast<double>(excess.x[slot][h]);
+          base.x[slot][h] = idle ? 0 : excess.x[slot][h];
+        }
+      if (!block.any(lossy && has_scores)) return;
+    }
+  }
+
+  METATTN_DEVICE void visit(const Params& p, Block& block, const Place& place, int64_t row0, Range range, int64_t key0,
+                            bool has_scores, int first, const Rows<T>& base, Rows<T>& excess,
+                            Fragment<T, Columns>& acc) const {
+    const int warp_row = kWarpRows * block.warp();
+    const bool unclean = keys.template load<Full>(block, p, place, range, key0);
+    const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
+    Fragment<T, kTiles> s, bend, t;
+    s.fill(0);
+    t.fill(0);
+    add_scores(s, queries.q, warp_row, keys.k, depth_of(p.d));
+    finish_scores<Full>(window, s, bend);
+    if (unclean) clear_unseen(block, keys.seen, s, {keys.v, keys.c});
+    const Kept<kTiles> kept = dropout<Full, false, kTiles>(window);
+    add_scores(t, queries.a, warp_row, keys.k, depth_of(p.d));
+    add_scores(t, queries.q, warp_row, keys.b, depth_of(p.d));
+    s.each([&](T& value, int r, int c, int slot, int tile, int e) {
+      const T score = value, weight = probability(score, known.high[warp_row + r], known.low[warp_row + r]);
+      T tangent = score_tangent<Full>(window, score, t.x[slot][tile][e], bend.x[slot][tile][e], r, c);
+      tangent = score == -kInfinity<T> ? 0 : weight * (tangent - base.x[slot][e / 2]);
+      value = weight;
+      t.x[slot][tile][e] = tangent;
+    });
+    if (has_scores) {
+      const Rows<T> sums = t.row_sums();
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h) excess.x[slot][h] += sums.x[slot][h];
+      if (Full && p.rng != nullptr) apply_dropout(p, kept, t);
+      add_weighted(acc, t, keys.v, first, p.twice);
+    }
+    if (keys.c) {
+      if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
+      add_weighted(acc, s, keys.c, first, p.twice);
+    }
+  }
+
+  // Ot of each row in acc, 0 where nothing is attended. Whether too many digits were lost.
+  METATTN_DEVICE bool finish(const Params& p, const Place& place, int64_t mine, int warp_row, int first,
+                             const Rows<T>& excess, Fragment<T, Columns>& acc) const {
+    Fragment<T, Columns> terms;
+    acc.each([&](T& value, int r, int c, int slot, int t, int e) {
+      T term = 0;
+      const int64_t i = place.s.q0 + mine + r;
+      if (mine + r < place.s.n && first + c < p.dv && !known.idle(warp_row + r)) {
+        const T o = in_two<S, T>(p.o, p.o_lo, offset_of(p.o, place.seq, place.head, i) + (first + c) * p.o.stride[3],
+                              offset_of(p.o_lo, place.seq, place.head, i) + (first + c) * p.o_lo.stride[3]);
+        term = excess.x[slot][e / 2] * o;
+        value -= term;
+      } else {
+        value = 0;
+      }
+      terms.x[slot][t][e] = term;
+    });
+    const auto larger_magnitude = [](T a, T b) {
+      const T magnitude = b < 0 ? -b : b;
+      return magnitude > a ? magnitude : a;
+    };
+    const Rows<T> largest_term = terms.joined(0, larger_magnitude), largest = acc.joined(0, larger_magnitude);
+    bool lossy = false;
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h)
+        lossy |= largest_term.x[slot][h] > static_cast<T>(kCancellation) * largest.x[slot][h];
+    return lossy;
+  }
+};
+
+// ---- the gradients' row passes: dQ or, Second, dQt ----
+
+template <class S, int Columns, int Tiles, bool Full, bool Second>
+struct GradientRows {
+  static constexpr int kTiles = Tiles;
+  using T = Compute<S>;
+  QueryTiles<S> queries;
+  KeyTiles<S, kTiles> keys;
+  Statistics<T> known;
+
+  METATTN_HD GradientRows(const Params& p, int warps, Pieces& pieces) {
+    const int ld = leading<S>(p, 8 * Columns);
+    queries = QueryTiles<S>::take(pieces, p, kWarpRows * warps, ld, true, Second);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, static_cast<bool>(p.d_o), Second);
+    known = Statistics<T>::take(pieces, kWarpRows * warps);
+  }
+
+  METATTN_DEVICE void run(const Params& p, Block& block) const {
+    Place place;
+    int64_t row0;
+    if (!place_rows(p, block, place, row0)) return;
+    const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
+    const int64_t mine = row0 + warp_row;
+    find_statistics<S>(p, place, known, warp_row, mine, Second, block.chunk() == 0);
+    if (!p.grad_q && !p.own_bias) return;
+    block.sync();
+    queries.load(block, p, place, row0, rows,
+                 [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); });
+    Fragment<T, Columns> acc;
+    acc.fill(0);
+    const int first = 8 * Columns * block.chunk();
+    const Range range = keys_of_rows(p, place, row0, rows);
+    for (int64_t key0 = range.lo / (8 * kTiles) * (8 * kTiles); key0 < range.hi; key0 += 8 * kTiles) {
+      const bool unclean = keys.template load<Full>(block, p, place, range, key0);
+      const Window<false> window{p, place, mine, key0, reach_of(p, place.s)};
+      Scores<T, kTiles> at;
+      scores_of<Full>(at, window, queries.q, warp_row, keys.k, depth_of(p.d));
+      if (unclean) clear_unseen(block, keys.seen, at.s, {keys.k, keys.b});
+      cotangents_of<Second>(at, queries.d_o, warp_row, keys.v, keys.c, depth_of(p.dv));
+      if constexpr (Second) {
+        add_scores(at.tr, queries.a, warp_row, keys.k, depth_of(p.d));
+        add_scores(at.tr, queries.q, warp_row, keys.b, depth_of(p.d));
+      }
+      differentiate<Full, Second>(at, window, known, warp_row);
+      if (p.own_bias && block.chunk() == 0) store_bias(p, place, mine, key0, at.ds);
+      if (!p.grad_q) continue;
+      add_weighted(acc, at.outer, keys.k, first, p.twice);
+      if constexpr (Second) add_weighted(acc, at.inner, keys.b, first, p.twice);
+    }
+    store_rows<S>(p.grad_q, offset_of(p.grad_q, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.d,
+               static_cast<T>(p.scale), acc);
+  }
+
+  static METATTN_DEVICE void store_bias(const Params& p, const Place& place, int64_t row0, int64_t key0,
+                                        Fragment<T, kTiles>& ds) {
+    ds.each([&](T& value, int r, int c, int, int, int) {
+      if (row0 + r < place.s.n && key0 + c < place.s.m)
+        store<T>(p.grad_bias_out,
+                 offset_of(p.grad_bias_out, place.seq, place.head, row0 + r) + (key0 + c) * p.grad_bias_out.stride[3],
+                 value);
+    });
+  }
+};
+
+}  // namespace metattn::cuda

@@ -1,0 +1,383 @@
+// Tiles of one (sequence, head): places, loads into shared memory, scores with every option, dropout, row statistics.
+// Each option is written here once (docs/math.md has the formulas).
+#pragma once
+
+#include "cuda/products.h"
+#include "geometry.h"
+#include "lse.h"
+#include "philox.h"
+
+namespace metattn::cuda {
+
+constexpr int kWarpRows = 16;
+
+static METATTN_HD int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+static METATTN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static METATTN_HD int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Place {
+  int64_t seq, head, kv_head;
+  Sequence s;
+};
+
+// Keys up to so many before and behind a query's own place, i + offset.
+struct Reach {
+  int64_t offset, back, ahead;
+};
+static METATTN_DEVICE Reach reach_of(const Params& p, const Sequence& s) {
+  constexpr int64_t kAll = int64_t{1} << 42;
+  const int64_t ahead = p.causal != Causal::none ? 0 : kAll;
+  return {p.causal == Causal::top_left ? 0 : s.m - s.n, p.window_left >= 0 ? p.window_left : kAll,
+          p.window_right >= 0 ? smaller(ahead, p.window_right) : ahead};
+}
+
+// The queries that attend to some key of [key0, key_end).
+static METATTN_DEVICE Range attending_rows(const Params& p, const Sequence& s, int64_t key0, int64_t key_end) {
+  const Reach reach = reach_of(p, s);
+  return {larger(0, key0 - reach.offset - reach.ahead), smaller(s.n, key_end - reach.offset + reach.back)};
+}
+
+// ---- shared memory ----
+
+// Hands out aligned pieces of a block's shared memory; over a null base it only counts them.
+struct Pieces {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  METATTN_HD T* take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 16));
+    return piece;
+  }
+  template <class S>
+  METATTN_HD Tile<S> tile(bool wanted, int rows, int ld) {
+    return wanted ? Tile<S>{take<S>(static_cast<int64_t>(rows) * ld), ld} : Tile<S>{};
+  }
+};
+
+// Elements from a tile's row to the next: 16 bytes more than a multiple of `columns`, so that eight rows of 16 bytes
+// lie in different banks.
+template <class S>
+static METATTN_HD int leading(const Params& p, int columns) {
+  return static_cast<int>(round_up(larger(p.d, p.dv), columns) + 16 / static_cast<int64_t>(sizeof(S)));
+}
+
+// Sixteen bytes that are aligned so.
+static METATTN_DEVICE void copy16(void* to, const void* from) {
+#ifdef __CUDACC__
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#else
+  memcpy(to, from, 16);
+#endif
+}
+
+template <class S>
+static METATTN_DEVICE bool strange(S x) { return !is_finite(widened<Compute<S>>(x)); }
+
+// Loads rows [first, first + rows) of a (sequence, head) as a tile of `tile_rows`. Rows outside [lo, hi) and those
+// for which skip(r) holds become zeros, as do columns past the width. Whether this thread met an infinity or a NaN.
+template <class S, class Skip>
+static METATTN_DEVICE bool load_tile(const Block& block, Tile<S> tile, int tile_rows, const View& view, int64_t base,
+                                     int64_t first, int64_t lo, int64_t hi, int64_t width, Skip skip) {
+  if (!tile) return false;
+  constexpr int kVector = 16 / sizeof(S);
+  const S* data = reinterpret_cast<const S*>(view.data) + base;
+  const int chunks = tile.ld / kVector;
+  const bool vectors = view.stride[3] == 1 && view.stride[2] % kVector == 0 && width % kVector == 0 &&
+                       reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  bool met = false;
+  for (int piece = block.worker(); piece < tile_rows * chunks; piece += block.workers()) {
+    const int r = piece / chunks, c = piece % chunks * kVector;
+    const int64_t row = first + r;
+    alignas(16) S values[kVector];
+    const bool there = row >= lo && row < hi && !skip(r);
+    const S* source = data + row * view.stride[2] + c * view.stride[3];
+    if (there && vectors && c < width) {
+      copy16(values, source);
+    } else {
+      METATTN_UNROLL for (int v = 0; v < kVector; ++v)
+        values[v] = there && c + v < width ? source[v * view.stride[3]] : narrowed<S>(Compute<S>{0});
+    }
+    METATTN_UNROLL for (int v = 0; v < kVector; ++v) met |= strange(values[v]);
+    copy16(tile.row(r) + c, values);
+  }
+  return met;
+}
+
+// ---- row statistics ----
+
+// Of each row of a tile of queries, in shared memory.
+template <class T>
+struct Statistics {
+  T *high, *low, *d, *tau, *dt;
+  static METATTN_HD Statistics take(Pieces& pieces, int rows) {
+    return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows),
+            pieces.take<T>(rows)};
+  }
+  METATTN_DEVICE bool idle(int r) const { return high[r] == kInfinity<T>; }
+};
+
+template <class T>
+static METATTN_DEVICE T per_head(const View& view, const Place& place) {
+  return load<T>(view, offset_of(view, place.seq, place.head, 0));
+}
+
+// Rows that attend to nothing, or with a sink all of whose weight lies there to the last digit: what their q and dO
+// hold is nobody's business.
+template <class T>
+static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T high, T low) {
+  return high == kInfinity<T> || (p.sinks && high == per_head<T>(p.sinks, place) && low == 0);
+}
+
+// The log-sum-exp in two parts: P = exp((S − high) − low); high is +inf where nothing is attended.
+template <class T>
+static METATTN_DEVICE SplitLse<T> known_lse(const Params& p, const Place& place, int64_t i) {
+  const double lse = *double_at(p.lse, place.seq, place.head, place.s.q0 + i);
+  if (lse == -kInfinity<double>) return {kInfinity<T>, 0};
+  return split_lse<T>(lse);
+}
+
+template <class T>
+static METATTN_DEVICE T* statistic_at(const Params& p, Statistic field, const Place& place, int64_t i) {
+  return reinterpret_cast<T*>(p.statistics) + field * p.statistics_stride[0] + place.seq * p.statistics_stride[1] +
+         place.head * p.statistics_stride[2] + place.s.q0 + i;
+}
+
+// An element of a result of dtype S that is kept in two parts.
+template <class S, class T>
+static METATTN_DEVICE T in_two(const View& high, const View& low, int64_t high_at, int64_t low_at) {
+  const T x = widened<T>(reinterpret_cast<const S*>(high.data)[high_at]);
+  return low ? (is_finite(x) ? x : 0) + widened<T>(reinterpret_cast<const BFloat16*>(low.data)[low_at]) : x;
+}
+
+// Σ (values + their low parts)∘dO over a row, by a warp.
+template <class S, class T>
+static METATTN_DEVICE T row_dot(const Params& p, const View& values, const View& low, const Place& place, int64_t i) {
+  if (!p.d_o) return 0;
+  const int64_t row = place.s.q0 + i;
+  const int64_t a = offset_of(values, place.seq, place.head, row), b = offset_of(low, place.seq, place.head, row);
+  const S* d_o = reinterpret_cast<const S*>(p.d_o.data) + offset_of(p.d_o, place.seq, place.head, row);
+  T total = 0;
+  for (int64_t f = first_lane(); f < p.dv; f += lane_step())
+    total += in_two<S, T>(values, low, a + f * values.stride[3], b + f * low.stride[3]) *
+             widened<T>(d_o[f * p.d_o.stride[3]]);
+  return lane_sum(total);
+}
+
+// Σ over the sink of what its probability weighs.
+template <class T>
+static METATTN_DEVICE T sink_probability(const Params& p, const Place& place, T high, T low) {
+  return exponential((per_head<T>(p.sinks, place) - high) - low);
+}
+
+// A warp finds out the statistics of its rows from `first` on; tell: and tells the column pass.
+template <class S, class T>
+static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, const Statistics<T>& known, int warp_row,
+                                           int64_t first, bool second, bool tell) {
+  for (int r = 0; r < kWarpRows; ++r) {
+    const int64_t i = first + r;
+    SplitLse<T> lse{kInfinity<T>, 0};
+    T d = 0, tau = 0, dt = 0;
+    if (i < place.s.n) {
+      lse = known_lse<T>(p, place, i);
+      if (lse.high != kInfinity<T>) {
+        if (!is_idle(p, place, lse.high, lse.low)) {
+          d = row_dot<S, T>(p, p.o, p.o_lo, place, i);
+          if (second) dt = row_dot<S, T>(p, p.o_t, p.o_t_lo, place, i);
+        }
+        if (p.d_lse) d -= static_cast<T>(*double_at(p.d_lse, place.seq, place.head, place.s.q0 + i));
+        if (second) tau = static_cast<T>(*double_at(p.lse_t, place.seq, place.head, place.s.q0 + i));
+      }
+    }
+    if (first_lane() != 0) continue;
+    const int at = warp_row + r;
+    known.high[at] = lse.high;
+    known.low[at] = lse.low;
+    known.d[at] = d;
+    known.tau[at] = tau;
+    known.dt[at] = dt;
+    if (i >= place.s.n || !tell) continue;
+    *statistic_at<T>(p, kHigh, place, i) = lse.high;
+    *statistic_at<T>(p, kLow, place, i) = lse.low;
+    *statistic_at<T>(p, kD, place, i) = d;
+    *statistic_at<T>(p, kTau, place, i) = tau;
+    *statistic_at<T>(p, kDt, place, i) = dt;
+    if (p.needs & kNeedSinks) {
+      const T weight = lse.high == kInfinity<T> ? 0 : sink_probability(p, place, lse.high, lse.low);
+      const T moved = (p.t_sinks ? per_head<T>(p.t_sinks, place) : 0) - tau;
+      *statistic_at<T>(p, kSinkShare, place, i) = second ? -weight * (moved * d + dt) : -weight * d;
+    }
+  }
+}
+
+// A column pass reads what a row pass told of rows [first, first + rows).
+template <class T>
+static METATTN_DEVICE void load_statistics(const Block& block, const Params& p, const Place& place,
+                                           const Statistics<T>& known, int64_t first, int rows) {
+  for (int r = block.worker(); r < rows; r += block.workers()) {
+    const int64_t i = first + r;
+    const bool there = i < place.s.n;
+    known.high[r] = there ? *statistic_at<T>(p, kHigh, place, i) : kInfinity<T>;
+    known.low[r] = there ? *statistic_at<T>(p, kLow, place, i) : 0;
+    known.d[r] = there ? *statistic_at<T>(p, kD, place, i) : 0;
+    known.tau[r] = there ? *statistic_at<T>(p, kTau, place, i) : 0;
+    known.dt[r] = there ? *statistic_at<T>(p, kDt, place, i) : 0;
+  }
+}
+
+// ---- scores ----
+
+// Where a warp's fragment lies: its rows are queries, or, turned, keys.
+template <bool Turned>
+struct Window {
+  const Params& p;
+  const Place& place;
+  int64_t row0, column0;  // of the sequence
+  Reach reach;
+  METATTN_DEVICE int64_t query(int r, int c) const { return Turned ? column0 + c : row0 + r; }
+  METATTN_DEVICE int64_t key(int r, int c) const { return Turned ? row0 + r : column0 + c; }
+};
+
+// S from scale·QKᵀ: softcap, bias, ALiBi, and −inf where masked, which is selected, never added: it hides NaN.
+// bend receives tanh(R / c) where there is a softcap.
+template <bool Full, bool Turned, class T, int Tiles>
+static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<T, Tiles>& s, Fragment<T, Tiles>& bend) {
+  const Params& p = window.p;
+  const Place& place = window.place;
+  const T scale = static_cast<T>(p.scale), cap = static_cast<T>(p.softcap);
+  const T slope = Full && p.slopes ? per_head<T>(p.slopes, place) : 0;
+  const int64_t n = place.s.n, m = place.s.m;
+  s.each([&](T& value, int r, int c, int slot, int t, int e) {
+    const int64_t i = window.query(r, c), j = window.key(r, c), own = i + window.reach.offset;
+    T x = value * scale;
+    bool keep = i < n && j < m && j <= own + window.reach.ahead && j >= own - window.reach.back;
+    if constexpr (Full) {
+      if (p.softcap != 0) {
+        const T u = hyperbolic_tangent(x / cap);
+        bend.x[slot][t][e] = u;
+        x = u * cap;
+      }
+      if (p.bias && keep) {
+        const T bias = load<T>(p.bias, offset_of(p.bias, place.seq, place.head, i) + j * p.bias.stride[3]);
+        keep = bias != -kInfinity<T>;
+        x += bias;
+        // a float64 log-sum-exp holds no digits below (lse.h)
+        if (sizeof(T) == 8 && x < static_cast<T>(-kLarge<double>)) x = static_cast<T>(-kLarge<double>);
+      }
+      if (p.slopes) x -= slope * static_cast<T>(alibi_distance(place.s, i, j));
+      if (p.mask && keep)
+        keep = p.mask.data[offset_of(p.mask, place.seq, place.head, i) + j * p.mask.stride[3]] != 0;
+    }
+    value = keep ? x : -kInfinity<T>;
+  });
+}
+
+// Which entries dropout keeps, a bit each; all where there is none.
+template <int Tiles>
+struct Kept {
+  static_assert(4 * Tiles <= 32);
+  uint32_t bits[kSlots];
+  METATTN_DEVICE bool at(int slot, int t, int e) const { return bits[slot] >> (4 * t + e) & 1; }
+};
+
+template <bool Full, bool Turned, int Tiles>
+static METATTN_DEVICE Kept<Tiles> dropout(const Window<Turned>& window) {
+  Kept<Tiles> kept;
+  METATTN_EACH_LANE(slot, lane) kept.bits[slot] = 0xffffffffu;
+  if constexpr (Full) {
+    const Params& p = window.p;
+    if (p.rng == nullptr) return kept;
+    const int64_t* rng = p.rng + window.place.seq * p.rng_stride[0];
+    const uint64_t seed = static_cast<uint64_t>(rng[0]);
+    const uint32_t batch = static_cast<uint32_t>(rng[p.rng_stride[1]]);
+    METATTN_EACH_LANE(slot, lane) {
+      uint32_t bits = 0;
+      for (int t = 0; t < Tiles; ++t) {
+        PhiloxWords words{};
+        for (int e = 0; e < 4; ++e) {
+          const int r = row_of(lane, e), c = column_of(lane, t, e);
+          const int64_t i = window.query(r, c), j = window.key(r, c);
+          // unturned, two neighbours share a counter
+          if (Turned || e % 2 == 0)
+            words = philox(seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i),
+                           static_cast<uint32_t>(window.place.head), batch);
+          const uint32_t low = j % 2 != 0 ? words.w[1] : words.w[0], high = j % 2 != 0 ? words.w[3] : words.w[2];
+          const uint32_t word = j % 4 >= 2 ? high : low;
+          bits |= static_cast<uint32_t>(word >= p.dropout_threshold) << (4 * t + e);
+        }
+      }
+      kept.bits[slot] = bits;
+    }
+  }
+  return kept;
+}
+
+// β under a fragment; 0 where nothing is attended.
+template <bool Turned, class T>
+static METATTN_DEVICE T bias_tangent(const Window<Turned>& window, int r, int c) {
+  const View& view = window.p.t_bias;
+  return load<T>(view, offset_of(view, window.place.seq, window.place.head, window.query(r, c)) +
+                           window.key(r, c) * view.stride[3]);
+}
+
+// ---- keys that nobody may see ----
+
+// Zeroes the rows of tiles of keys that no query of the block attends to, where one holds an infinity or NaN: 0·NaN
+// must not reach a sum. All threads of a block come here, or none.
+template <class S, class T, int Tiles, int Count>
+static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Fragment<T, Tiles>& s,
+                                        const Tile<S> (&tiles)[Count]) {
+  static_assert(8 * Tiles <= 64);
+  for (int w = block.worker(); w < 2; w += block.workers()) seen[w] = 0;
+  block.sync();
+  METATTN_EACH_LANE(slot, lane)
+    METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
+      METATTN_UNROLL for (int e = 0; e < 4; ++e)
+        if (s.x[slot][t][e] != -kInfinity<T>) {
+          const int c = column_of(lane, t, e);
+          set_bits(seen + c / 32, uint32_t{1} << c % 32);
+        }
+  block.sync();
+  for (int c = block.worker(); c < 8 * Tiles; c += block.workers()) {
+    if (seen[c / 32] >> c % 32 & 1) continue;
+    METATTN_UNROLL for (int n = 0; n < Count; ++n)
+      if (tiles[n])
+        for (int f = 0; f < tiles[n].ld; ++f) tiles[n].row(c)[f] = narrowed<S>(T{0});
+  }
+  block.sync();
+}
+
+// ---- results ----
+
+// Stores factor·acc of a warp's rows: columns [first, …) of rows row0 on, up to row `end`.
+template <class S, class T, int Columns>
+static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t row0, int64_t end, int64_t first,
+                                      int64_t width, T factor, Fragment<T, Columns>& acc) {
+  if (!view) return;
+  S* out = reinterpret_cast<S*>(view.data) + base;
+  acc.each([&](T& value, int r, int c, int, int, int) {
+    if (row0 + r < end && first + c < width)
+      out[(row0 + r) * view.stride[2] + (first + c) * view.stride[3]] = narrowed<S>(value * factor);
+  });
+}
+
+// The same, and what rounding lost.
+template <class S, class T, int Columns>
+static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, int64_t base, int64_t low_base,
+                                             int64_t row0, int64_t end, int64_t first, int64_t width,
+                                             Fragment<T, Columns>& acc) {
+  S* out = reinterpret_cast<S*>(high.data) + base;
+  BFloat16* lost = reinterpret_cast<BFloat16*>(low.data) + low_base;
+  acc.each([&](T& value, int r, int c, int, int, int) {
+    if (row0 + r >= end || first + c >= width) return;
+    const S kept = narrowed<S>(value);
+    out[(row0 + r) * high.stride[2] + (first + c) * high.stride[3]] = kept;
+    if (sizeof(S) >= 4 || !low) return;
+    // where float16 overflowed, low (bfloat16) is the value itself
+    const T wide = widened<T>(kept);
+    lost[(row0 + r) * low.stride[2] + (first + c) * low.stride[3]] =
+        narrowed<BFloat16>(value - (is_finite(wide) ? wide : 0));
+  });
+}
+
+}  // namespace metattn::cuda
