@@ -28,7 +28,8 @@ build: $(BUILT)
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
-	METATTN_BUILD_EXT=$${METATTN_BUILD_EXT:-1} $(PY) setup.py build_ext --inplace
+	METATTN_BUILD_EXT=$${METATTN_BUILD_EXT:-1} METATTN_EMULATION=$${METATTN_EMULATION:-1} \
+		$(PY) setup.py build_ext --inplace
 	mkdir -p build
 	touch $@
 
@@ -58,7 +59,8 @@ aot: $(ENVIRONMENT)
 aot-check: $(ENVIRONMENT)
 	$(PY) -m benchmarks.aot --targets sm_80 sm_90 gfx942 --dtypes bfloat16 --features 64 128 --variants plain
 
-# On a machine with a GPU: tests, sanitizer, benchmark against torch; ends inside nine minutes.
+# On a machine with a GPU, which runs the CUDA kernels itself: tests, sanitizer, benchmark against torch; ends inside nine minutes.
+gpu: export METATTN_EMULATION := 0
 gpu: build
 	$(PY) -m benchmarks.gpu
 

@@ -1,10 +1,14 @@
 """The extension build; metadata is in pyproject.toml, so that reading it needs neither torch nor a compiler.
 
-Two artefacts, both linked by one ninja file: `metattn/libmetattn_cpu.so`, the operators against LibTorch's
-stable ABI (any torch >= 2.10, any Python), and `metattn._host`, the pybind11 module that tells about them.
+All linked by one ninja file: `metattn/libmetattn_cpu.so`, the operators against LibTorch's stable ABI (any
+torch >= 2.10, any Python), `metattn/libmetattn_cuda.so`, the same operators on NVIDIA GPUs, and
+`metattn._host`, the pybind11 module that tells about them.
 
 Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed build an error; unset, a failed
-build warns and leaves the pure-Python package. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
+build warns and leaves the pure-Python package. METATTN_CUDA=1 builds the CUDA library, whatever torch is
+installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found. CUDA_HOME, NVCC,
+TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured. METATTN_EMULATION=1
+builds, for tests alone, build/libmetattn_emulated.so: the CUDA kernels on CPU tensors.
 """
 
 from __future__ import annotations
@@ -12,19 +16,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU_LIBRARY = "metattn.libmetattn_cpu"
+CUDA_LIBRARY = "metattn.libmetattn_cuda"
 HOST_MODULE = "metattn._host"
+# One translation unit each: they compile side by side.
+CUDA_DTYPES = ("bf16", "f16", "f32", "f64")
+CUDA_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 # Compiled once for each ISA: the micro-kernels, and the four maps on them.
 PER_ISA = ("gemm", "forward", "vjp", "jvp", "vjp_jvp")
 # The oldest libtorch whose stable ABI the operators use.
@@ -64,16 +75,78 @@ def torch_root() -> Path:
     return root
 
 
+def torch_has_cuda() -> bool:
+    found = re.search(r"^cuda\b.*=\s*['\"]", (torch_root() / "version.py").read_text(), re.MULTILINE)
+    return found is not None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = os.environ.get("NVCC") or (str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    return shutil.which(named)
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA library shall be built. Raises BuildError where it must be and cannot."""
+    asked = os.environ.get("METATTN_CUDA", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise BuildError(f"METATTN_CUDA: expected auto, 0 or 1, got {asked!r}")
+    if asked == "1" and find_nvcc() is None:
+        raise BuildError("METATTN_CUDA=1, and nvcc is not found: set CUDA_HOME, or put it on the PATH")
+    return asked == "1" or (asked == "auto" and torch_has_cuda() and find_nvcc() is not None)
+
+
+def cuda_home() -> Path:
+    """Where nvcc's headers and libraries are: what is on the PATH may be a link or a script."""
+    with tempfile.NamedTemporaryFile(suffix=".cu") as source:
+        command = [str(find_nvcc()), "--dryrun", "-c", source.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
+    if found is None:
+        raise BuildError("nvcc --dryrun does not say where CUDA is")
+    return Path(found[1]).resolve()
+
+
+def cuda_version() -> str:
+    """Of nvcc, as 13.0."""
+    text = subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        raise BuildError(f"nvcc says no version: {text}")
+    return found[1]
+
+
+def code_generation(architectures: str) -> list[str]:
+    """nvcc's flags for a list such as "8.0 9.0+PTX"."""
+    flags: list[str] = []
+    for entry in re.split(r"[\s,;]+", architectures.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry)
+        if found is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0+PTX, got {entry!r}")
+        number = found[1] + found[2] + found[3]
+        if int(found[1] + found[2]) < 75:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: compute capability 7.5 is the lowest served, got {entry}"
+            )
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja for all objects (each ISA has flags of its own) and runs it."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith(CPU_LIBRARY.rpartition(".")[2]):
+        if any(fullname.endswith(name.rpartition(".")[2]) for name in (CPU_LIBRARY, CUDA_LIBRARY)):
             return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
         try:
+            self.with_cuda = wants_cuda()
+            if not self.with_cuda:
+                self.extensions = [each for each in self.extensions if each.name != CUDA_LIBRARY]
             self._ninja()
         except (BuildError, OSError, subprocess.CalledProcessError, ImportError) as error:
             if os.environ.get("METATTN_BUILD_EXT") == "1":
@@ -97,11 +170,7 @@ class NinjaBuildExt(build_ext):
         torch = torch_root()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        library = Path(self.get_ext_fullpath(CPU_LIBRARY)).resolve()
-        host = Path(self.get_ext_fullpath(HOST_MODULE)).resolve()
-        if self.inplace:  # setuptools copies from build_lib to the source tree afterwards
-            library = (Path(self.build_lib) / self.get_ext_filename(CPU_LIBRARY)).resolve()
-            host = (Path(self.build_lib) / self.get_ext_filename(HOST_MODULE)).resolve()
+        library, cuda_library, host = map(self._place, (CPU_LIBRARY, CUDA_LIBRARY, HOST_MODULE))
 
         major, minor = TORCH_TARGET
         flags = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -116,6 +185,8 @@ class NinjaBuildExt(build_ext):
         ]
         host_flags = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
         host_flags += [f'-DMETATTN_TORCH_TARGET="{major}.{minor}"', f'-DMETATTN_ISAS="{",".join(isas())}"']
+        if self.with_cuda:
+            host_flags.append(f'-DMETATTN_CUDA="{cuda_version()}"')
         link = [*shlex.split(os.environ.get("LDFLAGS", "")), "-shared"]
         if sys.platform == "linux":
             link.append("-Wl,-z,defs")
@@ -163,10 +234,89 @@ class NinjaBuildExt(build_ext):
                 [compile_object("host.cpp", "host", host_flags), str(library)],
                 variables={"flags": host_link},
             )
+            if os.environ.get("METATTN_EMULATION") == "1":
+                objects = [
+                    compile_object(f"cuda/{dtype}.cu", f"emulated_{dtype}", ["-O1", "-x", "c++"])
+                    for dtype in CUDA_DTYPES
+                ]
+                extra = [*torch_flags, "-DMETATTN_EMULATED"]
+                objects.append(compile_object("cuda/ops.cpp", "emulated_ops", extra))
+                ninja.build(
+                    [str(ROOT / "build" / "libmetattn_emulated.so")],
+                    "link",
+                    objects,
+                    variables={"flags": shlex.join([f"-L{libdir}", "-ltorch_cpu", "-lpthread"])},
+                )
+            if self.with_cuda:
+                self._cuda(ninja, build, cuda_library, compiler, flags, torch_flags, libdir)
         library.parent.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS")
         options = [*(["-j", jobs] if jobs else []), *(["-v"] if self.verbose > 1 else [])]
         subprocess.run([str(Path(BIN_DIR) / "ninja"), *options], cwd=build, check=True)
+
+    def _place(self, name: str) -> Path:
+        if self.inplace:  # setuptools copies from build_lib to the source tree afterwards
+            return (Path(self.build_lib) / self.get_ext_filename(name)).resolve()
+        return Path(self.get_ext_fullpath(name)).resolve()
+
+    def _cuda(
+        self,
+        ninja: Any,
+        build: Path,
+        library: Path,
+        compiler: list[str],
+        flags: list[str],
+        torch_flags: list[str],
+        libdir: Path,
+    ) -> None:
+        """What makes the CUDA library: cudart is in it, libcuda and libtorch_cuda come with torch."""
+        nvcc = str(find_nvcc())
+        home = cuda_home()
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--compress-mode=size"]
+        nvcc_flags += ["-Xptxas=-v", "-ccbin", compiler[0], f"-I{ROOT / 'csrc'}"]
+        nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *code_generation(architectures)]
+        # ptxas says registers and spills of every kernel: benchmarks/cuda_build.py reads them
+        ninja.rule(
+            "nvcc",
+            f"{shlex.join([nvcc, *nvcc_flags])} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+            "|| (cat $out.log; false)",
+            deps="gcc",
+            depfile="$out.d",
+            description="NVCC $out",
+        )
+        objects = []
+        for dtype in CUDA_DTYPES:
+            source = str(ROOT / "csrc/cuda" / f"{dtype}.cu")
+            ninja.build([f"cuda_{dtype}.o"], "nvcc", [source])
+            objects.append(f"cuda_{dtype}.o")
+        more = [*torch_flags, f"-isystem{home / 'include'}", "-DUSE_CUDA"]
+        ninja.build(
+            ["cuda_ops.o"],
+            "cxx",
+            [str(ROOT / "csrc/cuda/ops.cpp")],
+            variables={"flags": shlex.join(more)},
+        )
+        # a CPU build of torch has no libtorch_cuda to link: one of that name with the one symbol stands in
+        (build / "torch_cuda.c").write_text("int aoti_torch_get_current_cuda_stream(void) { return 1; }\n")
+        ninja.rule(
+            "stand_in",
+            f"{shlex.join(compiler)} -x c -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
+            description="LINK $out",
+        )
+        ninja.build(["libtorch_cuda.so"], "stand_in", ["torch_cuda.c"])
+        runtime = next(
+            (str(path) for path in home.glob("**/libcudart_static.a")), str(home / "lib64/libcudart_static.a")
+        )
+        link_flags = [f"-L{libdir}", "-L.", "-ltorch_cpu", "-Wl,--no-as-needed", "-ltorch_cuda"]
+        link_flags += [runtime, "-ldl", "-lrt", "-lpthread", f"-Wl,-soname,{library.name}"]
+        ninja.build(
+            [str(library)],
+            "link",
+            [*objects, "cuda_ops.o"],
+            implicit=["libtorch_cuda.so"],
+            variables={"flags": shlex.join(link_flags)},
+        )
 
 
 setup(
@@ -183,6 +333,6 @@ setup(
     package_data={"metattn": ["py.typed", "*.pyi"]},
     ext_modules=[]
     if os.environ.get("METATTN_BUILD_EXT") == "0"
-    else [Extension(CPU_LIBRARY, [], optional=True), Extension(HOST_MODULE, [], optional=True)],
+    else [Extension(name, [], optional=True) for name in (CPU_LIBRARY, CUDA_LIBRARY, HOST_MODULE)],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -49,7 +49,11 @@ py::dict build_info() {
       "gcc " __VERSION__;
 #endif
   info["torch_target"] = METATTN_TORCH_TARGET;
+#ifdef METATTN_CUDA
+  info["cuda"] = METATTN_CUDA;
+#else
   info["cuda"] = py::none();
+#endif
   info["isas"] = split(METATTN_ISAS);
   return info;
 }

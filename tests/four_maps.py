@@ -12,6 +12,42 @@ from metattn.problem import Constants, Primals, Problem
 
 Outputs = dict[str, Tensor | None]
 
+# sizes [B, Hq, Hkv, N, M, d, dv], lengths of packed sequences, and options
+SHORT = (1, 4, 2, 19, 23, 8, 12)
+LONG = (1, 2, 1, 70, 130, 8, 12)
+LENGTHS = ((0, 5), (70, 130), (1, 3), (7, 0))
+SHORT_LENGTHS = ((0, 5), (20, 31), (1, 3), (7, 0))
+ALL = dict(softcap=1.5, causal="bottom-right", window=(20, -1), dropout_p=0.2, sinks=True, slopes=True)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "top-left": {"causal": "top-left"},
+    "bottom-right": {"causal": "bottom-right"},
+    "window": {"window": (9, 5)},
+    "window-causal": {"window": (11, -1), "causal": "bottom-right"},
+    "softcap": {"softcap": 2.0},
+    "dropout": {"dropout_p": 0.3},
+    "bias": {"bias": (1, 1, 1, 1)},
+    "bias-of-heads": {"bias": (0, 1, 1, 1)},
+    "mask": {"mask": (1, 1, 1, 1)},
+    "sinks-masked": {"sinks": True, "mask": (0, 0, 1, 1)},
+    "slopes": {"slopes": True},
+    "everything": {**ALL, "bias": (1, 1, 1, 1), "mask": (1, 0, 1, 1)},
+}
+ODD = {
+    "one": (1, 1, 1, 1, 1, 1, 1),
+    "no-heads": (1, 0, 0, 4, 5, 4, 4),
+    "no-rows": (2, 2, 2, 0, 4, 4, 4),
+    "no-keys": (2, 2, 2, 3, 0, 4, 4),
+    "no-features": (1, 1, 1, 3, 4, 0, 2),
+    "two-parts": (1, 1, 1, 33, 35, 80, 96),
+    "widest": (1, 1, 1, 33, 20, 203, 256),
+    "tall": (1, 1, 1, 200, 70, 8, 8),
+    "27-heads-on-one": (1, 27, 1, 3, 40, 4, 4),
+}
+# of a bias: which dimensions it has; the fully shared ones are cut into parts
+SHARED = [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 0, 1), (0, 0, 1, 1)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
 
 @dataclass(frozen=True)
 class Call:

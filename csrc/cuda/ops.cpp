@@ -39,17 +39,18 @@ struct Guard {
 };
 #endif
 
-void run(Map map, Call& call) {
-  Params& p = call.p;
-  p.twice = p.m <= kFewKeys;
-  const Gpu gpu = gpu_of(call.q);
-  const char* error = nullptr;
+const char* start(Map map, const Params& p, const Gpu& gpu) {
   switch (p.q.dtype) {
-    case DType::bf16: error = metattn::cuda::run_bf16(map, p, gpu); break;
-    case DType::f16: error = metattn::cuda::run_f16(map, p, gpu); break;
-    case DType::f32: error = metattn::cuda::run_f32(map, p, gpu); break;
-    case DType::f64: error = metattn::cuda::run_f64(map, p, gpu); break;
+    case DType::bf16: return metattn::cuda::run_bf16(map, p, gpu);
+    case DType::f16: return metattn::cuda::run_f16(map, p, gpu);
+    case DType::f32: return metattn::cuda::run_f32(map, p, gpu);
+    default: return metattn::cuda::run_f64(map, p, gpu);
   }
+}
+
+void run(Map map, Call& call) {
+  call.p.twice = call.p.m <= kFewKeys;
+  const char* error = start(map, call.p, gpu_of(call.q));
   STD_TORCH_CHECK(error == nullptr, "metattn: ", error);
 }
 
@@ -148,12 +149,38 @@ Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, M
 
 }  // namespace
 
+// Why no call with heads of these sizes can run on a GPU, or null: a call of every map that has all tensors, and no rows.
+extern "C" __attribute__((visibility("default"))) const char* metattn_cuda_objection(int dtype, int64_t d, int64_t dv,
+                                                                                     int64_t shared_memory) {
+  static char byte;
+  const View present{&byte, static_cast<DType>(dtype), {0, 0, 0, 0}};
+  Params p{};
+  p.heads = p.kv_heads = 1;
+  p.d = d;
+  p.dv = dv;
+  p.q = p.k = p.v = p.bias = p.d_o = p.t_q = p.t_k = p.t_v = p.t_bias = p.grad_q = p.grad_k = p.grad_v = present;
+  p.grad_bias = &byte;
+  const Gpu gpu{static_cast<size_t>(shared_memory), nullptr};
+  for (const bool options : {true, false}) {
+    if (!options) p.bias = p.t_bias = View{};
+    for (const Map map : {Map::forward, Map::vjp, Map::jvp, Map::vjp_jvp})
+      if (const char* error = start(map, p, gpu)) return error;
+  }
+  return nullptr;
+}
+
 #ifdef METATTN_ON_GPU
+// Of the current GPU: bytes of shared memory that a block may have; 0 where the driver is too old for this library.
+extern "C" __attribute__((visibility("default"))) int64_t metattn_cuda_shared_memory(int device) {
+  int bytes = 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+}
+
 // the schemas are the CPU library's
 STABLE_TORCH_LIBRARY_IMPL(metattn, CUDA, library) { METATTN_IMPLEMENT_OPERATORS(library); }
 #else
-extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(size_t bytes) {
-  emulated_shared_memory = bytes;
+extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(int64_t bytes) {
+  emulated_shared_memory = static_cast<size_t>(bytes);
 }
 STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
 STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }

@@ -23,6 +23,7 @@ NAMES = ("reference", "cpu", "cuda", "triton")
 MODULES = {
     "reference": "metattn.backends.reference",
     "cpu": "metattn.backends.native",
+    "cuda": "metattn.backends.cuda",
     "triton": "metattn.backends.triton",
 }
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
@@ -49,13 +50,10 @@ def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None; asked once a process."""
     with _loading:
         if name not in _reasons:
-            if name not in MODULES:
-                _reasons[name] = "not part of this version of metattn"
-            else:
-                try:
-                    _reasons[name] = load(name).unavailable_reason()
-                except ImportError as error:
-                    _reasons[name] = str(error)
+            try:
+                _reasons[name] = load(name).unavailable_reason()
+            except ImportError as error:
+                _reasons[name] = str(error)
         return _reasons[name]
 
 

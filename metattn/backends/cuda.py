@@ -1,0 +1,85 @@
+"""The CUDA C++ backend: torch.ops.metattn.{forward, vjp, jvp, vjp_jvp} on NVIDIA GPUs (csrc/cuda/).
+
+It serves where Triton cannot: it compiles nothing at run time, and runs on GPUs from compute capability 7.5
+on, in float64 too. Its library is loaded when this module is first asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from metattn.backends import native, operators
+from metattn.problem import Constants, Primals, Problem
+
+LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cuda.so"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as csrc/params.h numbers them
+LOWEST = (7, 5)
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Load the operators; why they cannot be had, or None."""
+    if os.environ.get("METATTN_DISABLE_CUDA", "") not in ("", "0"):
+        return "METATTN_DISABLE_CUDA is set"
+    if not LIBRARY.exists():
+        return f"the extension was built without CUDA: {LIBRARY.name} is not there"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    schemas = native.unavailable_reason()  # the library of the CPU's operators defines them
+    if schemas is not None:
+        return schemas
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY.name} cannot be loaded into torch {torch.__version__}: {error}"
+    if shared_memory(torch.cuda.current_device()) == 0:
+        return f"{LIBRARY.name} cannot use the GPU: its driver is older than the CUDA that the library is for"
+    return None
+
+
+def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
+    """Why these operators cannot serve a call, or None."""
+    q, v = primals.q, primals.v
+    if q.device.type != "cuda":
+        return f"it works on cuda tensors, these are on {q.device}"
+    if torch.cuda.get_device_capability(q.device) < LOWEST:
+        return "the GPU's compute capability is below 7.5"
+    return objection(q.dtype, q.shape[3], v.shape[3], shared_memory(q.device.index))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    found = ctypes.CDLL(str(LIBRARY))
+    found.metattn_cuda_shared_memory.restype = ctypes.c_int64
+    return declared(found)
+
+
+def declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """A library with csrc/cuda/ops.cpp in it, its functions' types declared."""
+    found.metattn_cuda_objection.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3]
+    found.metattn_cuda_objection.restype = ctypes.c_char_p
+    return found
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes that a block may have; 0 where the library cannot use the GPU."""
+    return int(library().metattn_cuda_shared_memory(device))
+
+
+@functools.cache
+def objection(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
+    """Why heads of these sizes do not fit a GPU, or None."""
+    reason = library().metattn_cuda_objection(DTYPES.index(dtype), d, dv, shared)
+    return None if reason is None else f"{reason.decode()} (d = {d}, dv = {dv}, {dtype})"
+
+
+_OPERATORS = operators.Operators("metattn")
+forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp

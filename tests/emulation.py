@@ -1,0 +1,47 @@
+"""The CUDA kernels on CPU tensors: the same sources, compiled for the CPU, a thread standing for a warp.
+
+`make build` builds them; install() makes them the backend "cuda" of this process, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from metattn.backends import cuda, operators
+from metattn.problem import Constants, Primals, Problem
+
+LIBRARY = Path(__file__).resolve().parents[1] / "build" / "libmetattn_emulated.so"
+SHARED_MEMORY = 99 * 1024  # of the smallest of GPUs from compute capability 8.0 on
+
+
+def installed() -> bool:
+    """Whether backend "cuda" is emulated in this process."""
+    return not torch.cuda.is_available() and LIBRARY.exists()
+
+
+def library() -> ctypes.CDLL:
+    found = cuda.declared(ctypes.CDLL(str(LIBRARY)))
+    found.metattn_emulate_shared_memory.argtypes = [ctypes.c_int64]
+    return found
+
+
+def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
+    q, v = primals.q, primals.v
+    if q.device.type != "cpu":
+        return f"emulated, it works on cpu tensors, these are on {q.device}"
+    return cuda.objection(q.dtype, q.shape[3], v.shape[3], SHARED_MEMORY)
+
+
+def install() -> None:
+    """To be called before a backend is asked for."""
+    torch.ops.load_library(LIBRARY)
+    operators.describe("metattn_emulated")
+    emulated = operators.Operators("metattn_emulated")
+    for name in operators.MAPS:
+        setattr(cuda, name, getattr(emulated, name))
+    cuda.library = library  # type: ignore[assignment]
+    cuda.unsupported = unsupported
+    cuda.unavailable_reason = lambda: None  # type: ignore[assignment]

@@ -1,0 +1,140 @@
+"""The CUDA kernels, on a GPU or emulated on the CPU: every option in all four maps.
+
+The emulation runs the sources that nvcc compiles, but for tensor cores and shuffles; a thread stands for a
+warp, and shared memory starts as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulation
+import pytest
+import torch
+from four_maps import (
+    LENGTHS,
+    LONG,
+    ODD,
+    OPTIONS,
+    SHARED,
+    SHORT,
+    SHORT_LENGTHS,
+    TOLERANCE,
+    Call,
+    assert_close,
+    four_maps,
+)
+from torch import Tensor
+
+import metattn
+from metattn.backends import available_backends, cuda, reference
+
+if available_backends()["cuda"] is not None:
+    pytest.skip(f"backend cuda: {available_backends()['cuda']}", allow_module_level=True)
+
+emulated = pytest.mark.skipif(not emulation.installed(), reason="it is about the emulation")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class OnDevice:
+    """The backend for CPU tensors, moved to the GPU where there is one."""
+
+    @staticmethod
+    def move(x: Any) -> Any:
+        return x.to("cuda") if isinstance(x, Tensor) and not emulation.installed() else x
+
+    def __getattr__(self, name: str) -> Any:
+        def run(*arguments: Any) -> Any:
+            moved = [
+                type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments
+            ]
+            found = getattr(cuda, name)(*moved)
+            return type(found)(*(x if x is None else x.cpu() for x in found))
+
+        return run
+
+
+def check(call: Call, terms: int = 1) -> None:
+    """terms: how many of size 1 are summed to what may be 0."""
+    relative = TOLERANCE[call.dtype]
+    found, exact = four_maps(OnDevice(), call), four_maps(reference, call, wide=True)
+    assert_close(found, exact, relative, relative * 0.1 * terms**0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_four_maps(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(Call(sizes, dtype, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odd_sizes(name: str, dtype: torch.dtype) -> None:
+    check(Call(ODD[name], dtype))
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 192])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_every_tile(name: str, width: int, dtype: torch.dtype) -> None:
+    """Not in float32: at these widths the calls' scores are so large that its own rounding shows."""
+    check(Call((1, 2, 1, 70, 75, width, width), dtype, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("has", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_shared_bias(has: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(Call((2, 2, 1, 20, 40, 4, 4), dtype, bias=has), terms=2 * 2 * 20 * 40)
+
+
+@pytest.mark.parametrize("lengths", [SHORT_LENGTHS, LENGTHS], ids=["short", "long"])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_packed(name: str, lengths: tuple[tuple[int, int], ...]) -> None:
+    check(Call(SHORT, torch.float32, lengths=lengths, **OPTIONS[name]))
+
+
+@pytest.fixture
+def shared_memory(request: pytest.FixtureRequest) -> Iterator[int]:
+    emulation.library().metattn_emulate_shared_memory(request.param)
+    yield request.param
+    emulation.library().metattn_emulate_shared_memory(emulation.SHARED_MEMORY)
+
+
+@emulated
+@pytest.mark.parametrize("shared_memory", [64 * 1024], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+def test_smaller_blocks(width: int, dtype: torch.dtype, shared_memory: int) -> None:
+    """As compute capability 7.5 has it: fewer warps a block, smaller tiles."""
+    check(Call((1, 2, 1, 70, 75, width, width), dtype, **OPTIONS["bottom-right"]))
+
+
+@emulated
+@pytest.mark.parametrize("shared_memory", [64 * 1024], indirect=True)
+def test_what_does_not_fit_is_refused(shared_memory: int) -> None:
+    expected = r"does not fit the shared memory of this GPU \(d = 256, dv = 256, torch.float32\)"
+    reason = cuda.objection(torch.float32, 256, 256, shared_memory)
+    assert reason is not None
+    assert reason.endswith(expected.replace("\\", ""))
+    assert cuda.objection(torch.bfloat16, 256, 256, shared_memory) is None
+    with pytest.raises(RuntimeError, match="does not fit the shared memory"):
+        four_maps(OnDevice(), Call((1, 1, 1, 3, 4, 256, 256)))
+
+
+@emulated
+def test_refuses_by_name() -> None:
+    q = torch.zeros(1, 1, 2, 512)
+    with pytest.raises(NotImplementedError, match=r"'cuda' was asked for by name.*does not fit"):
+        metattn.attention(q, q, q, backend="cuda")
+
+
+def test_reruns_give_the_same_bits() -> None:
+    call = Call(LONG, torch.bfloat16, **OPTIONS["everything"])
+    first, second = (four_maps(OnDevice(), call) for _ in range(2))
+    for name, x in first.items():
+        y = second[name]
+        assert x is not None
+        assert y is not None
+        assert torch.equal(x.nan_to_num(), y.nan_to_num()), name
