@@ -1,4 +1,4 @@
-# make build | demo | test | lint | bench | aot | gpu | clean
+# make build | demo | test | lint | bench | aot | gpu | wheel | clean
 # PYTHON=python3.12 make test   uses that interpreter as it is, installing nothing (machines without a network).
 SHELL := /bin/bash -euo pipefail
 PYTHON ?=
@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench aot aot-check gpu clean
+.PHONY: build demo test lint bench aot aot-check cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -63,6 +63,29 @@ aot-check: $(ENVIRONMENT)
 gpu: export METATTN_EMULATION := 0
 gpu: build
 	$(PY) -m benchmarks.gpu
+
+# The CUDA library, whatever torch is installed, and what nvcc made of it.
+cuda-report: $(ENVIRONMENT)
+	METATTN_BUILD_EXT=1 METATTN_CUDA=1 $(PY) setup.py build_ext --inplace
+	$(PY) -m benchmarks.cuda_build --out benchmarks/results
+
+# make wheel: dist/metattn-X.Y.Z+cpu-…; make wheel CUDA=13.0: +cu130, on any machine with that nvcc.
+# torch's libraries and the driver's are not grafted in: they come with torch and with the GPU.
+CUDA ?=
+LABEL := $(if $(CUDA),cu$(subst .,,$(CUDA)),cpu)
+wheel: $(ENVIRONMENT)
+	rm -rf build/wheel-$(LABEL)
+	METATTN_BUILD_EXT=1 METATTN_CUDA=$(if $(CUDA),1,0) METATTN_CUDA_VERSION=$(CUDA) \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) \
+		$(PY) setup.py -q egg_info --egg-base build --tag-build=+$(LABEL) build --build-base build/wheel-$(LABEL) \
+		bdist_wheel --dist-dir build/wheel-$(LABEL)/dist
+	PATH="$(dir $(PY)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		--exclude 'libcuda.so.*' --wheel-dir dist build/wheel-$(LABEL)/dist/*.whl
+
+# Installs each wheel in dist/ beside each of several torch versions, and takes a second-order step.
+TORCHES ?= 2.10 2.11 2.13 2.14
+check-wheel: $(ENVIRONMENT)
+	$(PY) tests/check_wheel.py --torch $(TORCHES)
 
 clean:
 	rm -rf build dist *.egg-info metattn-demo metattn-bench .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

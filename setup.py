@@ -6,8 +6,8 @@ torch >= 2.10, any Python), `metattn/libmetattn_cuda.so`, the same operators on 
 
 Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed build an error; unset, a failed
 build warns and leaves the pure-Python package. METATTN_CUDA=1 builds the CUDA library, whatever torch is
-installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found. CUDA_HOME, NVCC,
-TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured. METATTN_EMULATION=1
+installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found. METATTN_CUDA_VERSION
+refuses another nvcc. CUDA_HOME, NVCC, TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured. METATTN_EMULATION=1
 builds, for tests alone, build/libmetattn_emulated.so: the CUDA kernels on CPU tensors.
 """
 
@@ -93,7 +93,11 @@ def wants_cuda() -> bool:
         raise BuildError(f"METATTN_CUDA: expected auto, 0 or 1, got {asked!r}")
     if asked == "1" and find_nvcc() is None:
         raise BuildError("METATTN_CUDA=1, and nvcc is not found: set CUDA_HOME, or put it on the PATH")
-    return asked == "1" or (asked == "auto" and torch_has_cuda() and find_nvcc() is not None)
+    wanted = asked == "1" or (asked == "auto" and torch_has_cuda() and find_nvcc() is not None)
+    version = os.environ.get("METATTN_CUDA_VERSION", "")
+    if wanted and version and version != cuda_version():
+        raise BuildError(f"METATTN_CUDA_VERSION is {version}, nvcc's is {cuda_version()}")
+    return wanted
 
 
 def cuda_home() -> Path:

@@ -32,7 +32,14 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     q, v = primals.q, primals.v
     if q.device.type != "cpu":
         return f"emulated, it works on cpu tensors, these are on {q.device}"
-    return cuda.objection(q.dtype, q.shape[3], v.shape[3], SHARED_MEMORY)
+    return objection(q.dtype, int(q.shape[3]), int(v.shape[3]))
+
+
+def objection(dtype: torch.dtype, d: int, dv: int) -> str | None:
+    return cuda.too_large(dtype, d, dv, SHARED_MEMORY)
+
+
+objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def install() -> None:

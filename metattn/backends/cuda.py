@@ -49,9 +49,18 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     q, v = primals.q, primals.v
     if q.device.type != "cuda":
         return f"it works on cuda tensors, these are on {q.device}"
-    if torch.cuda.get_device_capability(q.device) < LOWEST:
+    return objection(q.dtype, int(q.shape[3]), int(v.shape[3]), q.device.index)
+
+
+def objection(dtype: torch.dtype, d: int, dv: int, device: int) -> str | None:
+    """Why a GPU cannot take heads of these sizes, or None."""
+    if torch.cuda.get_device_capability(device) < LOWEST:
         return "the GPU's compute capability is below 7.5"
-    return objection(q.dtype, q.shape[3], v.shape[3], shared_memory(q.device.index))
+    return too_large(dtype, d, dv, shared_memory(device))
+
+
+# A constant of the process for Dynamo too, which traces no library's functions.
+objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -75,8 +84,8 @@ def shared_memory(device: int) -> int:
 
 
 @functools.cache
-def objection(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
-    """Why heads of these sizes do not fit a GPU, or None."""
+def too_large(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
+    """Why heads of these sizes do not fit so much shared memory, or None."""
     reason = library().metattn_cuda_objection(DTYPES.index(dtype), d, dv, shared)
     return None if reason is None else f"{reason.decode()} (d = {d}, dv = {dv}, {dtype})"
 

@@ -1,0 +1,174 @@
+"""What nvcc made of csrc/cuda: registers, spills, tensor-core instructions of every kernel and architecture.
+
+    METATTN_CUDA=1 python setup.py build_ext --inplace
+    python -m benchmarks.cuda_build [--out benchmarks/results]
+
+Reads what the build left behind: no GPU takes part. A kernel that spills on sm_80 or sm_90, and one of
+two-byte floats without a tensor-core instruction, is named, and ends this with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.aot import MMA, tool
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<symbol>\S+)' for '(?P<target>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+NAME = re.compile(r"pass_kernel<(?:\w+::|\(anonymous namespace\)::)*(\w+)<(.*)> >")
+DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32", "double": "float64"}
+CHECKED = ("sm_80", "sm_90")
+TWO_BYTES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one architecture."""
+
+    target: str
+    dtype: str
+    name: str
+    features: int  # of results that a block has in registers; heads that are wider take several
+    partners: int  # queries, or keys, that a block visits at a time
+    options: bool  # whether it knows masks, biases, softcap, ALiBi and dropout
+    registers: int
+    spilled: int  # bytes a thread stores
+    tensor_instructions: int
+
+
+def parsed(symbol: str) -> tuple[str, str, int, int, bool] | None:
+    """(dtype, kernel, features, partners, options) of a pass; None: a sum, which has no tiles."""
+    plain = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+    found = NAME.search(plain)
+    if found is None:
+        return None
+    dtype, *rest = (part.strip() for part in found[2].split(","))
+    numbers = [int(part) for part in rest if part.isdigit()]
+    flags = [part == "true" for part in rest if part in ("true", "false")]
+    kernel = found[1]
+    if kernel == "BiasSums":
+        kernel, features, tiles, options = f"BiasSums{order(flags[0])}", 0, numbers[0], True
+    else:
+        features, tiles, options = 8 * numbers[0], numbers[1], flags[0]
+        if kernel.startswith("Gradient"):
+            kernel += order(flags[1])
+    return DTYPES[dtype], kernel, features, (16 if kernel == "ForwardRows" else 8) * tiles, options
+
+
+def order(second: bool) -> str:
+    return ", second order" if second else ", first order"
+
+
+def tensor_counts(obj: Path) -> dict[tuple[str, str], int]:
+    """(target, symbol) → tensor-core instructions."""
+    sass = subprocess.run(
+        [tool("cuobjdump"), "-sass", obj], capture_output=True, text=True, check=True
+    ).stdout
+    counts: dict[tuple[str, str], int] = {}
+    target = symbol = ""
+    for line in sass.splitlines():
+        if line.startswith("code for "):
+            target = line.split()[2]
+        elif (at := line.find("Function : ")) >= 0:
+            symbol = line[at + 11 :].strip()
+            counts[target, symbol] = 0
+        elif symbol and "MMA" in line and MMA.search(line):
+            counts[target, symbol] += 1
+    return counts
+
+
+def kernels(folder: Path) -> Iterator[Kernel]:
+    for log in sorted(folder.glob("cuda_*.o.log")):
+        counts = tensor_counts(log.with_suffix(""))
+        for entry in ENTRY.finditer(log.read_text()):
+            tile = parsed(entry["symbol"])
+            if tile is not None:
+                tensor = counts.get((entry["target"], entry["symbol"]), 0)
+                yield Kernel(entry["target"], *tile, int(entry["registers"]), int(entry["stores"]), tensor)
+
+
+def complaints(each: Kernel) -> list[str]:
+    found = []
+    if each.spilled and each.target in CHECKED:
+        found.append(f"spills {each.spilled} bytes")
+    tensor = each.dtype == "float16" or (each.dtype == "bfloat16" and each.target != "sm_75")
+    if tensor and each.tensor_instructions == 0:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def markdown(rows: list[Kernel], size: int, targets: list[str]) -> str:
+    lines = [
+        "# What nvcc makes of the CUDA kernels",
+        "",
+        "Written by `make cuda-report`; no GPU took part. Registers a thread, and in brackets spilled bytes.",
+        f"{len(rows)} kernels, {len(rows) // len(targets)} an architecture, in a library of {size / 1e6:.1f} MB.",
+        "",
+        "| dtype | kernel | features | partners | options | " + " | ".join(targets) + " | HMMA, sm_80 |",
+        "|---|---|---:|---:|---|" + "---:|" * (len(targets) + 1),
+    ]
+    shapes = list(dict.fromkeys((r.dtype, r.name, r.features, r.partners, r.options) for r in rows))
+    by = {(r.dtype, r.name, r.features, r.partners, r.options, r.target): r for r in rows}
+    for shape in shapes:
+        dtype, name, features, partners, options = shape
+        cells = []
+        for target in targets:
+            r = by[(*shape, target)]
+            cells.append(f"{r.registers}" + (f" ({r.spilled})" if r.spilled else ""))
+        tensor = by[(*shape, "sm_80")].tensor_instructions if "sm_80" in targets else 0
+        lines.append(
+            f"| {dtype} | {name} | {features or '–'} | {partners} | {'all' if options else 'none'} | "
+            + " | ".join(cells)
+            + f" | {tensor} |"
+        )
+    said = [
+        f"{r.target} {r.dtype} {r.name} {r.features} features: {text}" for r in rows for text in complaints(r)
+    ]
+    lines += ["", "## Exceptions", "", *(f"* {text}" for text in said)]
+    if not said:
+        lines.append(
+            "None: nothing spills on sm_80 and sm_90, every product of two-byte floats is on tensor cores."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for cuda-build.json and cuda-build.md")
+    args = parser.parse_args()
+    folders = sorted((ROOT / "build").glob("temp.*"))
+    rows = [each for folder in folders for each in kernels(folder)]
+    library = ROOT / "metattn" / "libmetattn_cuda.so"
+    if not rows or not library.exists():
+        print("nothing to read: METATTN_CUDA=1 python setup.py build_ext --inplace", file=sys.stderr)
+        return 2
+    targets = sorted({each.target for each in rows}, key=lambda target: int(target[3:]))
+    text = markdown(rows, library.stat().st_size, targets)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        held = {"library_bytes": library.stat().st_size, "kernels": [asdict(each) for each in rows]}
+        (args.out / "cuda-build.json").write_text(json.dumps(held, indent=1) + "\n")
+        (args.out / "cuda-build.md").write_text(text)
+    else:
+        print(text)
+    failures = [f"{each}: {reason}" for each in rows for reason in complaints(each)]
+    print("\n".join(failures) or "no complaint", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
