@@ -195,10 +195,23 @@ def row(
     return Row(
         target, dtype, features, variant, name, f"{config.rows}×{config.keys}", config.warps, config.stages,
         registers, spilled, spill_instructions, compiled.metadata.shared,
-        configs.SHARED_MEMORY[architecture],
+        shared_limit(architecture, dtype, features, variant),
         resident_warps(target, registers, config.warps, compiled.metadata.shared),
         tensor, loop, bounds, tflops,
     )  # fmt: skip
+
+
+def shared_limit(architecture: str, dtype: str, features: int, variant: str) -> int:
+    """Bytes that the kernel may have wherever it is used: sm_80's table is that of sm_86 too, which has fewer."""
+    from metattn.kernels import configs
+
+    size = 0 if dtype == "bfloat16" else 1
+    if architecture != "sm80":
+        return configs.SHARED_MEMORY[architecture]
+    shared = features <= configs.WIDEST["sm86"][size] and (
+        variant != "few-shot" or configs.WHOLE_LENGTH["sm80"][size] == configs.WHOLE_LENGTH["sm86"][size]
+    )
+    return configs.SHARED_MEMORY["sm86" if shared else "sm80"]
 
 
 def resident_warps(target: str, registers: int, warps: int, shared: int) -> int:

@@ -79,7 +79,7 @@ def tensor_counts(obj: Path) -> dict[tuple[str, str], int]:
     counts: dict[tuple[str, str], int] = {}
     target = symbol = ""
     for line in sass.splitlines():
-        if line.startswith("code for "):
+        if line.strip().startswith("code for "):
             target = line.split()[2]
         elif (at := line.find("Function : ")) >= 0:
             symbol = line[at + 11 :].strip()

@@ -29,7 +29,7 @@ from benchmarks.gpu_run import ROOT, benchmark, load, save, start_to, supervise,
 from metattn.cli._measure import machine
 
 STAGES = ("tests", "sanitizer", "benchmark")
-TESTS = ("test_triton", "test_faults", "test_precision")
+TESTS = ("test_triton", "test_cuda", "test_faults", "test_precision")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 COMPILERS = 4  # processes that compile the benchmark's kernels while tests run
 CHECKS_SHARE = 0.4  # of the time, for tests, sanitizers and compiling together
@@ -43,9 +43,9 @@ def checks(stages: tuple[str, ...], sanitizer: str | None) -> dict[str, list[str
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     commands: dict[str, list[str]] = {}
     if "tests" in stages:
-        commands |= {name: [*pytest, f"tests/{name}.py", "-k", "triton"] for name in TESTS}
+        commands |= {name: [*pytest, f"tests/{name}.py", "-k", "triton or cuda"] for name in TESTS}
     if "sanitizer" in stages and sanitizer is not None:
-        short = [*pytest, "tests/test_triton.py", "-k", "short"]
+        short = [*pytest, "tests/test_triton.py", "tests/test_cuda.py", "-k", "short"]
         for tool in SANITIZERS:
             commands[tool] = [sanitizer, "--tool", tool, "--error-exitcode", "9", *short]
     return commands

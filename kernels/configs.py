@@ -112,20 +112,30 @@ TABLE = {
     "gfx9": _CDNA,
     "interpreter": _INTERPRETER,
 }
-# bytes of shared memory that one program may have; sm80 shares its table with sm86 and could have 163 KiB
+# bytes of shared memory that one program may have
 SHARED_MEMORY = {
-    "sm80": 99 * 1024,
+    "sm80": 163 * 1024,
     "sm86": 99 * 1024,
     "sm90": 227 * 1024,
     "sm100": 227 * 1024,
     "gfx9": 64 * 1024,
 }
 
+# architecture → widest head dimension, in two-byte dtypes and in float32, whose tiles fit shared memory
+WIDEST = {
+    "sm80": (256, 256),
+    "sm86": (256, 128),
+    "sm90": (256, 256),
+    "sm100": (256, 256),
+    "gfx9": (256, 256),
+    "interpreter": (256, 256),
+}
+
 # The few-sample regime: problems so short and narrow that one program of a column pass holds all keys.
 # architecture → how long, in two-byte dtypes and in float32: what shared memory holds
 WHOLE_LENGTH = {
     "sm80": (128, 32),
-    "sm86": (128, 32),
+    "sm86": (128, 16),
     "sm90": (128, 64),
     "sm100": (128, 64),
     "gfx9": (64, 16),

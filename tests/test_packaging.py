@@ -300,3 +300,34 @@ def installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"METATTN_CUDA": "1", "NVCC": "/nowhere/nvcc"}, "METATTN_CUDA=1, and nvcc is not found"),
+        ({"METATTN_CUDA": "yes"}, "METATTN_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_an_error(tree: Path, changes: dict[str, str], said: str) -> None:
+    done = run(
+        sys.executable, "setup.py", "build_ext", cwd=tree, check=False, METATTN_BUILD_EXT="1", **changes
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"TORCH_CUDA_ARCH_LIST": "9.0 ten"}, "TORCH_CUDA_ARCH_LIST: expected entries such as 8.0"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.0"}, "compute capability 7.5 is the lowest served, got 7.0"),
+        ({"METATTN_CUDA_VERSION": "1.0"}, "METATTN_CUDA_VERSION is 1.0, nvcc's is "),
+    ],
+)
+def test_wrong_cuda_settings_are_errors(tree: Path, changes: dict[str, str], said: str) -> None:
+    settings = {"METATTN_BUILD_EXT": "1", "METATTN_CUDA": "1", **changes}
+    done = run(sys.executable, "setup.py", "build_ext", cwd=tree, check=False, **settings)
+    assert done.returncode != 0
+    assert said in done.stderr

@@ -7,6 +7,7 @@ into a plan of allocations and launches, and the plan is run; the next call that
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ except ModuleNotFoundError as error:
 except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
     IMPORT_ERROR = f"triton cannot be imported: {error}"
 
+OLDEST_COMPILER = (3, 7)  # before, functions of a kernel can return no None
 MOST_FEATURES = 256
 NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
 NO_RESULTS = None, None, None
@@ -60,7 +62,12 @@ def unavailable_reason() -> str | None:
         return "METATTN_DISABLE_TRITON is set"
     if IMPORT_ERROR is not None:
         return IMPORT_ERROR
-    if interpreted() or torch.cuda.is_available():
+    if interpreted():
+        return None
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_COMPILER:
+        return f"Triton {version} is installed; the kernels need the compiler of 3.7 or later"
+    if torch.cuda.is_available():
         return None
     return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
 
@@ -73,10 +80,13 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
         return f"it works on {expected} tensors, these are on {q.device}"
     if q.dtype == torch.float64:
         return "it computes in float32, these tensors are float64"
-    if max(q.shape[3], v.shape[3]) > MOST_FEATURES:
-        return f"a head dimension of at most {MOST_FEATURES}, got {max(q.shape[3], v.shape[3])}"
-    if architecture(q.device) is None:
+    row = architecture(q.device)
+    if row is None:
         return "the GPU has no tensor cores that Triton's kernels can use (compute capability 8.0 or later)"
+    widest = configs.WIDEST[row][0 if q.dtype in ROUNDED else 1]
+    if max(q.shape[3], v.shape[3]) > widest:
+        here = "" if widest == MOST_FEATURES else f" in {q.dtype} on this GPU"
+        return f"a head dimension of at most {widest}{here}, got {max(q.shape[3], v.shape[3])}"
     return None
 
 

@@ -1,0 +1,77 @@
+"""Installs each wheel of a folder beside each of several torch versions, and runs a smoke test there.
+
+    python tests/check_wheel.py [--torch 2.10 2.13] [--wheels dist]
+
+The same file must serve all of them. Prints a line for each pair, and ends with 1 if one failed. torch comes
+from the package index that pip is set up with: its CUDA builds are gigabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SMOKE = """
+import torch, metattn
+q = torch.randn(1, 2, 70, 16, requires_grad=True)
+def second(backend):
+    o = metattn.attention(q, q, q, causal=True, backend=backend)
+    (g,) = torch.autograd.grad(o.sin().sum(), q, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), q)[0]
+found, right = second("cpu"), second("reference")
+error = float((found - right).norm() / right.norm())
+assert error < 1e-5, error
+from metattn import _host
+cuda = metattn.available_backends()["cuda"] or "available"
+print(f"torch {torch.__version__}, CUDA {_host.build_info()['cuda']}, error {error:.1e}, cuda: {cuda}")
+"""
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def check(wheel: Path, version: str) -> tuple[bool, str]:
+    """Whether a wheel works beside a torch version, and what was said."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "bin" / "python"
+        wanted = f"torch=={version}" if version.count(".") > 1 else f"torch=={version}.*"
+        pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        for step in (
+            (sys.executable, "-m", "venv", folder),
+            (*pip, wanted, "numpy"),
+            (*pip, "--no-deps", "--no-index", wheel),
+        ):
+            done = run(*step)
+            if done.returncode != 0:
+                return False, (done.stderr.strip().splitlines() or ["failed"])[-1]
+        done = subprocess.run([python, "-c", SMOKE], cwd=folder, capture_output=True, text=True, check=False)
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        return done.returncode == 0, lines[-1] if lines else "said nothing"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--torch", nargs="+", default=["2.13.0"], help="versions, as 2.10 or 2.13.0")
+    parser.add_argument("--wheels", type=Path, default=Path("dist"), help="their folder")
+    args = parser.parse_args()
+    wheels = sorted(args.wheels.resolve().glob("metattn-*.whl"))
+    if not wheels:
+        print(f"no wheels in {args.wheels}: make wheel", file=sys.stderr)
+        return 2
+    failed = 0
+    for version in args.torch:
+        for wheel in wheels:
+            worked, said = check(wheel, version)
+            failed += not worked
+            print(f"{'ok' if worked else 'FAILED'}  torch {version}  {wheel.name}: {said}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
