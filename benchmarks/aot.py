@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -183,8 +181,6 @@ def row(
     compiled: Any, target: str, dtype: str, features: int, variant: str, name: str, config: Any,
     architecture: str,
 ) -> Row:  # fmt: skip
-    from metattn.kernels import configs
-
     read = read_cubin if target.startswith("sm_") else read_amdgcn
     registers, spilled, spill_instructions, tensor, loop = read(compiled)
     bounds, tflops = {}, None
@@ -202,7 +198,7 @@ def row(
 
 
 def shared_limit(architecture: str, dtype: str, features: int, variant: str) -> int:
-    """Bytes that the kernel may have wherever it is used: sm_80's table is that of sm_86 too, which has fewer."""
+    """Bytes that the kernel may have wherever it is used: sm_86 shares sm_80's table, and has fewer."""
     from metattn.kernels import configs
 
     size = 0 if dtype == "bfloat16" else 1
@@ -453,6 +449,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for aot.json and aot.md")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: nothing is compiled under it
     from metattn.kernels.configs import WHOLE_FEATURES
     from rich.progress import Progress
 

@@ -114,7 +114,7 @@ def markdown(rows: list[Kernel], size: int, targets: list[str]) -> str:
         "# What nvcc makes of the CUDA kernels",
         "",
         "Written by `make cuda-report`; no GPU took part. Registers a thread, and in brackets spilled bytes.",
-        f"{len(rows)} kernels, {len(rows) // len(targets)} an architecture, in a library of {size / 1e6:.1f} MB.",
+        f"{len(rows)} kernels, {len(rows) // len(targets)} an architecture; a library of {size / 1e6:.1f} MB.",
         "",
         "| dtype | kernel | features | partners | options | " + " | ".join(targets) + " | HMMA, sm_80 |",
         "|---|---|---:|---:|---|" + "---:|" * (len(targets) + 1),
