@@ -6,9 +6,10 @@ torch >= 2.10, any Python), `metattn/libmetattn_cuda.so`, the same operators on 
 
 Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed build an error; unset, a failed
 build warns and leaves the pure-Python package. METATTN_CUDA=1 builds the CUDA library, whatever torch is
-installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found. METATTN_CUDA_VERSION
-refuses another nvcc. CUDA_HOME, NVCC, TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured. METATTN_EMULATION=1
-builds, for tests alone, build/libmetattn_emulated.so: the CUDA kernels on CPU tensors.
+installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found.
+METATTN_CUDA_VERSION refuses another nvcc. METATTN_EMULATION=1 builds, for tests alone,
+build/libmetattn_emulated.so: the CUDA kernels on CPU tensors. CUDA_HOME, NVCC, TORCH_CUDA_ARCH_LIST ("8.0
+9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
