@@ -71,7 +71,7 @@ cuda-report: $(ENVIRONMENT)
 
 # make wheel: dist/metattn-X.Y.Z+cpu-…; make wheel CUDA=13.0: +cu130, on any machine with that nvcc.
 # torch's libraries and the driver's are not grafted in: they come with torch and with the GPU.
-CUDA ?=
+CUDA :=
 LABEL := $(if $(CUDA),cu$(subst .,,$(CUDA)),cpu)
 wheel: $(ENVIRONMENT)
 	rm -rf build/wheel-$(LABEL)

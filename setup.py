@@ -112,9 +112,24 @@ def cuda_home() -> Path:
     return Path(found[1]).resolve()
 
 
+def answer(question: str) -> str:
+    """What nvcc says."""
+    return subprocess.run([str(find_nvcc()), question], capture_output=True, text=True, check=True).stdout
+
+
+def known_architectures() -> str:
+    """Those of CUDA_ARCHITECTURES that nvcc knows, PTX for the last."""
+    known = answer("--list-gpu-code")
+    entries = [entry.removesuffix("+PTX") for entry in CUDA_ARCHITECTURES.split()]
+    served = [entry for entry in entries if f"sm_{entry.replace('.', '')}" in known.split()]
+    if not served:
+        raise BuildError(f"nvcc knows none of {CUDA_ARCHITECTURES}")
+    return " ".join(served) + "+PTX"
+
+
 def cuda_version() -> str:
     """Of nvcc, as 13.0."""
-    text = subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    text = answer("--version")
     found = re.search(r"release (\d+\.\d+)", text)
     if found is None:
         raise BuildError(f"nvcc says no version: {text}")
@@ -151,8 +166,16 @@ class NinjaBuildExt(build_ext):
         try:
             self.with_cuda = wants_cuda()
             if not self.with_cuda:
-                self.extensions = [each for each in self.extensions if each.name != CUDA_LIBRARY]
-            self._ninja()
+                self._drop_cuda()
+            try:
+                self._ninja()
+            except subprocess.CalledProcessError:
+                if not self.with_cuda or os.environ.get("METATTN_CUDA") == "1":
+                    raise
+                print("metattn: WARNING: the CUDA library did not build; without it:", file=sys.stderr)
+                self.with_cuda = False
+                self._drop_cuda()
+                self._ninja()
         except (BuildError, OSError, subprocess.CalledProcessError, ImportError) as error:
             if os.environ.get("METATTN_BUILD_EXT") == "1":
                 raise SystemExit(f"metattn: the extension did not build: {error}") from error
@@ -259,6 +282,11 @@ class NinjaBuildExt(build_ext):
         options = [*(["-j", jobs] if jobs else []), *(["-v"] if self.verbose > 1 else [])]
         subprocess.run([str(Path(BIN_DIR) / "ninja"), *options], cwd=build, check=True)
 
+    def _drop_cuda(self) -> None:
+        self.extensions = [each for each in self.extensions if each.name != CUDA_LIBRARY]
+        if self.inplace:  # one of an earlier build may not fit the operators of this one
+            Path(self.get_ext_fullpath(CUDA_LIBRARY)).unlink(missing_ok=True)
+
     def _place(self, name: str) -> Path:
         if self.inplace:  # setuptools copies from build_lib to the source tree afterwards
             return (Path(self.build_lib) / self.get_ext_filename(name)).resolve()
@@ -277,8 +305,10 @@ class NinjaBuildExt(build_ext):
         """What makes the CUDA library: cudart is in it, libcuda and libtorch_cuda come with torch."""
         nvcc = str(find_nvcc())
         home = cuda_home()
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-        nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--compress-mode=size"]
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures()
+        nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+        if "--compress-mode" in answer("--help"):
+            nvcc_flags.append("--compress-mode=size")
         nvcc_flags += ["-Xptxas=-v", "-ccbin", compiler[0], f"-I{ROOT / 'csrc'}"]
         nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *code_generation(architectures)]
         # ptxas says registers and spills of every kernel: benchmarks/cuda_build.py reads them

@@ -29,8 +29,9 @@ using Results = std::tuple<Tensor, Tensor, Tensor>;  // o, lse, o_lo; or their t
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 #ifdef METATTN_ON_GPU
-bool is_here(const Tensor& x) { return x.is_cuda(); }
-constexpr const char* kHere = "a GPU";
+thread_local int32_t gpu_of_call = 0;  // q's
+bool is_here(const Tensor& x) { return x.is_cuda() && x.get_device_index() == gpu_of_call; }
+constexpr const char* kHere = "q's GPU";
 #else
 bool is_here(const Tensor& x) { return x.is_cpu(); }
 constexpr const char* kHere = "the CPU";
@@ -154,6 +155,9 @@ const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_
 }
 
 Call make_call(METATTN_PROBLEM_ARGUMENTS) {
+#ifdef METATTN_ON_GPU
+  gpu_of_call = q.get_device_index();
+#endif
   Call call{{}, q, k, v, bias, sinks};
   Params& p = call.p;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "metattn: q, k and v must have 4 dimensions");

@@ -13,7 +13,9 @@ struct Sequence {
 static METATTN_HD Sequence sequence(const Params& p, int64_t seq) {
   if (p.cu_q == nullptr) return {0, p.n, 0, p.m};
   const int64_t q0 = p.cu_q[seq], k0 = p.cu_k[seq];
-  return {q0, p.cu_q[seq + 1] - q0, k0, p.cu_k[seq + 1] - k0};
+  // a GPU's offsets are not read on the host: nothing is longer than it was said to be
+  const int64_t n = p.cu_q[seq + 1] - q0, m = p.cu_k[seq + 1] - k0;
+  return {q0, n < p.n ? n : p.n, k0, m < p.m ? m : p.m};
 }
 
 struct Range {

@@ -31,7 +31,8 @@ TESTED = [
 ]
 
 
-# In the interpreter these take minutes, and their like are tested anyway; `pytest --exhaustive` runs them.
+# In the interpreter these take minutes, and emulated CUDA kernels take theirs too; their like are tested anyway.
+# `pytest --exhaustive` runs them.
 EXHAUSTIVE = (
     "test_row13_layouts[triton-torch.bfloat16-*",
     "test_row18_windows_wider_than_any_sequence[triton-*",
@@ -52,13 +53,16 @@ EXHAUSTIVE = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--exhaustive", action="store_true", help="all tests of Triton kernels in the interpreter"
+        "--exhaustive", action="store_true", help="all tests of Triton and CUDA kernels on a CPU"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if triton.interpreted() and not config.getoption("--exhaustive"):
-        left_out = [item for item in items if any(_matches(item.name, name) for name in EXHAUSTIVE)]
+    names = EXHAUSTIVE if triton.interpreted() else ()
+    if emulation.installed():
+        names += tuple(name.replace("[triton-", "[cuda-") for name in EXHAUSTIVE)
+    if names and not config.getoption("--exhaustive"):
+        left_out = [item for item in items if any(_matches(item.name, name) for name in names)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 

@@ -75,6 +75,10 @@ def test_odd_sizes(name: str, dtype: torch.dtype) -> None:
     check(Call(ODD[name], dtype))
 
 
+def test_no_features() -> None:
+    check(Call((1, 2, 1, 20, 40, 0, 0), torch.float32, **OPTIONS["bias"]))
+
+
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 @pytest.mark.parametrize("name", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -8,4 +8,12 @@ const char* run_f64(Map map, const Params& p, const Gpu& gpu) {
   return error != nullptr ? error : start_sums<double, 1>(map, p, gpu);
 }
 
+#ifdef __CUDACC__
+bool has_code() {
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, sum_sinks_kernel<double>);
+  return last_error() == nullptr;
+}
+#endif
+
 }  // namespace metattn::cuda

@@ -62,8 +62,10 @@ const char* last_error() {
 template <class Pass>
 const char* start(const Params& p, const Gpu& gpu, int warps, int64_t blocks, int64_t chunks) {
   const size_t bytes = shared_bytes<Pass>(p, warps);
-  if (bytes > 48 * 1024)
+  if (bytes > 48 * 1024) {
     cudaFuncSetAttribute(pass_kernel<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (const char* error = last_error()) return error;
+  }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
   pass_kernel<Pass><<<grid, kLanes * warps, bytes, static_cast<cudaStream_t>(gpu.stream)>>>(p);
   return last_error();

@@ -21,4 +21,7 @@ const char* run_f16(Map map, const Params& p, const Gpu& gpu);
 const char* run_f32(Map map, const Params& p, const Gpu& gpu);
 const char* run_f64(Map map, const Params& p, const Gpu& gpu);
 
+// Whether kernels were compiled for the current GPU, and its driver takes them.
+bool has_code();
+
 }  // namespace metattn::cuda

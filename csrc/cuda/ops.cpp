@@ -170,10 +170,18 @@ extern "C" __attribute__((visibility("default"))) const char* metattn_cuda_objec
 }
 
 #ifdef METATTN_ON_GPU
-// Of the current GPU: bytes of shared memory that a block may have; 0 where the driver is too old for this library.
+// Bytes of shared memory that a block may have on a GPU; 0 where this library has no kernels for it, or its driver is
+// too old for them.
 extern "C" __attribute__((visibility("default"))) int64_t metattn_cuda_shared_memory(int device) {
-  int bytes = 0;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+  int before = 0, bytes = 0;
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  const bool usable = metattn::cuda::has_code();
+  cudaSetDevice(before);
+  return usable ? bytes : 0;
 }
 
 // the schemas are the CPU library's

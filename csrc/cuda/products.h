@@ -115,6 +115,13 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int fi
   }
 }
 
+// A weight as tensor cores would have it: rounded to S, and with what that lost, rounded too, where both count.
+template <class S, class T>
+static METATTN_DEVICE T as_multiplied(T x, bool twice) {
+  const T high = widened<T>(narrowed<S>(x));
+  return twice && is_finite(high) ? high + widened<T>(narrowed<S>(x - high)) : high;
+}
+
 #ifdef __CUDACC__
 // What rounding two weights to S lost, rounded too.
 template <class S>
@@ -167,9 +174,9 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
           x = weights.x[lane / 4 * 4 + k / 2][t][k % 2];
           y = weights.x[lane / 4 * 4 + k / 2][t][2 + k % 2];
 #endif
-          if (sizeof(S) < 4 && !twice) {
-            x = widened<T>(narrowed<S>(x));
-            y = widened<T>(narrowed<S>(y));
+          if constexpr (sizeof(S) < 4) {
+            x = as_multiplied<S>(x, twice);
+            y = as_multiplied<S>(y, twice);
           }
           const S* columns = b.row(8 * t + k) + first + 2 * (lane % 4);
           METATTN_UNROLL for (int c = 0; c < Columns; ++c) {

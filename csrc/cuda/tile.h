@@ -59,7 +59,7 @@ struct Pieces {
 // lie in different banks.
 template <class S>
 static METATTN_HD int leading(const Params& p, int columns) {
-  return static_cast<int>(round_up(larger(p.d, p.dv), columns) + 16 / static_cast<int64_t>(sizeof(S)));
+  return static_cast<int>(round_up(larger(1, larger(p.d, p.dv)), columns) + 16 / static_cast<int64_t>(sizeof(S)));
 }
 
 // Sixteen bytes that are aligned so.

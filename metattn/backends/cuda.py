@@ -19,6 +19,7 @@ from metattn.problem import Constants, Primals, Problem
 LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cuda.so"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as csrc/params.h numbers them
 LOWEST = (7, 5)
+NO_KERNELS = "has no kernels for this GPU, or the GPU's driver is older than the CUDA that it was built with"
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def unavailable_reason() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} cannot be loaded into torch {torch.__version__}: {error}"
     if shared_memory(torch.cuda.current_device()) == 0:
-        return f"{LIBRARY.name} cannot use the GPU: its driver is older than the CUDA that the library is for"
+        return f"{LIBRARY.name} {NO_KERNELS}"
     return None
 
 
@@ -56,7 +57,8 @@ def objection(dtype: torch.dtype, d: int, dv: int, device: int) -> str | None:
     """Why a GPU cannot take heads of these sizes, or None."""
     if torch.cuda.get_device_capability(device) < LOWEST:
         return "the GPU's compute capability is below 7.5"
-    return too_large(dtype, d, dv, shared_memory(device))
+    shared = shared_memory(device)
+    return too_large(dtype, d, dv, shared) if shared else f"{LIBRARY.name} {NO_KERNELS}"
 
 
 # A constant of the process for Dynamo too, which traces no library's functions.
