@@ -31,8 +31,8 @@ TESTED = [
 ]
 
 
-# In the interpreter these take minutes, and emulated CUDA kernels take theirs too; their like are tested anyway.
-# `pytest --exhaustive` runs them.
+# In the interpreter these take minutes, and emulated CUDA kernels take theirs too; their like are tested
+# anyway. `pytest --exhaustive` runs them.
 EXHAUSTIVE = (
     "test_row13_layouts[triton-torch.bfloat16-*",
     "test_row18_windows_wider_than_any_sequence[triton-*",
