@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import emulation
 import pytest
 import torch
 
 import metattn
+from metattn import backends
 from metattn.backends import native
 from metattn.cli import _cases, _measure, _report, bench, doctor, main
 
@@ -21,6 +23,13 @@ TINY = _cases.Case("tiny", 2, 4, 24, 8)
 
 
 # ---- parsing
+
+
+@pytest.fixture(autouse=True)
+def no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands look at the machine: what is emulated is no GPU's backend."""
+    if emulation.installed():
+        monkeypatch.setitem(backends._reasons, "cuda", "it is emulated")
 
 
 def test_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
