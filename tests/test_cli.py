@@ -92,7 +92,7 @@ def test_doctor_on_an_unloadable_library(
     broken = tmp_path / "libmetattn_cpu.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(native, "LIBRARY", broken)
-    monkeypatch.setattr("metattn.backends._reasons", {"triton": "absent"})
+    monkeypatch.setattr("metattn.backends._reasons", {"triton": "absent", "cuda": "absent"})
     native.unavailable_reason.cache_clear()
     try:
         assert main(["doctor"]) == 1
