@@ -59,8 +59,10 @@ aot: $(ENVIRONMENT)
 aot-check: $(ENVIRONMENT)
 	$(PY) -m benchmarks.aot --targets sm_80 sm_90 gfx942 --dtypes bfloat16 --features 64 128 --variants plain
 
-# On a machine with a GPU, which runs the CUDA kernels itself: tests, sanitizer, benchmark against torch; ends inside nine minutes.
+# On a machine with a GPU: tests, sanitizer, benchmark against torch; ends inside nine minutes. The CUDA library is
+# built for that GPU alone, and not emulated.
 gpu: export METATTN_EMULATION := 0
+gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 gpu: build
 	$(PY) -m benchmarks.gpu
 

@@ -293,6 +293,19 @@ NewGradients new_gradients(Call& call, int64_t needs) {
   return made;
 }
 
+// Sizes of the bias, and strides of its gradient as one part of a sum holds it, 0 where the bias is broadcast; how many
+// elements a part has.
+int64_t set_bias_gradient(Call& call) {
+  int64_t step = 1;
+  for (int dim = 3; dim >= 0; --dim) {
+    const int64_t size = call.bias->size(dim);
+    call.p.bias_size[dim] = size;
+    call.p.grad_bias_stride[dim + 1] = size == 1 ? 0 : step;
+    step *= size;
+  }
+  return step;
+}
+
 #define METATTN_DEFINE_OPERATORS(library)                                                                              \
   library.def("forward(" METATTN_PROBLEM_SCHEMA ") -> (Tensor o, Tensor lse, Tensor o_lo)");                           \
   library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, int needs) -> " \

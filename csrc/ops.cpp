@@ -89,13 +89,8 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
     const bool direct = p.grad_bias_parts == 1 && bias.scalar_type() == compute;
     bias_parts = torch::stable::new_zeros(bias, {p.grad_bias_parts, sizes[0], sizes[1], sizes[2], sizes[3]}, compute);
     p.grad_bias = static_cast<char*>(bias_parts.data_ptr());
-    int64_t step = 1;
-    for (int dim = 3; dim >= 0; --dim) {
-      p.bias_size[dim] = sizes[dim];
-      p.grad_bias_stride[dim + 1] = sizes[dim] == 1 ? 0 : step;
-      step *= sizes[dim];
-    }
-    p.grad_bias_stride[0] = p.grad_bias_parts == 1 ? 0 : step;
+    const int64_t elements = set_bias_gradient(call);
+    p.grad_bias_stride[0] = p.grad_bias_parts == 1 ? 0 : elements;
     if (direct) {
       grad_bias = torch::stable::view(bias_parts, {sizes[0], sizes[1], sizes[2], sizes[3]});
     } else {

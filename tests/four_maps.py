@@ -119,6 +119,31 @@ class Call:
         return problem, primals(), primals(), constants, do, dlse
 
 
+class Moved:
+    """A backend for CPU tensors: they are moved to its device, and what it gives is moved back."""
+
+    def __init__(self, backend: Any, device: str) -> None:
+        self.backend, self.device = backend, device
+
+    def move(self, x: Any) -> Any:
+        return x.to(self.device) if isinstance(x, Tensor) else x
+
+    def back(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            parts = [self.back(part) for part in x]
+            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        return x.cpu() if isinstance(x, Tensor) else x
+
+    def __getattr__(self, name: str) -> Any:
+        def run(*arguments: Any) -> Any:
+            moved = [
+                type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments
+            ]
+            return self.back(getattr(self.backend, name)(*moved))
+
+        return run
+
+
 def four_maps(backend: Any, call: Call, wide: bool = False) -> Outputs:
     """Every output of the four maps; `wide`: of the same inputs in float64."""
     problem, primals, tangents, constants, do, dlse = call.make()

@@ -7,7 +7,6 @@ warp, and shared memory starts as NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import emulation
 import pytest
@@ -22,10 +21,10 @@ from four_maps import (
     SHORT_LENGTHS,
     TOLERANCE,
     Call,
+    Moved,
     assert_close,
     four_maps,
 )
-from torch import Tensor
 
 import metattn
 from metattn.backends import available_backends, cuda, reference
@@ -37,28 +36,13 @@ emulated = pytest.mark.skipif(not emulation.installed(), reason="it is about the
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class OnDevice:
-    """The backend for CPU tensors, moved to the GPU where there is one."""
-
-    @staticmethod
-    def move(x: Any) -> Any:
-        return x.to("cuda") if isinstance(x, Tensor) and not emulation.installed() else x
-
-    def __getattr__(self, name: str) -> Any:
-        def run(*arguments: Any) -> Any:
-            moved = [
-                type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments
-            ]
-            found = getattr(cuda, name)(*moved)
-            return type(found)(*(x if x is None else x.cpu() for x in found))
-
-        return run
+ON_DEVICE = Moved(cuda, "cpu" if emulation.installed() else "cuda")
 
 
 def check(call: Call, terms: int = 1) -> None:
     """terms: how many of size 1 are summed to what may be 0."""
     relative = TOLERANCE[call.dtype]
-    found, exact = four_maps(OnDevice(), call), four_maps(reference, call, wide=True)
+    found, exact = four_maps(ON_DEVICE, call), four_maps(reference, call, wide=True)
     assert_close(found, exact, relative, relative * 0.1 * terms**0.5)
 
 
@@ -124,7 +108,7 @@ def test_what_does_not_fit_is_refused(shared_memory: int) -> None:
     assert reason.endswith(expected.replace("\\", ""))
     assert cuda.too_large(torch.bfloat16, 256, 256, shared_memory) is None
     with pytest.raises(RuntimeError, match="does not fit the shared memory"):
-        four_maps(OnDevice(), Call((1, 1, 1, 3, 4, 256, 256)))
+        four_maps(ON_DEVICE, Call((1, 1, 1, 3, 4, 256, 256)))
 
 
 @emulated
@@ -136,7 +120,7 @@ def test_refuses_by_name() -> None:
 
 def test_reruns_give_the_same_bits() -> None:
     call = Call(LONG, torch.bfloat16, **OPTIONS["everything"])
-    first, second = (four_maps(OnDevice(), call) for _ in range(2))
+    first, second = (four_maps(ON_DEVICE, call) for _ in range(2))
     for name, x in first.items():
         y = second[name]
         assert x is not None

@@ -25,6 +25,7 @@ from four_maps import (
     SHORT_LENGTHS,
     TOLERANCE,
     Call,
+    Moved,
     Outputs,
     assert_close,
     four_maps,
@@ -41,35 +42,14 @@ if available_backends()["triton"] is not None:
 
 from metattn.kernels import configs
 
-
-class OnDevice:
-    """The Triton backend for CPU tensors, moved to the GPU where there is one."""
-
-    @staticmethod
-    def move(x: Any) -> Any:
-        return x.to("cuda") if isinstance(x, Tensor) and not triton.interpreted() else x
-
-    def back(self, x: Any) -> Any:
-        if isinstance(x, tuple):
-            parts = [self.back(part) for part in x]
-            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-        return x.cpu() if isinstance(x, Tensor) else x
-
-    def __getattr__(self, name: str) -> Any:
-        def run(*arguments: Any) -> Any:
-            moved = [
-                type(x)(*map(self.move, x)) if hasattr(x, "_fields") else self.move(x) for x in arguments
-            ]
-            return self.back(getattr(triton, name)(*moved))
-
-        return run
+ON_DEVICE = Moved(triton, "cpu" if triton.interpreted() else "cuda")
 
 
 def check(call: Call, terms: int = 1) -> None:
     """terms: how many of size 1 are summed to what may be 0."""
     relative = TOLERANCE[call.dtype]
     absolute = relative * 0.1 * terms**0.5
-    assert_close(four_maps(OnDevice(), call), four_maps(reference, call, wide=True), relative, absolute)
+    assert_close(four_maps(ON_DEVICE, call), four_maps(reference, call, wide=True), relative, absolute)
 
 
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
@@ -132,7 +112,7 @@ def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
     """Kernels that a double backward launched, its outputs, and the same in float64."""
     problem, primals, tangents, constants, do, dlse = call.make()
     needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
-    ours, launched = OnDevice(), []
+    ours, launched = ON_DEVICE, []
     results = ours.forward(problem, primals, constants)
     first = ours.vjp(problem, primals, constants, results, do, dlse, needs)
     start = triton.run
@@ -237,7 +217,7 @@ def test_one_sweep_where_terms_cancel(what: str) -> None:
         two = moved, backend.vjp_jvp(problem, p, constants, results, y, dlse, t, moved, needs)
         return two, backend.double_backward(problem, p, constants, results, y, dlse, t, needs, first.q)
 
-    two, one = errors(OnDevice())
+    two, one = errors(ON_DEVICE)
     exact = errors(reference, wide=True)
 
     def distance(found: Any, index: int, name: str) -> float:
@@ -253,7 +233,7 @@ def test_each_part_alone(sizes: tuple[int, ...]) -> None:
     """One gradient wanted, one tangent or cotangent there: what is absent is left out, not zero by luck."""
     call = Call(sizes, torch.float32, bias=(1, 1, 1, 1), sinks=True, softcap=2.0)
     problem, primals, tangents, constants, do, dlse = call.make()
-    ours = OnDevice()
+    ours = ON_DEVICE
     results = ours.forward(problem, primals, constants)
     truth = reference.forward(problem, primals, constants)
     for index in range(5):
@@ -390,5 +370,5 @@ class TestAvailability:
         problem, primals, _, constants, _, _ = replace(
             Call((1, 1, 1, 2, 2, 8, 8), torch.float32), **change
         ).make()
-        primals = Primals(*map(OnDevice.move, primals))
+        primals = Primals(*map(ON_DEVICE.move, primals))
         assert triton.unsupported(problem, primals, constants) == said

@@ -105,18 +105,12 @@ Gradients run_gradients(Map map, Call& call, int64_t needs) {
     p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
     p.own_bias = bias.size(0) == p.batch && bias.size(1) == p.heads && bias.size(2) == call.mask_rows &&
                  bias.size(3) == call.mask_keys;
-    int64_t step = 1;
-    for (int dim = 3; dim >= 0; --dim) {
-      p.bias_size[dim] = bias.size(dim);
-      p.grad_bias_stride[dim + 1] = bias.size(dim) == 1 ? 0 : step;
-      step *= bias.size(dim);
-    }
-    p.bias_parts_stride = step;
+    p.bias_parts_stride = set_bias_gradient(call);
     if (p.own_bias) {
       p.grad_bias = p.grad_bias_out.data;
     } else {
       p.grad_bias_parts = bias_parts(p);
-      bias_parts_tensor = torch::stable::new_zeros(bias, {p.grad_bias_parts, step}, compute);
+      bias_parts_tensor = torch::stable::new_zeros(bias, {p.grad_bias_parts, p.bias_parts_stride}, compute);
       p.grad_bias = static_cast<char*>(bias_parts_tensor.data_ptr());
     }
   }

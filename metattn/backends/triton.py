@@ -7,7 +7,6 @@ into a plan of allocations and launches, and the plan is run; the next call that
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
 from metattn.problem import Constants, Primals, Problem, Results
 
 try:
+    import triton
+
     from metattn.kernels import configs
     from metattn.kernels.call import Call, Given, View, Wanted
     from metattn.kernels.configs import Config
@@ -64,9 +65,8 @@ def unavailable_reason() -> str | None:
         return IMPORT_ERROR
     if interpreted():
         return None
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_COMPILER:
-        return f"Triton {version} is installed; the kernels need the compiler of 3.7 or later"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_COMPILER:
+        return f"Triton {triton.__version__} is installed; the kernels need the compiler of 3.7 or later"
     if torch.cuda.is_available():
         return None
     return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
