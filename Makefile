@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench aot aot-check cuda-report gpu wheel check-wheel clean
+.PHONY: build demo test lint bench aot aot-check check-triton cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -58,6 +58,17 @@ aot: $(ENVIRONMENT)
 # Some of it, for continuous integration: a few minutes.
 aot-check: $(ENVIRONMENT)
 	$(PY) -m benchmarks.aot --targets sm_80 sm_90 gfx942 --dtypes bfloat16 --features 64 128 --variants plain
+
+# Reads and compiles the kernels with other versions of Triton: as an H100's machine would, without one.
+TRITONS ?= 3.6.0
+check-triton: $(ENVIRONMENT)
+	for version in $(TRITONS); do \
+		folder=build/triton-$$version; \
+		test -d $$folder/triton || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target $$folder triton==$$version; \
+		PYTHONPATH=$$folder:. $(PY) tests/front_end.py; \
+		PYTHONPATH=$$folder:. $(PY) -m benchmarks.aot --targets sm_90 --variants plain few-shot; \
+	done
 
 # On a machine with a GPU: tests, sanitizer, benchmark against torch; ends inside nine minutes. The CUDA library is
 # built for that GPU alone, and not emulated.

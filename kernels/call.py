@@ -1,12 +1,26 @@
-"""What every kernel is told: views of tensors, sizes, options; and what a program knows of its place."""
+"""What every kernel is told: views of tensors, sizes, options; and what a program knows of its place.
+
+Tuples that hold tuples end with a None. Triton 3.6 derives a tuple's type again whenever it sets one of its
+own fields, last the constants in their order; after a field that is a tuple only such a constant does it.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.constexpr_function
+def absent(x: Any) -> bool:
+    """Whether x is None, as a kernel is told that there is none, or (), as a function returns it.
+
+    Triton 3.6 makes a tensor of each constant that a function returns, and cannot of None.
+    """
+    return x is None or (isinstance(x, (tuple, tl.tuple)) and len(x) == 0)
 
 
 class View(NamedTuple):
@@ -17,7 +31,7 @@ class View(NamedTuple):
     head: Any
     row: Any
     column: Any
-    wide: Any  # 1 where offsets within a block need 64 bits
+    wide: Any  # 1 where offsets within a block need 64 bits, or ()
 
 
 class Call(NamedTuple):
@@ -44,6 +58,7 @@ class Call(NamedTuple):
     bottom_right: Any  # 1: the last query's own place is the last key; 0: the first's the first
     threshold: Any  # dropout keeps where a Philox word is at least this
     kept: Any  # 1 / (1 - p)
+    last: None = None
 
 
 class Place(NamedTuple):
@@ -91,6 +106,7 @@ class Given(NamedTuple):
     # float32 [B, Hq, N] and, as columns, Statistics' fields: a row pass tells a column pass. Without it a
     # column pass has all keys in its one block, and finds out itself.
     statistics: Any
+    last: None = None
 
 
 class Wanted(NamedTuple):
@@ -104,6 +120,7 @@ class Wanted(NamedTuple):
     dv: Any
     dbias: Any  # of a bias that is nowhere broadcast
     dsinks: Any  # float32 [B, Hq, N]: each row's share
+    last: None = None
 
 
 class Block(NamedTuple):
@@ -117,6 +134,7 @@ class Block(NamedTuple):
     first: Any  # the block's first query or key
     held: Any  # its tiles
     statistics: Any  # of a block of queries
+    last: None = None
 
 
 class Statistics(NamedTuple):
@@ -135,9 +153,9 @@ class Scores(NamedTuple):
     i: Any  # indices of queries and keys, broadcast against each other
     j: Any
     s: Any  # S
-    bend: Any  # tanh(R / c), or None
+    bend: Any  # tanh(R / c), or ()
     p: Any  # P
-    z: Any  # Z, or None
+    z: Any  # Z, or ()
 
 
 class Tile(NamedTuple):

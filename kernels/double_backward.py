@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics
+from metattn.kernels.call import Block, Statistics, absent
 from metattn.kernels.vjp import row_statistics, sink_probability
 from metattn.kernels.vjp_jvp import second_order, sink_share
 
@@ -84,7 +84,7 @@ def inverse_or_0(x):
 def total_of_squares(x, factor):
     """Σ (factor·x)² of a block (main, rest), the factor of each row [rows]."""
     total = tl.sum(factor * factor * tl.sum(x[0] * x[0], 1), 0)
-    if x[1] is not None:
+    if not absent(x[1]):
         total += tl.sum(factor * factor * tl.sum(x[1] * x[1], 1), 0)
     return total
 
@@ -104,7 +104,7 @@ def double_rows(
         seen = known.high != float("inf")
         idle = scores.idle_rows(call, place, known)
         q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-        (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
+        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
         span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
         zero = tl.zeros_like(known.d)
         start = Statistics(known.high, known.low, known.d, zero, zero)

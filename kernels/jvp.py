@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics
+from metattn.kernels.call import Block, Statistics, absent
 from metattn.kernels.vjp import sink_probability
 
 from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
@@ -27,7 +27,7 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     q, a = block.held
     seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
     unseen = scores.unseen_keys(call, seen.s)
-    if (a is not None) | (given.b is not None) | (given.beta is not None):
+    if (not absent(a)) | (given.b is not None) | (given.beta is not None):
         _, t, _ = row_tiles.tangent_of(block, seen, q, k, a, start, MASKED, FORM)
         pt = scores.shown(call, seen.s, seen.p * (t - block.statistics.tau[:, None]), MASKED)
         excess += tl.sum(pt, 1)
@@ -43,7 +43,7 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
 def largest(x):
     """The largest magnitude of each row [rows]."""
     result = tl.max(tl.abs(x[0]), 1)
-    if x[1] is not None:
+    if not absent(x[1]):
         result = tl.maximum(result, tl.max(tl.abs(x[1]), 1))
     return result
 
@@ -67,7 +67,7 @@ def attempt(call, given, wanted, place, first, high, low, base, ROWS: tl.constex
     statistics = Statistics(high, low, base, base, base)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-    (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
+    a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
     span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
     block = Block(call, given, wanted, place, span, first, (q, a), statistics)
     state = (tl.zeros_like(high), products.zeros(ROWS, VALUE))

@@ -3,7 +3,7 @@
 A block starts at `place`, which its caller moved to the block's first row and key, in 64 bits; rows and
 keys count from there.
 
-A tensor's feature dimension is held as two tiles, main [*, MAIN] and rest [*, REST] or None, so that 80
+A tensor's feature dimension is held as two tiles, main [*, MAIN] and rest [*, REST] or (), so that 80
 features cost 64 + 16 and not 128. `WIDTH` is (features, MAIN, REST).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from metattn.kernels.call import absent
 
 from metattn.kernels import products
 
@@ -24,7 +25,7 @@ def start_of(view, seq, head, row):
 @triton.jit
 def steps(indices, stride, view):
     """Offsets within a block: 32-bit, unless the view is so wide that they would overflow."""
-    if view.wide is None:
+    if absent(view.wide):
         return indices * stride
     else:
         return tl.cast(indices, tl.int64) * stride
@@ -38,13 +39,13 @@ def pointers(view, base, rows, FIRST: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def inside_of(inside, FEATURES: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """The rows `inside` (None: all) and the columns that exist, broadcast together; None: everything."""
+    """The rows `inside` ((): all) and the columns that exist, broadcast together; (): everything."""
     columns = FIRST + tl.arange(0, SIZE)
-    if inside is None:
+    if absent(inside):
         if FIRST + SIZE > FEATURES:
             return (columns < FEATURES)[None, :]
         else:
-            return None
+            return ()
     elif FIRST + SIZE > FEATURES:
         return inside[:, None] & (columns < FEATURES)[None, :]
     else:
@@ -55,7 +56,7 @@ def inside_of(inside, FEATURES: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.cons
 def load_part(view, base, rows, inside, FEATURES: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
     at = pointers(view, base, rows, FIRST, SIZE)
     keep = inside_of(inside, FEATURES, FIRST, SIZE)
-    if keep is None:
+    if absent(keep):
         return tl.load(at)
     else:
         return tl.load(at, mask=keep, other=0.0)
@@ -63,7 +64,7 @@ def load_part(view, base, rows, inside, FEATURES: tl.constexpr, FIRST: tl.conste
 
 @triton.jit
 def load_block(view, base, rows, inside, WIDTH: tl.constexpr):
-    """Rows of a tensor [*, MAIN], [*, REST] or None; zeros where not inside (None: all rows are)."""
+    """Rows of a tensor [*, MAIN], [*, REST] or (); zeros where not inside ((): all rows are)."""
     FEATURES: tl.constexpr = WIDTH[0]
     MAIN: tl.constexpr = WIDTH[1]
     REST: tl.constexpr = WIDTH[2]
@@ -71,7 +72,7 @@ def load_block(view, base, rows, inside, WIDTH: tl.constexpr):
     if REST > 0:
         return (main, load_part(view, base, rows, inside, FEATURES, MAIN, REST))
     else:
-        return (main, None)
+        return (main, ())
 
 
 @triton.jit
@@ -93,9 +94,9 @@ def store_block(view, base, rows, inside, x, WIDTH: tl.constexpr):
 
 @triton.jit
 def lost_part(x, dtype: tl.constexpr):
-    """What rounding x (None: nothing) to dtype loses; where that overflows, x itself."""
-    if x is None:
-        return None
+    """What rounding x ((): nothing) to dtype loses; where that overflows, x itself."""
+    if absent(x):
+        return ()
     else:
         rounded = x.to(dtype).to(tl.float32)
         return x - tl.where(products.finite(rounded), rounded, 0.0)
@@ -113,10 +114,10 @@ def store_in_two(view, low, place, rows, inside, x, WIDTH: tl.constexpr):
 
 @triton.jit
 def two_parts(high, low):
-    """The sum of what was rounded and what that lost, float32; None where there is nothing."""
-    if high is None:
-        return None
-    elif low is None:
+    """The sum of what was rounded and what that lost, float32; () where there is nothing."""
+    if absent(high):
+        return ()
+    elif absent(low):
         return high.to(tl.float32)
     else:
         high = high.to(tl.float32)
@@ -128,7 +129,7 @@ def load_in_two(view, low, place, rows, inside, WIDTH: tl.constexpr):
     """A block of results that store_in_two stored, float32."""
     x = load_block(view, start_of(view, place.seq, place.head, place.q0), rows, inside, WIDTH)
     if low is None:
-        return (two_parts(x[0], None), two_parts(x[1], None))
+        return (two_parts(x[0], ()), two_parts(x[1], ()))
     else:
         y = load_block(low, start_of(low, place.seq, place.head, place.q0), rows, inside, WIDTH)
         return (two_parts(x[0], y[0]), two_parts(x[1], y[1]))
@@ -136,7 +137,7 @@ def load_in_two(view, low, place, rows, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_rows(view, place, rows, inside, idle, WIDTH: tl.constexpr):
-    """A block of queries, or of what is shaped like them; `idle` rows lose what is not finite (None: none
+    """A block of queries, or of what is shaped like them; `idle` rows lose what is not finite ((): none
     do).
     """
     x = load_block(view, start_of(view, place.seq, place.head, place.q0), rows, inside, WIDTH)
@@ -145,15 +146,11 @@ def load_rows(view, place, rows, inside, idle, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_rows_if(view, place, rows, inside, idle, WIDTH: tl.constexpr):
-    """load_rows, or None where there is no view.
-
-    To be unpacked from a tuple, as in (x,) = (load_rows_if(…),): Triton lets no None that was bound by itself
-    into a tuple again.
-    """
+    """load_rows, or () where there is no view."""
     if view is not None:
         return load_rows(view, place, rows, inside, idle, WIDTH)
     else:
-        return None
+        return ()
 
 
 @triton.jit
@@ -164,9 +161,9 @@ def load_keys(view, place, keys, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_statistic(view, place, rows, inside):
-    """A row statistic [*] as stored; 0 outside (None: all are inside)."""
+    """A row statistic [*] as stored; 0 outside ((): all are inside)."""
     at = start_of(view, place.seq, place.head, place.q0) + steps(rows, view.row, view)
-    if inside is None:
+    if absent(inside):
         return tl.load(at)
     else:
         return tl.load(at, mask=inside, other=0.0)
@@ -193,11 +190,11 @@ def load_per_head(view, place):
 
 @triton.jit
 def load_keys_if(wanted: tl.constexpr, view, place, keys, inside, WIDTH: tl.constexpr):
-    """load_keys, or None where there is no view or it is not wanted."""
+    """load_keys, or () where there is no view or it is not wanted."""
     if wanted and view is not None:
         return load_keys(view, place, keys, inside, WIDTH)
     else:
-        return None
+        return ()
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from metattn.kernels.call import absent
 
 
 @triton.jit
@@ -16,16 +17,16 @@ def finite(x):
 
 @triton.jit
 def part_without(x, idle):
-    if x is None:
-        return None
+    if absent(x):
+        return ()
     else:
         return tl.where(idle[:, None] & (finite(x) == 0), 0.0, x).to(x.dtype)
 
 
 @triton.jit
 def without(x, idle):
-    """x with zeros for what is not finite in idle rows (None: no row is); None of nothing."""
-    if (idle is None) | (x is None):
+    """x with zeros for what is not finite in idle rows ((): no row is); () of nothing."""
+    if absent(idle) | absent(x):
         return x
     else:
         return (part_without(x[0], idle), part_without(x[1], idle))
@@ -33,20 +34,20 @@ def without(x, idle):
 
 @triton.jit
 def dot_features(x, y, acc, PRECISION: tl.constexpr):
-    """x yᵀ over the features [rows of x, rows of y], added to acc (None: 0); None where x or y is."""
-    if (x is None) | (y is None):
+    """x yᵀ over the features [rows of x, rows of y], added to acc; acc itself where there is no x or no y."""
+    if absent(x) | absent(y):
         return acc
     else:
         acc = tl.dot(x[0], y[0].T, acc, input_precision=PRECISION)
-        if x[1] is not None:
+        if not absent(x[1]):
             acc = tl.dot(x[1], y[1].T, acc, input_precision=PRECISION)
         return acc
 
 
 @triton.jit
 def part_product(weights, x, acc, PRECISION: tl.constexpr, TWICE: tl.constexpr):
-    if x is None:
-        return None
+    if absent(x):
+        return ()
     else:
         high = weights.to(x.dtype)
         acc = tl.dot(high, x, acc, input_precision=PRECISION)
@@ -64,7 +65,7 @@ def add_product(acc, weights, x, PRECISION: tl.constexpr, TWICE: tl.constexpr = 
     Weights are rounded to x's dtype; TWICE multiplies what a two-byte float loses of them as well. A sum
     over few keys has nothing to average the loss out.
     """
-    if (acc is None) | (x is None):
+    if absent(acc) | absent(x):
         return acc
     else:
         main = part_product(weights, x[0], acc[0], PRECISION, TWICE)
@@ -79,22 +80,22 @@ def zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
     if REST > 0:
         return (tl.zeros([ROWS, MAIN], tl.float32), tl.zeros([ROWS, REST], tl.float32))
     else:
-        return (tl.zeros([ROWS, MAIN], tl.float32), None)
+        return (tl.zeros([ROWS, MAIN], tl.float32), ())
 
 
 @triton.jit
 def zeros_if(view, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """An accumulator for what is wanted, or None."""
+    """An accumulator for what is wanted, or ()."""
     if view is None:
-        return None
+        return ()
     else:
         return zeros(ROWS, WIDTH)
 
 
 @triton.jit
 def part_scaled(x, factor):
-    if x is None:
-        return None
+    if absent(x):
+        return ()
     else:
         return x * factor
 
@@ -107,8 +108,8 @@ def scaled(acc, factor):
 
 @triton.jit
 def part_minus(x, factor, y):
-    if x is None:
-        return None
+    if absent(x):
+        return ()
     else:
         return x - factor * y
 
@@ -121,8 +122,8 @@ def minus(x, factor, y):
 
 @triton.jit
 def part_where(x, condition, value):
-    if x is None:
-        return None
+    if absent(x):
+        return ()
     else:
         return tl.where(condition[:, None], value, x)
 
@@ -135,11 +136,11 @@ def where_rows(condition, value, acc):
 
 @triton.jit
 def row_dots(x, y):
-    """Σ x∘y over the features [rows], float32; 0 where either is None."""
-    if (x is None) | (y is None):
+    """Σ x∘y over the features [rows], float32; 0 where there is no x or no y."""
+    if absent(x) | absent(y):
         return 0.0
     else:
         total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
-        if x[1] is not None:
+        if not absent(x[1]):
             total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
         return total

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Scores, Tile
+from metattn.kernels.call import Scores, Tile, absent
 
 from metattn.kernels import memory, products, rowstats, scores, tiles
 
@@ -26,15 +26,15 @@ def scores_of(block, q, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     product = products.dot_features(q, k, tl.zeros([ROWS, KEYS], tl.float32), PRECISION)
     s, bend = scores.scores(call, place, product, i, j, MASKED)
     p = scores.probability(s, statistics.high, statistics.low)
-    (z,) = (scores.dropout(call, place, block.first, start, ROWS, KEYS, False),)
+    z = scores.dropout(call, place, block.first, start, ROWS, KEYS, False)
     return Scores(i, j, s, bend, p, z), k
 
 
 @triton.jit
 def keys_of(block, view, start, MASKED: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr):
-    """The block of keys, values or their tangents from `start` on; None where there is no view."""
+    """The block of keys, values or their tangents from `start` on; () where there is no view."""
     if view is None:
-        return None
+        return ()
     else:
         keys = tl.arange(0, KEYS)
         inside = tiles.partners_inside(block, start + keys, MASKED)
@@ -49,7 +49,7 @@ def tangent_of(block, seen, q, k, a, start, MASKED: tl.constexpr, FORM: tl.const
     HEAD: tl.constexpr = FORM[2]
     PRECISION: tl.constexpr = FORM[4]
     call, given = block.call, block.given
-    (b,) = (keys_of(block, given.b, start, MASKED, KEYS, HEAD),)
+    b = keys_of(block, given.b, start, MASKED, KEYS, HEAD)
     tr = products.dot_features(a, k, tl.zeros([ROWS, KEYS], tl.float32), PRECISION)
     tr = products.dot_features(q, b, tr, PRECISION) * call.scale
     t = scores.score_tangent(call, given, block.place, seen.s, seen.bend, tr, seen.i, seen.j, MASKED)
@@ -58,16 +58,16 @@ def tangent_of(block, seen, q, k, a, start, MASKED: tl.constexpr, FORM: tl.const
 
 @triton.jit
 def cotangent_of(block, seen, do, view, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """(Z∘(dO Xᵀ), x) of a block x of values or of their tangents; (0, None) where there is no dO or no X."""
+    """(Z∘(dO Xᵀ), x) of a block x of values or of their tangents; (0, ()) where there is no dO or no X."""
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
     zero = tl.zeros([ROWS, KEYS], tl.float32)
-    if do is None:
-        return zero, None
+    if absent(do):
+        return zero, ()
     else:
-        (x,) = (keys_of(block, view, start, MASKED, KEYS, VALUE),)
+        x = keys_of(block, view, start, MASKED, KEYS, VALUE)
         return scores.times(products.dot_features(do, x, zero, PRECISION), seen.z), x
 
 

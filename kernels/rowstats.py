@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import LOG2E, Statistics
+from metattn.kernels.call import LOG2E, Statistics, absent
 
 from metattn.kernels import memory
 
@@ -53,20 +53,20 @@ def load_lse(view, place, rows, inside):
 
 @triton.jit
 def store_statistics(view, place, rows, inside, statistics):
-    """Stores Statistics for a column pass; tau and dt may be None."""
+    """Stores Statistics for a column pass; tau and dt may be ()."""
     at = memory.start_of(view, place.seq, place.head, place.q0) + memory.steps(rows, view.row, view)
     tl.store(at, statistics.high, mask=inside)
     tl.store(at + tl.cast(view.column, tl.int64), statistics.low, mask=inside)
     tl.store(at + 2 * tl.cast(view.column, tl.int64), statistics.d, mask=inside)
-    if statistics.tau is not None:
+    if not absent(statistics.tau):
         tl.store(at + 3 * tl.cast(view.column, tl.int64), statistics.tau, mask=inside)
         tl.store(at + 4 * tl.cast(view.column, tl.int64), statistics.dt, mask=inside)
 
 
 @triton.jit
 def load_column(view, at, column, inside, other):
-    """A statistic of each row [*]; `other` outside (None: all are inside)."""
-    if inside is None:
+    """A statistic of each row [*]; `other` outside ((): all are inside)."""
+    if absent(inside):
         return tl.load(at + column * tl.cast(view.column, tl.int64))
     else:
         return tl.load(at + column * tl.cast(view.column, tl.int64), mask=inside, other=other)
@@ -74,7 +74,7 @@ def load_column(view, at, column, inside, other):
 
 @triton.jit
 def load_statistics(view, place, rows, inside, TANGENTS: tl.constexpr):
-    """Statistics [*] that a row pass stored; rows outside (None: none) attend to nothing."""
+    """Statistics [*] that a row pass stored; rows outside ((): none) attend to nothing."""
     at = memory.start_of(view, place.seq, place.head, place.q0) + memory.steps(rows, view.row, view)
     high = load_column(view, at, 0, inside, float("inf"))
     low = load_column(view, at, 1, inside, 0.0)
@@ -83,7 +83,7 @@ def load_statistics(view, place, rows, inside, TANGENTS: tl.constexpr):
         tau = load_column(view, at, 3, inside, 0.0)
         return Statistics(high, low, d, tau, load_column(view, at, 4, inside, 0.0))
     else:
-        return Statistics(high, low, d, None, None)
+        return Statistics(high, low, d, (), ())
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def statistics_of(given, place, rows, exists, inside, TANGENTS: tl.constexpr):
     """
     if given.statistics is None:
         high, low = load_lse(given.lse, place, rows, exists)
-        return Statistics(high, low, None, None, None)
+        return Statistics(high, low, (), (), ())
     else:
         return load_statistics(given.statistics, place, rows, inside, TANGENTS)
 
@@ -102,8 +102,8 @@ def statistics_of(given, place, rows, exists, inside, TANGENTS: tl.constexpr):
 def as_column(statistics):
     """For tiles [queries, keys]."""
     high, low, d = statistics.high[:, None], statistics.low[:, None], statistics.d[:, None]
-    if statistics.tau is None:
-        return Statistics(high, low, d, None, None)
+    if absent(statistics.tau):
+        return Statistics(high, low, d, (), ())
     else:
         return Statistics(high, low, d, statistics.tau[:, None], statistics.dt[:, None])
 

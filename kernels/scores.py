@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import LOG2E
+from metattn.kernels.call import LOG2E, absent
 
 from metattn.kernels import memory
 
 
 @triton.jit
 def idle_rows(call, place, statistics):
-    """The rows that attend to nothing; with a sink, those whose weight it has to the last digit. None:
+    """The rows that attend to nothing; with a sink, those whose weight it has to the last digit. ():
     none.
     """
     if (call.mask is None) & (call.bias is None) & (call.left is None) & (call.right is None):
-        return None
+        return ()
     elif call.sinks is None:
         return statistics.high == float("inf")
     else:
@@ -30,9 +30,9 @@ def idle_rows(call, place, statistics):
 
 @triton.jit
 def unseen_keys(call, s):
-    """[keys] of a row pass' tile: those that no query of it attends to. None: mask and bias hide none."""
+    """[keys] of a row pass' tile: those that no query of it attends to. (): mask and bias hide none."""
     if (call.mask is None) & (call.bias is None):
-        return None
+        return ()
     else:
         return tl.max((s != float("-inf")).to(tl.int32), 0) == 0
 
@@ -41,7 +41,7 @@ def unseen_keys(call, s):
 def unseen_of_all(call, s):
     """The same of a tile [all keys, queries], whose keys were loaded whatever their position."""
     if (call.mask is None) & (call.bias is None) & (call.left is None) & (call.right is None):
-        return None
+        return ()
     else:
         return tl.max((s != float("-inf")).to(tl.int32), 1) == 0
 
@@ -62,9 +62,9 @@ def tanh(x):
 
 @triton.jit
 def capped(call, r):
-    """(c·tanh(R / c), tanh(R / c)), or (R, None) without softcap."""
+    """(c·tanh(R / c), tanh(R / c)), or (R, ()) without softcap."""
     if call.softcap is None:
-        return r, None
+        return r, ()
     else:
         bend = tanh(r / call.softcap)
         return bend * call.softcap, bend
@@ -72,7 +72,7 @@ def capped(call, r):
 
 @triton.jit
 def scores(call, place, product, i, j, MASKED: tl.constexpr):
-    """(S, tanh(R / c) or None): softcap, bias and ALiBi on scale·QKᵀ, −inf where masked.
+    """(S, tanh(R / c) or ()): softcap, bias and ALiBi on scale·QKᵀ, −inf where masked.
 
     A masked entry is selected away, never added to: it must hide NaN.
     """
@@ -129,7 +129,7 @@ def shown(call, s, x, MASKED: tl.constexpr):
 @triton.jit
 def slope_of(bend):
     """s1 = 1 − tanh²(R / c)."""
-    if bend is None:
+    if absent(bend):
         return 1.0
     else:
         return 1.0 - bend * bend
@@ -138,7 +138,7 @@ def slope_of(bend):
 @triton.jit
 def curve_of(call, bend):
     """s2 = −2·tanh(R / c)·s1 / c."""
-    if bend is None:
+    if absent(bend):
         return 0.0
     else:
         return bend * (1.0 - bend * bend) * (-2.0 / call.softcap)
@@ -146,9 +146,9 @@ def curve_of(call, bend):
 
 @triton.jit
 def dropout(call, place, row, key, ROWS: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr):
-    """Z of a tile [ROWS, KEYS], or turned [KEYS, ROWS]; None without dropout. `key` is a multiple of 4."""
+    """Z of a tile [ROWS, KEYS], or turned [KEYS, ROWS]; () without dropout. `key` is a multiple of 4."""
     if call.rng is None:
-        return None
+        return ()
     else:
         FOURS: tl.constexpr = KEYS // 4
         at = call.rng.ptr + place.seq * call.rng.batch
@@ -174,7 +174,7 @@ def dropout(call, place, row, key, ROWS: tl.constexpr, KEYS: tl.constexpr, TURNE
 @triton.jit
 def times(x, factor):
     """x∘factor; x itself where there is no factor."""
-    if factor is None:
+    if absent(factor):
         return x
     else:
         return x * factor

@@ -37,10 +37,10 @@ def score_gradient(call, given, place, span, row, key, TANGENT: tl.constexpr, FO
     statistics = rowstats.load_statistics(given.statistics, at, row_ids, inside, TANGENT)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-    (do,) = (memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE),)
+    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
     known = rowstats.as_column(statistics)
     if TANGENT:
-        (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
+        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
         block = Block(call, given, None, place, span, row, (q, a, do), statistics)
         tile, _, _, _, _ = row_tiles.all_of(block, key, True, FORM)
         ds, _, _ = second_order(call, tile, tile.seen.p * (tile.t - known.tau), known, True)

@@ -121,8 +121,8 @@ def sweep(body: tl.constexpr, state, context, span, FORM: tl.constexpr):
 
 @triton.jit
 def partners_inside(block, partners, MASKED: tl.constexpr):
-    """Those of a visited block that position leaves to some index of the program's own block; None: all."""
+    """Those of a visited block that position leaves to some index of the program's own block; (): all."""
     if MASKED:
         return (partners >= block.span.lowest) & (partners < block.span.end)
     else:
-        return None
+        return ()

@@ -35,15 +35,15 @@ def row_statistics(call, given, at, row_ids, inside, VALUE: tl.constexpr):
     """(Statistics without tangents, dO) of a block of queries."""
     high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
     d = tl.zeros_like(high)
-    idle = scores.idle_rows(call, at, Statistics(high, low, d, None, None))
-    (do,) = (memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE),)
+    idle = scores.idle_rows(call, at, Statistics(high, low, d, (), ()))
+    do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
     if given.do is not None:
         d += products.row_dots(do, memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE))
     if given.dlse is not None:
         d -= memory.load_statistic(given.dlse, at, row_ids, inside).to(tl.float32)
     # of a row that attends to nothing no cotangent counts
     d = tl.where(high == float("inf"), 0.0, d)
-    return Statistics(high, low, d, None, None), do
+    return Statistics(high, low, d, (), ()), do
 
 
 @triton.jit

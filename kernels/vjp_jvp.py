@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Scores, Statistics, Tile
+from metattn.kernels.call import Block, Scores, Statistics, Tile, absent
 from metattn.kernels.vjp import d_of_all_keys, row_statistics, sink_probability
 
 from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
@@ -21,7 +21,7 @@ def second_order(call, tile, pt, statistics, MASKED: tl.constexpr):
     ds = scores.shown(call, seen.s, seen.p * lifted, MASKED)
     dst = scores.shown(call, seen.s, pt * lifted + seen.p * (tile.e - statistics.dt), MASKED)
     dr, drt = ds, dst
-    if seen.bend is not None:
+    if not absent(seen.bend):
         slope = scores.slope_of(seen.bend)
         dr = slope * ds
         drt = scores.shown(
@@ -70,7 +70,7 @@ def vjp_jvp_rows(
         nothing = known.high == float("inf")
         tau = memory.load_statistic(given.lse_t, at, row_ids, inside).to(tl.float32)
         dt = tl.zeros_like(tau)
-        if do is not None:
+        if not absent(do):
             dt += products.row_dots(
                 do, memory.load_in_two(given.o_t, given.o_t_lo, at, row_ids, inside, VALUE)
             )
@@ -85,7 +85,7 @@ def vjp_jvp_rows(
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
             idle = scores.idle_rows(call, place, statistics)
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-            (a,) = (memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD),)
+            a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
             block = Block(call, given, wanted, place, span, first, (q, a, do), statistics)
             state = (products.zeros_if(wanted.dq, ROWS, HEAD),)
             (dq,) = tiles.sweep(visit_keys, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
@@ -144,7 +144,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             dq = products.add_product(
                 products.zeros(ROWS, HEAD), drt.T, products.without(k, unseen), PRECISION, True
             )
-            if b is not None:
+            if not absent(b):
                 dq = products.add_product(dq, dr.T, products.without(b, unseen), PRECISION, True)
             memory.store_rows(wanted.dq, at, row_ids, there, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
@@ -153,7 +153,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             ot = products.add_product(
                 products.zeros(ROWS, VALUE), ptz.T, products.without(v, unseen), PRECISION, True
             )
-            if c is not None:
+            if not absent(c):
                 pz = scores.times(p, z).T
                 ot = products.add_product(ot, pz, products.without(c, unseen), PRECISION, True)
             memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, there, ot, VALUE)

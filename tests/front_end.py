@@ -1,10 +1,12 @@
-"""Run by test_triton.py in a process without the interpreter: Triton's front end reads kernels for an H100.
+"""Triton's front end reads kernels for an H100, without one and without the interpreter.
 
-What the interpreter lets pass, such as a None in a loop's state, is refused here. Prints one line a failure.
+test_triton.py runs it, and `make check-triton` with other versions of Triton. What the interpreter lets pass,
+such as a None in a loop's state, is refused here. Prints one line a failure.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 from unittest import mock
 
@@ -106,7 +108,7 @@ def one(index: int) -> tuple[bool, ...]:
     return tuple(i == index for i in range(5))
 
 
-def main() -> None:
+def main() -> int:
     cases: dict[str, dict[str, Any]] = {"plain": {}, "causal": {"causal": True}, "dlse": {"dlse": True}}
     cases |= {"everything": {"everything": True, "bias": True, "sinks": True, "dlse": True}}
     cases |= {"packed": cases["everything"] | {"packed": True}, "float32": {"dtype": torch.float32}}
@@ -125,10 +127,10 @@ def main() -> None:
             "sinks": sinks,
             "maps": ("vjp", "second"),
         }
-    read, label = 0, ""
+    read, failed, label = 0, 0, ""
 
     def run(launch: Launch, *arguments: Any) -> None:
-        nonlocal read
+        nonlocal read, failed
         launch.kernel.device_caches.clear()
         try:
             launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.constants)
@@ -137,6 +139,7 @@ def main() -> None:
         except Exception as error:
             while error.__cause__ is not None:
                 error = error.__cause__  # type: ignore[assignment]
+            failed += 1
             print(f"{label}: {launch.kernel.fn.__name__}: {error}")
 
     triton.runtime.driver.set_active(Driver())
@@ -155,8 +158,9 @@ def main() -> None:
             call(300, 200, bias=shape, maps=("vjp", "second"))
         label = "all sizes 1"
         call(1, 1, bias=True, everything=True)
-    print(f"{read} kernels read")
+    print(f"Triton {triton.__version__}: {read} kernels read, {failed} failed")
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -110,13 +110,13 @@ class _Template:
         self._views: list[tuple[int, Callable[[Any], Any], int, tuple[Any, ...]]] = []  # a tensor and numbers
         self._tuples: list[tuple[int, _Template]] = []
         for index, field in enumerate(fields):
-            if isinstance(field, (Tensor, tuple)):
+            if _holds(field):
                 self._fields[index] = None  # a plan keeps no stand-ins
             if isinstance(field, Tensor):
                 self._tensors.append((index, slots[id(field)]))
-            elif isinstance(field, tuple):
-                first, *rest = field or (None,)
-                if isinstance(first, Tensor) and not any(isinstance(x, (Tensor, tuple)) for x in rest):
+            elif _holds(field):
+                first, *rest = field
+                if isinstance(first, Tensor) and not any(map(_holds, rest)):
                     self._views.append((index, _maker(field), slots[id(first)], tuple(rest)))
                 else:
                     self._tuples.append((index, _Template(field, slots)))
@@ -130,6 +130,11 @@ class _Template:
         for index, template in self._tuples:
             fields[index] = template.filled(tensors)
         return self._make(fields)
+
+
+def _holds(field: Any) -> bool:
+    """Whether a plan has to fill something in."""
+    return isinstance(field, Tensor) or (isinstance(field, tuple) and len(field) > 0)
 
 
 def _maker(fields: tuple[Any, ...]) -> Callable[[Any], Any]:

@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
     IMPORT_ERROR = f"triton cannot be imported: {error}"
 
-OLDEST_COMPILER = (3, 7)  # before, functions of a kernel can return no None
+OLDEST_COMPILER = (3, 6)  # comes with torch 2.10, the oldest that is supported
 MOST_FEATURES = 256
 NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
 NO_RESULTS = None, None, None
@@ -66,7 +66,7 @@ def unavailable_reason() -> str | None:
     if interpreted():
         return None
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_COMPILER:
-        return f"Triton {triton.__version__} is installed; the kernels need the compiler of 3.7 or later"
+        return f"Triton {triton.__version__} is installed; the kernels need the compiler of 3.6 or later"
     if torch.cuda.is_available():
         return None
     return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
@@ -153,7 +153,7 @@ def _view(t: Tensor | None, *, rows_of_all: bool = False, broadcast: bool = Fals
     if broadcast and t.numel():
         strides = tuple(0 if size == 1 else stride for size, stride in zip(t.shape, strides, strict=True))
     batch, head, row, column = (*strides, 0, 0)[:4]
-    wide = 1 if max(abs(row), abs(column)) >= WIDE else None
+    wide = 1 if max(abs(row), abs(column)) >= WIDE else ()
     return View(t, 0 if rows_of_all else batch, head, row, column, wide)
 
 
@@ -205,7 +205,7 @@ class Planner:
             sinks=_view(primals.sinks, broadcast=True),
             mask=_view(constants.mask, broadcast=True),
             slopes=_view(constants.slopes, broadcast=True),
-            rng=None if rng is None else View(rng, rng.stride(0), 0, 0, rng.stride(1), None),
+            rng=None if rng is None else View(rng, rng.stride(0), 0, 0, rng.stride(1), ()),
             cu_q=constants.cu_q,
             cu_k=constants.cu_k,
             heads=self.heads,
@@ -242,7 +242,7 @@ class Planner:
         table = None
         if statistics is not None:
             field, batch, head, row = statistics.stride()
-            table = View(statistics, 0 if self.packed else batch, head, row, field, None)
+            table = View(statistics, 0 if self.packed else batch, head, row, field, ())
         return Given(
             o=rows(o), o_lo=rows(o_lo), lse=rows(lse), do=rows(do), dlse=rows(dlse),
             a=rows(tangents.q), b=rows(tangents.k), c=rows(tangents.v),
