@@ -137,9 +137,13 @@ def cuda_version() -> str:
 
 
 def code_generation(architectures: str) -> list[str]:
-    """nvcc's flags for a list such as "8.0 9.0+PTX"."""
+    """nvcc's flags for a list such as "8.0 9.0+PTX".
+
+    Compiling to PTX is half the time, and done once for all GPUs of a major version: the sources ask for no more.
+    """
     flags: list[str] = []
-    for entry in re.split(r"[\s,;]+", architectures.strip()):
+    entries = re.split(r"[\s,;]+", architectures.strip())
+    for entry in entries:
         found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry)
         if found is None:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0+PTX, got {entry!r}")
@@ -148,9 +152,11 @@ def code_generation(architectures: str) -> list[str]:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST: compute capability 7.5 is the lowest served, got {entry}"
             )
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        minors = [int(other[1]) for other in (re.match(rf"{found[1]}\.(\d)", e) for e in entries) if other]
+        base = number if found[3] else f"{found[1]}{min(minors)}"
+        flags.append(f"-gencode=arch=compute_{base},code=sm_{number}")
         if found[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+            flags.append(f"-gencode=arch=compute_{base},code=compute_{base}")
     return flags
 
 

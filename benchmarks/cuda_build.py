@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +72,18 @@ def order(second: bool) -> str:
     return ", second order" if second else ", first order"
 
 
+def is_empty(target: str, dtype: str, name: str, features: int, partners: int, options: bool) -> bool:
+    """sm_75 has no tensor cores for bfloat16, and there only the kernels with options."""
+    return target == "sm_75" and dtype == "bfloat16" and not options
+
+
+def seconds(folder: Path) -> float:
+    """From the start of the first CUDA source's compilation to the end of the last's."""
+    lines = [line.split("\t") for line in (folder / ".ninja_log").read_text().splitlines()[1:]]
+    latest = {line[3]: (int(line[0]), int(line[1])) for line in lines if line[3].startswith("cuda_")}
+    return (max(end for _, end in latest.values()) - min(start for start, _ in latest.values())) / 1000
+
+
 def tensor_counts(obj: Path) -> dict[tuple[str, str], int]:
     """(target, symbol) → tensor-core instructions."""
     sass = subprocess.run(
@@ -94,7 +107,7 @@ def kernels(folder: Path) -> Iterator[Kernel]:
         counts = tensor_counts(log.with_suffix(""))
         for entry in ENTRY.finditer(log.read_text()):
             tile = parsed(entry["symbol"])
-            if tile is not None:
+            if tile is not None and not is_empty(entry["target"], *tile):
                 tensor = counts.get((entry["target"], entry["symbol"]), 0)
                 yield Kernel(entry["target"], *tile, int(entry["registers"]), int(entry["stores"]), tensor)
 
@@ -109,13 +122,13 @@ def complaints(each: Kernel) -> list[str]:
     return found
 
 
-def markdown(rows: list[Kernel], size: int, targets: list[str]) -> str:
+def markdown(rows: list[Kernel], size: int, took: float, targets: list[str]) -> str:
     lines = [
         "# What nvcc makes of the CUDA kernels",
         "",
         "Written by `make cuda-report`; no GPU took part. Registers a thread, and in brackets spilled bytes.",
-        f"{len(rows)} kernels, {len(rows) // len(targets)} for each of {len(targets)} architectures.",
-        f"The library has {size / 1e6:.1f} MB.",
+        f"{len(rows)} kernels for {len(targets)} architectures, compiled in {took / 60:.1f} minutes on "
+        f"{os.cpu_count()} processors. The library has {size / 1e6:.1f} MB.",
         "",
         "| dtype | kernel | features | partners | options | " + " | ".join(targets) + " | HMMA, sm_80 |",
         "|---|---|---:|---:|---|" + "---:|" * (len(targets) + 1),
@@ -126,8 +139,9 @@ def markdown(rows: list[Kernel], size: int, targets: list[str]) -> str:
         dtype, name, features, partners, options = shape
         cells = []
         for target in targets:
-            r = by[(*shape, target)]
-            cells.append(f"{r.registers}" + (f" ({r.spilled})" if r.spilled else ""))
+            r = by.get((*shape, target))
+            spilled = f" ({r.spilled})" if r is not None and r.spilled else ""
+            cells.append("–" if r is None else f"{r.registers}{spilled}")
         tensor = by[(*shape, "sm_80")].tensor_instructions if "sm_80" in targets else 0
         lines.append(
             f"| {dtype} | {name} | {features or '–'} | {partners} | {'all' if options else 'none'} | "
@@ -158,10 +172,11 @@ def main() -> int:
         print("nothing to read: METATTN_CUDA=1 python setup.py build_ext --inplace", file=sys.stderr)
         return 2
     targets = sorted({each.target for each in rows}, key=lambda target: int(target[3:]))
-    text = markdown(rows, library.stat().st_size, targets)
+    took = max(map(seconds, folders))
+    text = markdown(rows, library.stat().st_size, took, targets)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        held = {"library_bytes": library.stat().st_size, "kernels": [asdict(each) for each in rows]}
+        held = {"library_bytes": library.stat().st_size, "seconds": took, "kernels": [asdict(each) for each in rows]}
         (args.out / "cuda-build.json").write_text(json.dumps(held, indent=1) + "\n")
         (args.out / "cuda-build.md").write_text(text)
     else:

@@ -99,6 +99,22 @@ def test_smaller_blocks(width: int, dtype: torch.dtype, shared_memory: int) -> N
     check(Call((1, 2, 1, 70, 75, width, width), dtype, **OPTIONS["bottom-right"]))
 
 
+@pytest.fixture
+def no_bfloat16_products() -> Iterator[None]:
+    emulation.library().metattn_emulate_bfloat16(0)
+    yield
+    emulation.library().metattn_emulate_bfloat16(1)
+
+
+@emulated
+@pytest.mark.usefixtures("no_bfloat16_products")
+@pytest.mark.parametrize("shared_memory", [64 * 1024], indirect=True)
+@pytest.mark.parametrize("width", [32, 128, 200])
+def test_bfloat16_without_tensor_cores(width: int, shared_memory: int) -> None:
+    """One shape of tile serves every call, without options too."""
+    check(Call((1, 2, 1, 70, 75, width, width), torch.bfloat16))
+
+
 @emulated
 @pytest.mark.parametrize("shared_memory", [64 * 1024], indirect=True)
 def test_what_does_not_fit_is_refused(shared_memory: int) -> None:

@@ -39,10 +39,16 @@ int warps_for(const Params& p, const Gpu& gpu, int64_t rows) {
 
 template <class Pass>
 __global__ void __launch_bounds__(kLanes* kMostWarps) pass_kernel(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) char memory[];
-  Block block{memory};
-  Pieces pieces{memory};
-  Pass(p, block.warps(), pieces).run(p, block);
+#ifdef __CUDA_ARCH__
+  if constexpr (kCompiled<typename Pass::Element, Pass::kFull>) {
+    extern __shared__ __align__(16) char memory[];
+    Block block{memory};
+    Pieces pieces{memory};
+    Pass(p, block.warps(), pieces).run(p, block);
+  } else {
+    __trap();
+  }
+#endif
 }
 template <class T>
 __global__ void sum_parts_kernel(const __grid_constant__ Params p) {
@@ -188,7 +194,8 @@ const char* start_sums(Map map, const Params& p, const Gpu& gpu) {
 template <class S>
 const char* run_two_bytes(Map map, const Params& p, const Gpu& gpu) {
   const int64_t width = larger(p.d, p.dv);
-  const char* error = is_full(p)      ? start_map<S, 8, 2, true>(map, p, gpu)
+  const bool full = is_full(p) || (std::is_same_v<S, BFloat16> && !gpu.multiplies_bfloat16);
+  const char* error = full            ? start_map<S, 8, 2, true>(map, p, gpu)
                       : width <= 32   ? start_map<S, 4, 4, false>(map, p, gpu)
                       : width <= 64   ? start_map<S, 8, 4, false>(map, p, gpu)
                       : width <= 128  ? start_map<S, 16, 4, false>(map, p, gpu)

@@ -8,6 +8,8 @@ namespace metattn::cuda {
 
 template <class S, int Columns, int Tiles, bool Full, bool Second>
 struct GradientKeys {
+  using Element = S;
+  static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
   static constexpr int kQueries = 8 * kTiles;
   using T = Compute<S>;

@@ -11,6 +11,7 @@ namespace metattn::cuda {
 struct Gpu {
   size_t shared_memory;  // bytes that one block may have
   void* stream;          // a cudaStream_t
+  bool multiplies_bfloat16 = true;  // on tensor cores
 };
 
 enum class Map { forward, vjp, jvp, vjp_jvp };

@@ -22,18 +22,22 @@ constexpr int64_t kFewKeys = 128;     // up to so many, weights are multiplied i
 
 #ifdef METATTN_ON_GPU
 Gpu gpu_of(const Tensor& q) {
-  int bytes = 0;
-  STD_TORCH_CHECK(
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, q.get_device_index()) == cudaSuccess,
-      "metattn: the GPU does not say how much shared memory it has");
+  int bytes = 0, major = 0;
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    STD_TORCH_CHECK(cudaDeviceGetAttribute(value, attribute, q.get_device_index()) == cudaSuccess,
+                    "metattn: the GPU does not say how much shared memory it has, or what it computes");
+  };
+  ask(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-  return {static_cast<size_t>(bytes), stream};
+  return {static_cast<size_t>(bytes), stream, major >= 8};
 }
 using Guard = torch::stable::accelerator::DeviceGuard;
 #else
 size_t emulated_shared_memory = 99 * 1024;
-Gpu gpu_of(const Tensor&) { return {emulated_shared_memory, nullptr}; }
+bool emulated_bfloat16 = true;
+Gpu gpu_of(const Tensor&) { return {emulated_shared_memory, nullptr, emulated_bfloat16}; }
 struct Guard {
   explicit Guard(int32_t) {}
 };
@@ -183,6 +187,9 @@ STABLE_TORCH_LIBRARY_IMPL(metattn, CUDA, library) { METATTN_IMPLEMENT_OPERATORS(
 #else
 extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(int64_t bytes) {
   emulated_shared_memory = static_cast<size_t>(bytes);
+}
+extern "C" __attribute__((visibility("default"))) void metattn_emulate_bfloat16(int multiplies) {
+  emulated_bfloat16 = multiplies != 0;
 }
 STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
 STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }

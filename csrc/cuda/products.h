@@ -25,6 +25,13 @@ template <class S>
 constexpr bool kTensorCores = false;
 #endif
 
+// Whether a pass is compiled: bfloat16 without tensor cores takes minutes a shape of tile, and has one, that of calls
+// with options.
+#if defined(__CUDA_ARCH__)
+template <class S, bool Full>
+constexpr bool kCompiled = Full || sizeof(S) > 2 || kTensorCores<S>;
+#endif
+
 #ifdef __CUDACC__
 static METATTN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

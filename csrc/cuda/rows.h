@@ -91,6 +91,8 @@ static METATTN_DEVICE int depth_of(int64_t width) { return static_cast<int>(roun
 
 template <class S, int Columns, int Tiles, bool Full>
 struct ForwardRows {
+  using Element = S;
+  static constexpr bool kFull = Full;
   static constexpr int kTiles = 2 * Tiles;
   using T = Compute<S>;
   Tile<S> q;
@@ -170,6 +172,8 @@ constexpr float kCancellation = 16;
 
 template <class S, int Columns, int Tiles, bool Full>
 struct JvpRows {
+  using Element = S;
+  static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
   using T = Compute<S>;
   QueryTiles<S> queries;
@@ -302,6 +306,8 @@ struct JvpRows {
 
 template <class S, int Columns, int Tiles, bool Full, bool Second>
 struct GradientRows {
+  using Element = S;
+  static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
   using T = Compute<S>;
   QueryTiles<S> queries;

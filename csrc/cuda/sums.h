@@ -10,6 +10,8 @@ namespace metattn::cuda {
 // broadcast over. grad_bias: compute type [parts, 1|B, 1|Hq, 1|N, 1|M].
 template <class S, int Tiles, bool Second>
 struct BiasSums {
+  using Element = S;
+  static constexpr bool kFull = true;
   static constexpr int kTiles = Tiles;
   static constexpr int kKeys = 8 * kTiles;
   using T = Compute<S>;
