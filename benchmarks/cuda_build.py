@@ -176,7 +176,11 @@ def main() -> int:
     text = markdown(rows, library.stat().st_size, took, targets)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        held = {"library_bytes": library.stat().st_size, "seconds": took, "kernels": [asdict(each) for each in rows]}
+        held = {
+            "library_bytes": library.stat().st_size,
+            "seconds": took,
+            "kernels": [asdict(each) for each in rows],
+        }
         (args.out / "cuda-build.json").write_text(json.dumps(held, indent=1) + "\n")
         (args.out / "cuda-build.md").write_text(text)
     else:
