@@ -139,7 +139,7 @@ def cuda_version() -> str:
 def code_generation(architectures: str) -> list[str]:
     """nvcc's flags for a list such as "8.0 9.0+PTX".
 
-    Compiling to PTX is half the time, and done once for all GPUs of a major version: the sources ask for no more.
+    Compiling to PTX is half the time, and done once for all GPUs of a major version.
     """
     flags: list[str] = []
     entries = re.split(r"[\s,;]+", architectures.strip())
