@@ -25,7 +25,11 @@ found, right = second("cpu"), second("reference")
 error = float((found - right).norm() / right.norm())
 assert error < 1e-5, error
 from metattn import _host
+from metattn.backends import cuda as backend
 cuda = metattn.available_backends()["cuda"] or "available"
+if backend.LIBRARY.exists() and torch.version.cuda is not None:
+    torch.ops.load_library(backend.LIBRARY)  # every symbol is there, whether or not a GPU is
+    cuda += ", its library loads"
 print(f"torch {torch.__version__}, CUDA {_host.build_info()['cuda']}, error {error:.1e}, cuda: {cuda}")
 """
 

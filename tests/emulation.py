@@ -25,7 +25,7 @@ def installed() -> bool:
 def library() -> ctypes.CDLL:
     found = cuda.declared(ctypes.CDLL(str(LIBRARY)))
     found.metattn_emulate_shared_memory.argtypes = [ctypes.c_int64]
-    found.metattn_emulate_bfloat16.argtypes = [ctypes.c_int]
+    found.metattn_emulate_from_80.argtypes = [ctypes.c_int]
     return found
 
 

@@ -100,14 +100,14 @@ def test_smaller_blocks(width: int, dtype: torch.dtype, shared_memory: int) -> N
 
 
 @pytest.fixture
-def no_bfloat16_products() -> Iterator[None]:
-    emulation.library().metattn_emulate_bfloat16(0)
+def before_80() -> Iterator[None]:
+    emulation.library().metattn_emulate_from_80(0)
     yield
-    emulation.library().metattn_emulate_bfloat16(1)
+    emulation.library().metattn_emulate_from_80(1)
 
 
 @emulated
-@pytest.mark.usefixtures("no_bfloat16_products")
+@pytest.mark.usefixtures("before_80")
 @pytest.mark.parametrize("shared_memory", [64 * 1024], indirect=True)
 @pytest.mark.parametrize("width", [32, 128, 200])
 def test_bfloat16_without_tensor_cores(width: int, shared_memory: int) -> None:

@@ -13,6 +13,10 @@
 #include <atomic>
 #include <barrier>
 #include <cmath>
+#include <cstring>
+#include <deque>
+#include <utility>
+#include <vector>
 #define METATTN_DEVICE inline
 #define METATTN_CALLED inline
 #define METATTN_UNROLL
@@ -46,6 +50,37 @@ struct Block {
   METATTN_DEVICE int workers() const { return static_cast<int>(blockDim.x); }
   METATTN_DEVICE void sync() const { __syncthreads(); }
   METATTN_DEVICE bool any(bool x) const { return __syncthreads_or(x); }
+
+  // Copies of 4, 8 or 16 bytes into shared memory, or zeros where not `there`. They go on in the background from compute
+  // capability 8.0 on: those of a group are done when all but `Groups` of the groups begun are waited for.
+  template <int Bytes>
+  METATTN_DEVICE void copy(void* to, const void* from, bool there) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    if constexpr (Bytes == 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0)
+                   : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(Bytes),
+                   "r"(there ? Bytes : 0)
+                   : "memory");
+#else
+    constexpr int kWords = Bytes / 4;
+    METATTN_UNROLL for (int w = 0; w < kWords; ++w)
+      static_cast<uint32_t*>(to)[w] = there ? static_cast<const uint32_t*>(from)[w] : 0;
+#endif
+  }
+  METATTN_DEVICE void end_group() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  template <int Groups>
+  METATTN_DEVICE void wait() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+#endif
+  }
 };
 // Work that a warp shares: each lane takes the pieces first_lane, first_lane + lane_step, …
 static METATTN_DEVICE int first_lane() { return lane_of(0); }
@@ -80,6 +115,29 @@ struct Block {
     if (warp_index == 0) flags[turn].store(0);
     sync();
     return found;
+  }
+  // What is copied in the background arrives when it is waited for, and not before.
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+  };
+  std::vector<Copy> group{};
+  std::deque<std::vector<Copy>> groups{};
+  template <int Bytes>
+  void copy(void* to, const void* from, bool there) {
+    group.push_back({to, there ? from : nullptr, Bytes});
+  }
+  void end_group() {
+    groups.push_back(std::move(group));
+    group.clear();
+  }
+  template <int Groups>
+  void wait() {
+    for (; groups.size() > static_cast<size_t>(Groups); groups.pop_front())
+      for (const Copy& each : groups.front())
+        each.from == nullptr ? memset(each.to, 0, static_cast<size_t>(each.bytes))
+                             : memcpy(each.to, each.from, static_cast<size_t>(each.bytes));
   }
 };
 static inline int first_lane() { return 0; }

@@ -9,6 +9,8 @@
 #include <vector>
 #endif
 
+#include <algorithm>
+
 #include "cuda/keys.h"
 #include "cuda/launch.h"
 #include "cuda/sums.h"
@@ -20,17 +22,27 @@ constexpr int kMostWarps = 4;
 constexpr const char* kTooWide = "a head of this size does not fit the shared memory of this GPU";
 
 template <class Pass>
-size_t shared_bytes(const Params& p, int warps) {
+size_t shared_bytes(const Params& p, int warps, int stages) {
   Pieces pieces{nullptr};
-  Pass(p, warps, pieces);
+  Pass(p, warps, stages, pieces);
   return pieces.used;
+}
+
+// How many blocks' tiles shared memory holds: two, where that leaves room for as many blocks at a time; more than two of
+// these have no registers.
+template <class Pass>
+int stages_for(const Params& p, const Gpu& gpu, int warps) {
+  const auto resident = [&](int stages) {
+    return std::min<size_t>(2, gpu.shared_memory / shared_bytes<Pass>(p, warps, stages));
+  };
+  return gpu.from_80 && resident(2) == resident(1) ? 2 : 1;
 }
 
 // Warps of a block: as many as shared memory holds, and rows need; 0 where one is too many.
 template <class Pass>
 int warps_for(const Params& p, const Gpu& gpu, int64_t rows) {
   int warps = kMostWarps;
-  while (warps > 0 && shared_bytes<Pass>(p, warps) > gpu.shared_memory) warps /= 2;
+  while (warps > 0 && shared_bytes<Pass>(p, warps, 1) > gpu.shared_memory) warps /= 2;
   while (warps > 1 && kWarpRows * (warps / 2) >= rows) warps /= 2;
   return warps;
 }
@@ -38,13 +50,13 @@ int warps_for(const Params& p, const Gpu& gpu, int64_t rows) {
 #ifdef __CUDACC__
 
 template <class Pass>
-__global__ void __launch_bounds__(kLanes* kMostWarps) pass_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kLanes* kMostWarps) pass_kernel(const __grid_constant__ Params p, int stages) {
 #ifdef __CUDA_ARCH__
   if constexpr (kCompiled<typename Pass::Element, Pass::kFull>) {
     extern __shared__ __align__(16) char memory[];
     Block block{memory};
     Pieces pieces{memory};
-    Pass(p, block.warps(), pieces).run(p, block);
+    Pass(p, block.warps(), stages, pieces).run(p, block);
   } else {
     __trap();
   }
@@ -67,13 +79,14 @@ const char* last_error() {
 
 template <class Pass>
 const char* start(const Params& p, const Gpu& gpu, int warps, int64_t blocks, int64_t chunks) {
-  const size_t bytes = shared_bytes<Pass>(p, warps);
+  const int stages = stages_for<Pass>(p, gpu, warps);
+  const size_t bytes = shared_bytes<Pass>(p, warps, stages);
   if (bytes > 48 * 1024) {
     cudaFuncSetAttribute(pass_kernel<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (const char* error = last_error()) return error;
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
-  pass_kernel<Pass><<<grid, kLanes * warps, bytes, static_cast<cudaStream_t>(gpu.stream)>>>(p);
+  pass_kernel<Pass><<<grid, kLanes * warps, bytes, static_cast<cudaStream_t>(gpu.stream)>>>(p, stages);
   return last_error();
 }
 template <class T>
@@ -92,8 +105,9 @@ const char* start_sum_sinks(const Params& p, const Gpu& gpu, int64_t slots) {
 
 // A thread a warp; shared memory holds NaN at first, as it may on a GPU.
 template <class Pass>
-const char* start(const Params& p, const Gpu&, int warps, int64_t blocks, int64_t chunks) {
-  const size_t bytes = shared_bytes<Pass>(p, warps);
+const char* start(const Params& p, const Gpu& gpu, int warps, int64_t blocks, int64_t chunks) {
+  const int stages = stages_for<Pass>(p, gpu, warps);
+  const size_t bytes = shared_bytes<Pass>(p, warps, stages);
   const std::unique_ptr<char, void (*)(void*)> memory(
       static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 64)))), std::free);
   std::barrier<> barrier(warps);
@@ -104,7 +118,7 @@ const char* start(const Params& p, const Gpu&, int warps, int64_t blocks, int64_
       barrier.arrive_and_wait();
       Block block{memory.get(), index / chunks, static_cast<int>(index % chunks), warp, warps, &barrier, flags};
       Pieces pieces{memory.get()};
-      Pass(p, warps, pieces).run(p, block);
+      Pass(p, warps, stages, pieces).run(p, block);
       barrier.arrive_and_wait();
     }
   };
@@ -194,7 +208,7 @@ const char* start_sums(Map map, const Params& p, const Gpu& gpu) {
 template <class S>
 const char* run_two_bytes(Map map, const Params& p, const Gpu& gpu) {
   const int64_t width = larger(p.d, p.dv);
-  const bool full = is_full(p) || (std::is_same_v<S, BFloat16> && !gpu.multiplies_bfloat16);
+  const bool full = is_full(p) || (std::is_same_v<S, BFloat16> && !gpu.from_80);
   const char* error = full            ? start_map<S, 8, 2, true>(map, p, gpu)
                       : width <= 32   ? start_map<S, 4, 4, false>(map, p, gpu)
                       : width <= 64   ? start_map<S, 8, 4, false>(map, p, gpu)

@@ -14,17 +14,22 @@ struct GradientKeys {
   static constexpr int kQueries = 8 * kTiles;
   using T = Compute<S>;
   Tile<S> k, b, v, c;
-  QueryTiles<S> queries;
+  QueryTiles<S> queries;  // of the first stage, as the statistics
   Statistics<T> known;
+  int stages;
+  int64_t step;  // elements from a stage's queries to the next's
 
-  METATTN_HD GradientKeys(const Params& p, int warps, Pieces& pieces) {
+  METATTN_HD GradientKeys(const Params& p, int warps, int stages, Pieces& pieces) : stages(stages) {
     const int ld = leading<S>(p, 8 * Columns), rows = kWarpRows * warps;
     k = pieces.tile<S>(true, rows, ld);
     b = pieces.tile<S>(Second && p.t_k, rows, ld);
     v = pieces.tile<S>(static_cast<bool>(p.d_o), rows, ld);
     c = pieces.tile<S>(Second && p.d_o && p.t_v, rows, ld);
+    const size_t before = pieces.used;
     queries = QueryTiles<S>::take(pieces, p, kQueries, ld, true, Second);
-    known = Statistics<T>::take(pieces, kQueries);
+    step = static_cast<int64_t>((pieces.used - before) / sizeof(S));
+    pieces.take<S>((stages - 1) * step);
+    known = Statistics<T>::take(pieces, stages * kQueries);
   }
 
   METATTN_DEVICE void run(const Params& p, Block& block) const {
@@ -38,47 +43,75 @@ struct GradientKeys {
     const int64_t key0 = block.index() % blocks * rows;
     if (key0 >= place.s.m) return;
     const auto own = [&](Tile<S> tile, const View& view, int64_t width) {
-      load_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m,
-                width, [](int) { return false; });
+      start_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m,
+                 width);
     };
     own(k, p.k, p.d);
     own(b, p.t_k, p.d);
     own(v, p.v, p.dv);
     own(c, p.t_v, p.dv);
+    block.end_group();
     Fragment<T, Columns> grad_k, grad_v;
     grad_k.fill(0);
     grad_v.fill(0);
     const int first = 8 * Columns * block.chunk();
     const Range range = attending_rows(p, place.s, key0, smaller(key0 + rows, place.s.m));
-    for (place.head = place.kv_head * group; place.head < (place.kv_head + 1) * group; ++place.head)
-      for (int64_t row0 = range.lo; row0 < range.hi; row0 += kQueries) {
-        block.sync();  // what was here before is no longer read
-        load_statistics(block, p, place, known, row0, kQueries);
-        block.sync();
-        queries.load(block, p, place, row0, kQueries,
-                     [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); });
-        block.sync();
-        const Window<true> window{p, place, key0 + warp_row, row0, reach_of(p, place.s)};
-        Scores<T, kTiles> at;
-        scores_of<Full>(at, window, k, warp_row, queries.q, depth_of(p.d));
-        add_scores(at.dp, v, warp_row, queries.d_o, depth_of(p.dv));
-        if constexpr (Second) {
-          add_scores(at.e, c, warp_row, queries.d_o, depth_of(p.dv));
-          add_scores(at.tr, k, warp_row, queries.a, depth_of(p.d));
-          add_scores(at.tr, b, warp_row, queries.q, depth_of(p.d));
-        }
-        differentiate<Full, Second>(at, window, known, 0);
-        if (p.grad_k) {
-          add_weighted(grad_k, at.outer, queries.q, first, p.twice);
-          if constexpr (Second) add_weighted(grad_k, at.inner, queries.a, first, p.twice);
-        }
-        if (p.grad_v) add_weighted(grad_v, at.weights, queries.d_o, first, p.twice);
+    // the blocks of queries of one head after the other; with two stages the next one is on its way meanwhile
+    const int64_t steps = range.hi > range.lo ? (range.hi - range.lo + kQueries - 1) / kQueries : 0;
+    const int64_t visits = steps * group;
+    Place ahead = place;
+    place.head = ahead.head = place.kv_head * group;
+    int64_t row0 = range.lo, row_ahead = range.lo;
+    int stage = 0;
+    for (int64_t visit = 1 - stages; visit < visits; ++visit) {
+      if (visit + stages - 1 < visits) {
+        start_statistics(block, p, ahead, known.from(stage * kQueries), row_ahead, kQueries);
+        queries.from(stage * step).start(block, p, ahead, row_ahead, kQueries);
+        advance(ahead, row_ahead, range);
+      } else {
+        block.end_group();
       }
+      if (stages == 2) stage ^= 1;
+      if (visit < 0) continue;
+      if (stages == 2) block.template wait<1>();
+      else block.template wait<0>();
+      const QueryTiles<S> now = queries.from(stage * step);
+      const Statistics<T> told = known.from(stage * kQueries);
+      if (block.any(met_idle(block, p, place, told, row0, kQueries))) {
+        now.clear_idle(block, p, place, told, kQueries);
+        block.sync();
+      }
+      const Window<true> window{p, place, key0 + warp_row, row0, reach_of(p, place.s)};
+      Scores<T, kTiles> at;
+      scores_of<Full>(at, window, k, warp_row, now.q, depth_of(p.d));
+      add_scores(at.dp, v, warp_row, now.d_o, depth_of(p.dv));
+      if constexpr (Second) {
+        add_scores(at.e, c, warp_row, now.d_o, depth_of(p.dv));
+        add_scores(at.tr, k, warp_row, now.a, depth_of(p.d));
+        add_scores(at.tr, b, warp_row, now.q, depth_of(p.d));
+      }
+      differentiate<Full, Second>(at, window, told, 0);
+      if (p.grad_k) {
+        add_weighted(grad_k, at.outer, now.q, first, p.twice);
+        if constexpr (Second) add_weighted(grad_k, at.inner, now.a, first, p.twice);
+      }
+      if (p.grad_v) add_weighted(grad_v, at.weights, now.d_o, first, p.twice);
+      advance(place, row0, range);
+      block.sync();  // before anything is copied there
+    }
     const int64_t mine = key0 + warp_row;
     store_rows<S>(p.grad_k, offset_of(p.grad_k, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.d,
                static_cast<T>(p.scale), grad_k);
     store_rows<S>(p.grad_v, offset_of(p.grad_v, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.dv, T{1},
                grad_v);
+  }
+
+  static METATTN_DEVICE void advance(Place& place, int64_t& row0, Range range) {
+    row0 += kQueries;
+    if (row0 >= range.hi) {
+      row0 = range.lo;
+      ++place.head;
+    }
   }
 };
 

@@ -11,7 +11,7 @@ namespace metattn::cuda {
 struct Gpu {
   size_t shared_memory;  // bytes that one block may have
   void* stream;          // a cudaStream_t
-  bool multiplies_bfloat16 = true;  // on tensor cores
+  bool from_80 = true;   // of compute capability 8.0 or later: bfloat16 on tensor cores, copies in the background
 };
 
 enum class Map { forward, vjp, jvp, vjp_jvp };

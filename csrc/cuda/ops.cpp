@@ -36,8 +36,8 @@ Gpu gpu_of(const Tensor& q) {
 using Guard = torch::stable::accelerator::DeviceGuard;
 #else
 size_t emulated_shared_memory = 99 * 1024;
-bool emulated_bfloat16 = true;
-Gpu gpu_of(const Tensor&) { return {emulated_shared_memory, nullptr, emulated_bfloat16}; }
+bool emulated_from_80 = true;
+Gpu gpu_of(const Tensor&) { return {emulated_shared_memory, nullptr, emulated_from_80}; }
 struct Guard {
   explicit Guard(int32_t) {}
 };
@@ -188,8 +188,8 @@ STABLE_TORCH_LIBRARY_IMPL(metattn, CUDA, library) { METATTN_IMPLEMENT_OPERATORS(
 extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(int64_t bytes) {
   emulated_shared_memory = static_cast<size_t>(bytes);
 }
-extern "C" __attribute__((visibility("default"))) void metattn_emulate_bfloat16(int multiplies) {
-  emulated_bfloat16 = multiplies != 0;
+extern "C" __attribute__((visibility("default"))) void metattn_emulate_from_80(int yes) {
+  emulated_from_80 = yes != 0;
 }
 STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
 STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }

@@ -15,6 +15,7 @@ struct Tile {
   int ld = 0;
   METATTN_HD explicit operator bool() const { return data != nullptr; }
   METATTN_DEVICE S* row(int r) const { return data + r * ld; }
+  METATTN_DEVICE Tile from(int64_t elements) const { return {data == nullptr ? nullptr : data + elements, ld}; }
 };
 
 #if defined(__CUDA_ARCH__)

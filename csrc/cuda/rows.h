@@ -24,38 +24,77 @@ static METATTN_DEVICE Range keys_of_rows(const Params& p, const Place& place, in
   return {attended_keys(p, place.s, row0).lo, attended_keys(p, place.s, last).hi};
 }
 
-// Tiles of keys, values and their tangents, in shared memory.
+// Tiles of keys, values and their tangents, in shared memory; with two stages, so are those of the next block.
 template <class S, int Tiles>
 struct KeyTiles {
-  Tile<S> k, b, v, c;
+  Tile<S> k, b, v, c;  // of the first stage
   uint32_t* seen;
+  int stages;
+  int64_t step;  // elements from a stage to the next
 
-  static METATTN_HD KeyTiles take(Pieces& pieces, const Params& p, int ld, bool with_v, bool tangents) {
+  static METATTN_HD KeyTiles take(Pieces& pieces, const Params& p, int ld, bool with_v, bool tangents, int stages) {
     KeyTiles tiles;
+    tiles.seen = pieces.take<uint32_t>(2);
+    const size_t before = pieces.used;
     tiles.k = pieces.tile<S>(true, 8 * Tiles, ld);
     tiles.b = pieces.tile<S>(tangents && p.t_k, 8 * Tiles, ld);
     tiles.v = pieces.tile<S>(with_v, 8 * Tiles, ld);
     tiles.c = pieces.tile<S>(tangents && with_v && p.t_v, 8 * Tiles, ld);
-    tiles.seen = pieces.take<uint32_t>(2);
+    tiles.stages = stages;
+    tiles.step = static_cast<int64_t>((pieces.used - before) / sizeof(S));
+    pieces.take<S>((stages - 1) * tiles.step);
     return tiles;
   }
-  // Loads the keys [key0, …) of [range.lo, range.hi); whether unseen ones must be cleared.
-  template <bool Full>
-  METATTN_DEVICE bool load(Block& block, const Params& p, const Place& place, Range range, int64_t key0) const {
-    const auto none = [](int) { return false; };
-    const int64_t first = place.s.k0;
+  METATTN_DEVICE KeyTiles at(int stage) const {
+    const int64_t by = stage * step;
+    return {k.from(by), b.from(by), v.from(by), c.from(by), seen, 1, step};
+  }
+  // Begins to copy the keys [key0, …) of [range.lo, range.hi).
+  METATTN_DEVICE void start(Block& block, const Params& p, const Place& place, Range range, int64_t key0) const {
     const auto one = [&](Tile<S> tile, const View& view, int64_t width) {
-      const int64_t base = offset_of(view, place.seq, place.kv_head, first);
-      return load_tile(block, tile, 8 * Tiles, view, base, key0, range.lo, range.hi, width, none);
+      start_tile(block, tile, 8 * Tiles, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, range.lo,
+                 range.hi, width);
     };
-    block.sync();  // what was here before is no longer read
-    bool met = one(k, p.k, p.d);
-    met |= one(b, p.t_k, p.d);
-    met |= one(v, p.v, p.dv);
-    met |= one(c, p.t_v, p.dv);
-    if (Full && (p.mask || p.bias)) return block.any(met);
+    one(k, p.k, p.d);
+    one(b, p.t_k, p.d);
+    one(v, p.v, p.dv);
+    one(c, p.t_v, p.dv);
+    block.end_group();
+  }
+  // Lets all threads see what each has waited for. Whether unseen keys must be cleared.
+  template <bool Full>
+  METATTN_DEVICE bool finish(Block& block, const Params& p) const {
+    if (Full && (p.mask || p.bias)) {
+      bool met = met_strange(block, k, 8 * Tiles);
+      met |= met_strange(block, b, 8 * Tiles);
+      met |= met_strange(block, v, 8 * Tiles);
+      met |= met_strange(block, c, 8 * Tiles);
+      return block.any(met);
+    }
     block.sync();
     return false;
+  }
+  // visit(tiles, key0, whether unseen keys must be cleared) for each block of the keys of a range.
+  template <bool Full, class Visit>
+  METATTN_DEVICE void sweep(Block& block, const Params& p, const Place& place, Range range, Visit visit) const {
+    constexpr int64_t kStep = 8 * Tiles;
+    const int64_t first = range.lo / kStep * kStep;
+    // one call: a copy of the code for each would be a lot of it
+    int64_t next = first;
+    int stage = 0;
+    for (int64_t key0 = first - (stages - 1) * kStep; key0 < range.hi; key0 += kStep) {
+      if (next < range.hi) at(stage).start(block, p, place, range, next);
+      else block.end_group();
+      next += kStep;
+      if (stages == 2) stage ^= 1;
+      if (key0 < first) continue;
+      if (stages == 2) block.template wait<1>();
+      else block.template wait<0>();
+      const KeyTiles now = at(stage);
+      const bool unclean = now.template finish<Full>(block, p);
+      visit(now, key0, unclean);
+      block.sync();  // before anything is copied there
+    }
   }
 };
 
@@ -72,16 +111,27 @@ struct QueryTiles {
     tiles.d_o = pieces.tile<S>(with_d_o && p.d_o, rows, ld);
     return tiles;
   }
-  template <class Skip>
-  METATTN_DEVICE void load(const Block& block, const Params& p, const Place& place, int64_t row0, int rows,
-                           Skip skip) const {
+  METATTN_DEVICE QueryTiles from(int64_t elements) const {
+    return {q.from(elements), a.from(elements), d_o.from(elements)};
+  }
+  // Begins to copy rows [row0, row0 + rows).
+  METATTN_DEVICE void start(Block& block, const Params& p, const Place& place, int64_t row0, int rows) const {
     const auto one = [&](Tile<S> tile, const View& view, int64_t width) {
-      const int64_t base = offset_of(view, place.seq, place.head, place.s.q0);
-      load_tile(block, tile, rows, view, base, row0, 0, place.s.n, width, skip);
+      start_tile(block, tile, rows, view, offset_of(view, place.seq, place.head, place.s.q0), row0, 0, place.s.n, width);
     };
     one(q, p.q, p.d);
     one(a, p.t_q, p.d);
     one(d_o, p.d_o, p.dv);
+    block.end_group();
+  }
+  // Zeros in the idle rows, which may hold NaN; each thread has waited for what it copied.
+  template <class T>
+  METATTN_DEVICE void clear_idle(const Block& block, const Params& p, const Place& place, const Statistics<T>& known,
+                                 int rows) const {
+    const auto idle = [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); };
+    clear_rows(block, q, rows, idle);
+    clear_rows(block, a, rows, idle);
+    clear_rows(block, d_o, rows, idle);
   }
 };
 
@@ -98,10 +148,10 @@ struct ForwardRows {
   Tile<S> q;
   KeyTiles<S, kTiles> keys;
 
-  METATTN_HD ForwardRows(const Params& p, int warps, Pieces& pieces) {
+  METATTN_HD ForwardRows(const Params& p, int warps, int stages, Pieces& pieces) {
     const int ld = leading<S>(p, 8 * Columns);
     q = pieces.tile<S>(true, kWarpRows * warps, ld);
-    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, true, false);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, true, false, stages);
   }
 
   METATTN_DEVICE void run(const Params& p, Block& block) const {
@@ -109,22 +159,21 @@ struct ForwardRows {
     int64_t row0;
     if (!place_rows(p, block, place, row0)) return;
     const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
-    load_tile(block, q, rows, p.q, offset_of(p.q, place.seq, place.head, place.s.q0), row0, 0, place.s.n, p.d,
-              [](int) { return false; });
+    start_tile(block, q, rows, p.q, offset_of(p.q, place.seq, place.head, place.s.q0), row0, 0, place.s.n, p.d);
+    block.end_group();
     const T sink = p.sinks ? per_head<T>(p.sinks, place) : -kInfinity<T>;
     Rows<T> top = Rows<T>::filled(sink), total = Rows<T>::filled(sink == -kInfinity<T> ? 0 : 1);
     Fragment<T, Columns> acc;
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
     const Range range = keys_of_rows(p, place, row0, rows);
-    for (int64_t key0 = range.lo / (8 * kTiles) * (8 * kTiles); key0 < range.hi; key0 += 8 * kTiles) {
-      const bool unclean = keys.template load<Full>(block, p, place, range, key0);
+    keys.template sweep<Full>(block, p, place, range, [&](const auto& at, int64_t key0, bool unclean) {
       const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
       Fragment<T, kTiles> s, bend;
       s.fill(0);
-      add_scores(s, q, warp_row, keys.k, depth_of(p.d));
+      add_scores(s, q, warp_row, at.k, depth_of(p.d));
       finish_scores<Full>(window, s, bend);
-      if (unclean) clear_unseen(block, keys.seen, s, {keys.v});
+      if (unclean) clear_unseen(block, at.seen, s, {at.v});
       const Kept<kTiles> kept = dropout<Full, false, kTiles>(window);
       const Rows<T> highest = s.joined(-kInfinity<T>, [](T a, T b) { return a > b ? a : b; });
       Rows<T> shift, decay;
@@ -143,8 +192,8 @@ struct ForwardRows {
           total.x[slot][h] = total.x[slot][h] * decay.x[slot][h] + sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
       acc.each([&](T& value, int, int, int slot, int, int e) { value *= decay.x[slot][e / 2]; });
-      add_weighted(acc, s, keys.v, first, p.twice);
-    }
+      add_weighted(acc, s, at.v, first, p.twice);
+    });
     // a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see
     acc.each([&](T& value, int, int, int slot, int, int e) {
       value = total.x[slot][e / 2] == 0 ? 0 : value / total.x[slot][e / 2];
@@ -180,10 +229,10 @@ struct JvpRows {
   KeyTiles<S, kTiles> keys;
   Statistics<T> known;
 
-  METATTN_HD JvpRows(const Params& p, int warps, Pieces& pieces) {
+  METATTN_HD JvpRows(const Params& p, int warps, int stages, Pieces& pieces) {
     const int ld = leading<S>(p, 8 * Columns);
     queries = QueryTiles<S>::take(pieces, p, kWarpRows * warps, ld, false, true);
-    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, true, true);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, true, true, stages);
     known = Statistics<T>::take(pieces, kWarpRows * warps);
   }
 
@@ -198,9 +247,10 @@ struct JvpRows {
       known.high[r] = lse.high;
       known.low[r] = lse.low;
     }
+    queries.start(block, p, place, row0, rows);
+    block.template wait<0>();
     block.sync();
-    queries.load(block, p, place, row0, rows,
-                 [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); });
+    queries.clear_idle(block, p, place, known, rows);
     const bool has_scores = p.t_q || p.t_k || p.t_bias;
     const int first = 8 * Columns * block.chunk();
     const int64_t mine = row0 + warp_row;
@@ -210,8 +260,9 @@ struct JvpRows {
       Rows<T> excess = Rows<T>::filled(0);
       acc.fill(0);
       const Range range = keys_of_rows(p, place, row0, rows);
-      for (int64_t key0 = range.lo / (8 * kTiles) * (8 * kTiles); key0 < range.hi; key0 += 8 * kTiles)
-        visit(p, block, place, row0, range, key0, has_scores, first, base, excess, acc);
+      keys.template sweep<Full>(block, p, place, range, [&](const auto& at, int64_t key0, bool unclean) {
+        visit(p, block, place, at, row0, key0, unclean, has_scores, first, base, excess, acc);
+      });
       if (p.sinks) {
         const T sigma = p.t_sinks ? per_head<T>(p.t_sinks, place) : 0;
         METATTN_EACH_LANE(slot, lane)
@@ -237,21 +288,20 @@ struct JvpRows {
     }
   }
 
-  METATTN_DEVICE void visit(const Params& p, Block& block, const Place& place, int64_t row0, Range range, int64_t key0,
-                            bool has_scores, int first, const Rows<T>& base, Rows<T>& excess,
-                            Fragment<T, Columns>& acc) const {
+  METATTN_DEVICE void visit(const Params& p, Block& block, const Place& place, const KeyTiles<S, kTiles>& at,
+                            int64_t row0, int64_t key0, bool unclean, bool has_scores, int first, const Rows<T>& base,
+                            Rows<T>& excess, Fragment<T, Columns>& acc) const {
     const int warp_row = kWarpRows * block.warp();
-    const bool unclean = keys.template load<Full>(block, p, place, range, key0);
     const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
     Fragment<T, kTiles> s, bend, t;
     s.fill(0);
     t.fill(0);
-    add_scores(s, queries.q, warp_row, keys.k, depth_of(p.d));
+    add_scores(s, queries.q, warp_row, at.k, depth_of(p.d));
     finish_scores<Full>(window, s, bend);
-    if (unclean) clear_unseen(block, keys.seen, s, {keys.v, keys.c});
+    if (unclean) clear_unseen(block, at.seen, s, {at.v, at.c});
     const Kept<kTiles> kept = dropout<Full, false, kTiles>(window);
-    add_scores(t, queries.a, warp_row, keys.k, depth_of(p.d));
-    add_scores(t, queries.q, warp_row, keys.b, depth_of(p.d));
+    add_scores(t, queries.a, warp_row, at.k, depth_of(p.d));
+    add_scores(t, queries.q, warp_row, at.b, depth_of(p.d));
     s.each([&](T& value, int r, int c, int slot, int tile, int e) {
       const T score = value, weight = probability(score, known.high[warp_row + r], known.low[warp_row + r]);
       T tangent = score_tangent<Full>(window, score, t.x[slot][tile][e], bend.x[slot][tile][e], r, c);
@@ -264,11 +314,11 @@ struct JvpRows {
       METATTN_EACH_LANE(slot, lane)
         METATTN_UNROLL for (int h = 0; h < 2; ++h) excess.x[slot][h] += sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, t);
-      add_weighted(acc, t, keys.v, first, p.twice);
+      add_weighted(acc, t, at.v, first, p.twice);
     }
-    if (keys.c) {
+    if (at.c) {
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
-      add_weighted(acc, s, keys.c, first, p.twice);
+      add_weighted(acc, s, at.c, first, p.twice);
     }
   }
 
@@ -314,10 +364,10 @@ struct GradientRows {
   KeyTiles<S, kTiles> keys;
   Statistics<T> known;
 
-  METATTN_HD GradientRows(const Params& p, int warps, Pieces& pieces) {
+  METATTN_HD GradientRows(const Params& p, int warps, int stages, Pieces& pieces) {
     const int ld = leading<S>(p, 8 * Columns);
     queries = QueryTiles<S>::take(pieces, p, kWarpRows * warps, ld, true, Second);
-    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, static_cast<bool>(p.d_o), Second);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, static_cast<bool>(p.d_o), Second, stages);
     known = Statistics<T>::take(pieces, kWarpRows * warps);
   }
 
@@ -329,30 +379,30 @@ struct GradientRows {
     const int64_t mine = row0 + warp_row;
     find_statistics<S>(p, place, known, warp_row, mine, Second, block.chunk() == 0);
     if (!p.grad_q && !p.own_bias) return;
+    queries.start(block, p, place, row0, rows);
+    block.template wait<0>();
     block.sync();
-    queries.load(block, p, place, row0, rows,
-                 [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); });
+    queries.clear_idle(block, p, place, known, rows);
     Fragment<T, Columns> acc;
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
     const Range range = keys_of_rows(p, place, row0, rows);
-    for (int64_t key0 = range.lo / (8 * kTiles) * (8 * kTiles); key0 < range.hi; key0 += 8 * kTiles) {
-      const bool unclean = keys.template load<Full>(block, p, place, range, key0);
+    keys.template sweep<Full>(block, p, place, range, [&](const auto& tiles, int64_t key0, bool unclean) {
       const Window<false> window{p, place, mine, key0, reach_of(p, place.s)};
       Scores<T, kTiles> at;
-      scores_of<Full>(at, window, queries.q, warp_row, keys.k, depth_of(p.d));
-      if (unclean) clear_unseen(block, keys.seen, at.s, {keys.k, keys.b});
-      cotangents_of<Second>(at, queries.d_o, warp_row, keys.v, keys.c, depth_of(p.dv));
+      scores_of<Full>(at, window, queries.q, warp_row, tiles.k, depth_of(p.d));
+      if (unclean) clear_unseen(block, tiles.seen, at.s, {tiles.k, tiles.b});
+      cotangents_of<Second>(at, queries.d_o, warp_row, tiles.v, tiles.c, depth_of(p.dv));
       if constexpr (Second) {
-        add_scores(at.tr, queries.a, warp_row, keys.k, depth_of(p.d));
-        add_scores(at.tr, queries.q, warp_row, keys.b, depth_of(p.d));
+        add_scores(at.tr, queries.a, warp_row, tiles.k, depth_of(p.d));
+        add_scores(at.tr, queries.q, warp_row, tiles.b, depth_of(p.d));
       }
       differentiate<Full, Second>(at, window, known, warp_row);
       if (p.own_bias && block.chunk() == 0) store_bias(p, place, mine, key0, at.ds);
-      if (!p.grad_q) continue;
-      add_weighted(acc, at.outer, keys.k, first, p.twice);
-      if constexpr (Second) add_weighted(acc, at.inner, keys.b, first, p.twice);
-    }
+      if (!p.grad_q) return;
+      add_weighted(acc, at.outer, tiles.k, first, p.twice);
+      if constexpr (Second) add_weighted(acc, at.inner, tiles.b, first, p.twice);
+    });
     store_rows<S>(p.grad_q, offset_of(p.grad_q, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.d,
                static_cast<T>(p.scale), acc);
   }

@@ -20,10 +20,10 @@ struct BiasSums {
   Statistics<T> known;
   T* total;  // [rows][kKeys]
 
-  METATTN_HD BiasSums(const Params& p, int warps, Pieces& pieces) {
+  METATTN_HD BiasSums(const Params& p, int warps, int, Pieces& pieces) {
     const int ld = leading<S>(p, 16), rows = kWarpRows * warps;
     queries = QueryTiles<S>::take(pieces, p, rows, ld, true, Second);
-    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, static_cast<bool>(p.d_o), Second);
+    keys = KeyTiles<S, kTiles>::take(pieces, p, ld, static_cast<bool>(p.d_o), Second, 1);
     known = Statistics<T>::take(pieces, rows);
     total = pieces.take<T>(static_cast<int64_t>(rows) * kKeys);
   }
@@ -78,11 +78,13 @@ struct BiasSums {
     const Range range = keys_of_rows(p, place, row0, rows);
     if (key0 >= range.hi || key0 + kKeys <= range.lo) return;
     block.sync();  // what was here before is no longer read
-    load_statistics(block, p, place, known, row0, rows);
+    start_statistics(block, p, place, known, row0, rows);
+    queries.start(block, p, place, row0, rows);
+    keys.start(block, p, place, range, key0);
+    block.template wait<0>();
     block.sync();
-    queries.load(block, p, place, row0, rows,
-                 [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); });
-    keys.template load<true>(block, p, place, range, key0);
+    queries.clear_idle(block, p, place, known, rows);
+    block.sync();
     const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
     Scores<T, kTiles> at;
     scores_of<true>(at, window, queries.q, warp_row, keys.k, depth_of(p.d));

@@ -74,34 +74,62 @@ static METATTN_DEVICE void copy16(void* to, const void* from) {
 template <class S>
 static METATTN_DEVICE bool strange(S x) { return !is_finite(widened<Compute<S>>(x)); }
 
-// Loads rows [first, first + rows) of a (sequence, head) as a tile of `tile_rows`. Rows outside [lo, hi) and those
-// for which skip(r) holds become zeros, as do columns past the width. Whether this thread met an infinity or a NaN.
-template <class S, class Skip>
-static METATTN_DEVICE bool load_tile(const Block& block, Tile<S> tile, int tile_rows, const View& view, int64_t base,
-                                     int64_t first, int64_t lo, int64_t hi, int64_t width, Skip skip) {
-  if (!tile) return false;
+// f(r, c) for the pieces of sixteen bytes, at (row, column), that this thread has of a tile's rows: it may look at what
+// it has copied there itself before others may.
+template <class S, class F>
+static METATTN_DEVICE void each_piece(const Block& block, Tile<S> tile, int rows, F f) {
+  constexpr int kVector = 16 / sizeof(S);
+  const int chunks = tile.ld / kVector;
+  for (int piece = block.worker(); piece < rows * chunks; piece += block.workers())
+    f(piece / chunks, piece % chunks * kVector);
+}
+
+// Begins to copy rows [first, first + rows) of a (sequence, head) into a tile: zeros outside [lo, hi), and past the
+// width. What does not lie in pieces of sixteen bytes is copied at once.
+template <class S>
+static METATTN_DEVICE void start_tile(Block& block, Tile<S> tile, int rows, const View& view, int64_t base,
+                                      int64_t first, int64_t lo, int64_t hi, int64_t width) {
+  if (!tile) return;
   constexpr int kVector = 16 / sizeof(S);
   const S* data = reinterpret_cast<const S*>(view.data) + base;
-  const int chunks = tile.ld / kVector;
   const bool vectors = view.stride[3] == 1 && view.stride[2] % kVector == 0 && width % kVector == 0 &&
                        reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  bool met = false;
-  for (int piece = block.worker(); piece < tile_rows * chunks; piece += block.workers()) {
-    const int r = piece / chunks, c = piece % chunks * kVector;
+  each_piece(block, tile, rows, [&](int r, int c) {
     const int64_t row = first + r;
-    alignas(16) S values[kVector];
-    const bool there = row >= lo && row < hi && !skip(r);
+    const bool there = row >= lo && row < hi;
     const S* source = data + row * view.stride[2] + c * view.stride[3];
-    if (there && vectors && c < width) {
-      copy16(values, source);
+    if (vectors) {
+      const bool inside = there && c < width;
+      block.template copy<16>(tile.row(r) + c, inside ? source : data, inside);
     } else {
+      alignas(16) S values[kVector];
       METATTN_UNROLL for (int v = 0; v < kVector; ++v)
         values[v] = there && c + v < width ? source[v * view.stride[3]] : narrowed<S>(Compute<S>{0});
+      copy16(tile.row(r) + c, values);
     }
-    METATTN_UNROLL for (int v = 0; v < kVector; ++v) met |= strange(values[v]);
-    copy16(tile.row(r) + c, values);
-  }
+  });
+}
+
+// Whether this thread copied an infinity or a NaN.
+template <class S>
+static METATTN_DEVICE bool met_strange(const Block& block, Tile<S> tile, int rows) {
+  bool met = false;
+  if (!tile) return met;
+  each_piece(block, tile, rows, [&](int r, int c) {
+    METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v) met |= strange(tile.row(r)[c + v]);
+  });
   return met;
+}
+
+// Zeros in the rows for which skip(r) holds, by the threads that copied them.
+template <class S, class Skip>
+static METATTN_DEVICE void clear_rows(const Block& block, Tile<S> tile, int rows, Skip skip) {
+  if (!tile) return;
+  each_piece(block, tile, rows, [&](int r, int c) {
+    if (!skip(r)) return;
+    METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
+      tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
+  });
 }
 
 // ---- row statistics ----
@@ -114,6 +142,7 @@ struct Statistics {
     return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows),
             pieces.take<T>(rows)};
   }
+  METATTN_DEVICE Statistics from(int row) const { return {high + row, low + row, d + row, tau + row, dt + row}; }
   METATTN_DEVICE bool idle(int r) const { return high[r] == kInfinity<T>; }
 };
 
@@ -210,19 +239,34 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
   }
 }
 
-// A column pass reads what a row pass told of rows [first, first + rows).
+// Begins to copy what a row pass told of rows [first, first + rows); rows that are not there attend to nothing.
 template <class T>
-static METATTN_DEVICE void load_statistics(const Block& block, const Params& p, const Place& place,
-                                           const Statistics<T>& known, int64_t first, int rows) {
+static METATTN_DEVICE void start_statistics(Block& block, const Params& p, const Place& place,
+                                            const Statistics<T>& known, int64_t first, int rows) {
   for (int r = block.worker(); r < rows; r += block.workers()) {
     const int64_t i = first + r;
     const bool there = i < place.s.n;
-    known.high[r] = there ? *statistic_at<T>(p, kHigh, place, i) : kInfinity<T>;
-    known.low[r] = there ? *statistic_at<T>(p, kLow, place, i) : 0;
-    known.d[r] = there ? *statistic_at<T>(p, kD, place, i) : 0;
-    known.tau[r] = there ? *statistic_at<T>(p, kTau, place, i) : 0;
-    known.dt[r] = there ? *statistic_at<T>(p, kDt, place, i) : 0;
+    const auto one = [&](T* to, Statistic field) {
+      const void* from = there ? static_cast<const void*>(statistic_at<T>(p, field, place, i)) : p.statistics;
+      block.template copy<sizeof(T)>(to, from, there);
+    };
+    if (there) one(known.high + r, kHigh);
+    else known.high[r] = kInfinity<T>;
+    one(known.low + r, kLow);
+    one(known.d + r, kD);
+    one(known.tau + r, kTau);
+    one(known.dt + r, kDt);
   }
+}
+
+// Whether a row that this thread copied the statistics of is there and idle.
+template <class T>
+static METATTN_DEVICE bool met_idle(const Block& block, const Params& p, const Place& place, const Statistics<T>& known,
+                                    int64_t first, int rows) {
+  bool met = false;
+  for (int r = block.worker(); r < rows; r += block.workers())
+    met |= first + r < place.s.n && is_idle(p, place, known.high[r], known.low[r]);
+  return met;
 }
 
 // ---- scores ----
