@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench aot aot-check check-triton cuda-report gpu wheel check-wheel clean
+.PHONY: build demo test lint bench aot aot-check check-triton race-check cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -76,6 +76,12 @@ gpu: export METATTN_EMULATION := 0
 gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 gpu: build
 	$(PY) -m benchmarks.gpu
+
+# Races between the warps of the CUDA kernels, which the emulation runs as threads: what compute-sanitizer's racecheck
+# looks for on a GPU.
+race-check: build
+	METATTN_BUILD_EXT=1 METATTN_EMULATION=thread $(PY) setup.py build_ext --inplace
+	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libtsan.so) $(PY) tests/race_check.py
 
 # The CUDA library, whatever torch is installed, and what nvcc made of it.
 cuda-report: $(ENVIRONMENT)

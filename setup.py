@@ -8,8 +8,8 @@ Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed bu
 build warns and leaves the pure-Python package. METATTN_CUDA=1 builds the CUDA library, whatever torch is
 installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found.
 METATTN_CUDA_VERSION refuses another nvcc. METATTN_EMULATION=1 builds, for tests alone,
-build/libmetattn_emulated.so: the CUDA kernels on CPU tensors. CUDA_HOME, NVCC, TORCH_CUDA_ARCH_LIST ("8.0
-9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
+build/libmetattn_emulated.so: the CUDA kernels on CPU tensors; =thread one that ThreadSanitizer watches.
+CUDA_HOME, NVCC, TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ HOST_MODULE = "metattn._host"
 # One translation unit each: they compile side by side.
 CUDA_DTYPES = ("bf16", "f16", "f32", "f64")
 CUDA_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+# METATTN_EMULATION → stem of names, flags
+EMULATIONS: dict[str, tuple[str, list[str]]] = {
+    "0": ("", []),
+    "1": ("emulated", []),
+    "thread": ("watched", ["-fsanitize=thread", "-g"]),
+}
 # Compiled once for each ISA: the micro-kernels, and the four maps on them.
 PER_ISA = ("gemm", "forward", "vjp", "jvp", "vjp_jvp")
 # The oldest libtorch whose stable ABI the operators use.
@@ -268,18 +274,24 @@ class NinjaBuildExt(build_ext):
                 [compile_object("host.cpp", "host", host_flags), str(library)],
                 variables={"flags": host_link},
             )
-            if os.environ.get("METATTN_EMULATION") == "1":
+            emulation = os.environ.get("METATTN_EMULATION", "0")
+            if emulation not in EMULATIONS:
+                raise BuildError(
+                    f"METATTN_EMULATION: expected one of {', '.join(EMULATIONS)}, got {emulation!r}"
+                )
+            if emulation != "0":
+                stem, checks = EMULATIONS[emulation]
                 objects = [
-                    compile_object(f"cuda/{dtype}.cu", f"emulated_{dtype}", ["-O1", "-x", "c++"])
+                    compile_object(f"cuda/{dtype}.cu", f"{stem}_{dtype}", ["-O1", *checks, "-x", "c++"])
                     for dtype in CUDA_DTYPES
                 ]
-                extra = [*torch_flags, "-DMETATTN_EMULATED"]
-                objects.append(compile_object("cuda/ops.cpp", "emulated_ops", extra))
+                extra = [*torch_flags, "-DMETATTN_EMULATED", *checks]
+                objects.append(compile_object("cuda/ops.cpp", f"{stem}_ops", extra))
                 ninja.build(
-                    [str(ROOT / "build" / "libmetattn_emulated.so")],
+                    [str(ROOT / "build" / f"libmetattn_{stem}.so")],
                     "link",
                     objects,
-                    variables={"flags": shlex.join([f"-L{libdir}", "-ltorch_cpu", "-lpthread"])},
+                    variables={"flags": shlex.join([*checks, f"-L{libdir}", "-ltorch_cpu", "-lpthread"])},
                 )
             if self.with_cuda:
                 self._cuda(ninja, build, cuda_library, compiler, flags, torch_flags, libdir)

@@ -116,7 +116,7 @@ struct Block {
     sync();
     return found;
   }
-  // What is copied in the background arrives when it is waited for, and not before.
+  // What is copied in the background arrives when it is waited for; from the start there is nothing to read there.
   struct Copy {
     void* to;
     const void* from;
@@ -126,6 +126,7 @@ struct Block {
   std::deque<std::vector<Copy>> groups{};
   template <int Bytes>
   void copy(void* to, const void* from, bool there) {
+    memset(to, 0xff, Bytes);
     group.push_back({to, there ? from : nullptr, Bytes});
   }
   void end_group() {
