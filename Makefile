@@ -94,6 +94,7 @@ CUDA :=
 LABEL := $(if $(CUDA),cu$(subst .,,$(CUDA)),cpu)
 wheel: $(ENVIRONMENT)
 	rm -rf build/wheel-$(LABEL)
+	mkdir -p build
 	METATTN_BUILD_EXT=1 METATTN_CUDA=$(if $(CUDA),1,0) METATTN_CUDA_VERSION=$(CUDA) \
 		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) \
 		$(PY) setup.py -q egg_info --egg-base build --tag-build=+$(LABEL) build --build-base build/wheel-$(LABEL) \
