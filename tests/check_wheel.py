@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 SMOKE = """
@@ -34,27 +35,33 @@ print(f"torch {torch.__version__}, CUDA {_host.build_info()['cuda']}, error {err
 """
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+def run(*command: str | Path, folder: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
-def check(wheel: Path, version: str) -> tuple[bool, str]:
-    """Whether a wheel works beside a torch version, and what was said."""
+def check(wheels: list[Path], version: str) -> Iterator[tuple[Path, bool, str]]:
+    """Each wheel, whether it works beside a torch version, and what was said."""
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "bin" / "python"
         wanted = f"torch=={version}" if version.count(".") > 1 else f"torch=={version}.*"
         pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        for step in (
-            (sys.executable, "-m", "venv", folder),
-            (*pip, wanted, "numpy"),
-            (*pip, "--no-deps", "--no-index", wheel),
-        ):
+        for step in ((sys.executable, "-m", "venv", folder), (*pip, wanted, "numpy")):
             done = run(*step)
             if done.returncode != 0:
-                return False, (done.stderr.strip().splitlines() or ["failed"])[-1]
-        done = subprocess.run([python, "-c", SMOKE], cwd=folder, capture_output=True, text=True, check=False)
-        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-        return done.returncode == 0, lines[-1] if lines else "said nothing"
+                for wheel in wheels:
+                    yield wheel, False, last_line(done.stderr)
+                return
+        for wheel in wheels:
+            done = run(*pip, "--no-deps", "--no-index", "--force-reinstall", wheel)
+            if done.returncode == 0:
+                done = run(python, "-c", SMOKE, folder=folder)
+            yield wheel, done.returncode == 0, last_line(done.stderr if done.returncode else done.stdout)
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["said nothing"])[-1]
 
 
 def main() -> int:
@@ -70,8 +77,7 @@ def main() -> int:
         return 2
     failed = 0
     for version in args.torch:
-        for wheel in wheels:
-            worked, said = check(wheel, version)
+        for wheel, worked, said in check(wheels, version):
             failed += not worked
             print(f"{'ok' if worked else 'FAILED'}  torch {version}  {wheel.name}: {said}", flush=True)
     return 1 if failed else 0

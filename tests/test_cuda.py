@@ -6,7 +6,10 @@ warp, and shared memory starts as NaN.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import emulation
 import pytest
@@ -32,6 +35,7 @@ from metattn.backends import available_backends, cuda, reference
 if available_backends()["cuda"] is not None:
     pytest.skip(f"backend cuda: {available_backends()['cuda']}", allow_module_level=True)
 
+ROOT = Path(__file__).resolve().parents[1]
 emulated = pytest.mark.skipif(not emulation.installed(), reason="it is about the emulation")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -142,3 +146,24 @@ def test_reruns_give_the_same_bits() -> None:
         assert x is not None
         assert y is not None
         assert torch.equal(x.nan_to_num(), y.nan_to_num()), name
+
+
+def test_a_library_that_cannot_be_loaded(tmp_path: Path) -> None:
+    """Made for another machine, or another torch: a reason to read, and the package goes on without it."""
+    library = tmp_path / "libmetattn_cuda.so"
+    library.write_bytes(b"\x7fELF" + bytes(64))
+    script = f"""
+import pathlib, torch, metattn
+from metattn.backends import cuda
+cuda.LIBRARY = pathlib.Path({str(library)!r})
+torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+print(metattn.available_backends()["cuda"])
+q = torch.ones(1, 1, 2, 2)
+print(metattn.attention(q, q, q).shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    reason, shape = done.stdout.splitlines()
+    assert reason.startswith(f"libmetattn_cuda.so cannot be loaded into torch {torch.__version__}")
+    assert shape == "torch.Size([1, 1, 2, 2])"
