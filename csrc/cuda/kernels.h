@@ -170,8 +170,10 @@ template <class S, int Columns, int Tiles, bool Full, bool Second>
 const char* start_gradients(const Params& p, const Gpu& gpu, int64_t chunks) {
   const char* error = start_pass<GradientRows<S, Columns, Tiles, Full, Second>>(
       p, gpu, p.batch * p.heads, p.n, p.grad_q ? larger(1, chunks) : 1);
+  // two results of 128 features and their tangents' scores: half as many queries at a time, or registers spill
+  constexpr int kQueryTiles = Second && Columns == 16 ? Tiles / 2 : Tiles;
   if (error == nullptr && (p.grad_k || p.grad_v))
-    error = start_pass<GradientKeys<S, Columns, Tiles, Full, Second>>(p, gpu, p.batch * p.kv_heads, p.m, chunks);
+    error = start_pass<GradientKeys<S, Columns, kQueryTiles, Full, Second>>(p, gpu, p.batch * p.kv_heads, p.m, chunks);
   return error;
 }
 

@@ -57,24 +57,25 @@ struct GradientKeys {
     const int first = 8 * Columns * block.chunk();
     const Range range = attending_rows(p, place.s, key0, smaller(key0 + rows, place.s.m));
     // the blocks of queries of one head after the other; with two stages the next one is on its way meanwhile
-    const int64_t steps = range.hi > range.lo ? (range.hi - range.lo + kQueries - 1) / kQueries : 0;
-    const int64_t visits = steps * group;
-    Place ahead = place;
-    place.head = ahead.head = place.kv_head * group;
-    int64_t row0 = range.lo, row_ahead = range.lo;
-    int stage = 0;
-    for (int64_t visit = 1 - stages; visit < visits; ++visit) {
-      if (visit + stages - 1 < visits) {
-        start_statistics(block, p, ahead, known.from(stage * kQueries), row_ahead, kQueries);
-        queries.from(stage * step).start(block, p, ahead, row_ahead, kQueries);
-        advance(ahead, row_ahead, range);
+    // (what is known of a visit is worked out from its number: registers are short)
+    const int steps = range.hi > range.lo ? static_cast<int>((range.hi - range.lo + kQueries - 1) / kQueries) : 0;
+    const int visits = steps * static_cast<int>(group);
+    for (int visit = 1 - stages; visit < visits; ++visit) {
+      if (const int next = visit + stages - 1; next < visits) {
+        const int stage = next % stages;
+        place.head = place.kv_head * group + next / steps;
+        const int64_t first_row = range.lo + next % steps * kQueries;
+        start_statistics(block, p, place, known.from(stage * kQueries), first_row, kQueries);
+        queries.from(stage * step).start(block, p, place, first_row, kQueries);
       } else {
         block.end_group();
       }
-      if (stages == 2) stage ^= 1;
       if (visit < 0) continue;
       if (stages == 2) block.template wait<1>();
       else block.template wait<0>();
+      const int stage = visit % stages;
+      place.head = place.kv_head * group + visit / steps;
+      const int64_t row0 = range.lo + visit % steps * kQueries;
       const QueryTiles<S> now = queries.from(stage * step);
       const Statistics<T> told = known.from(stage * kQueries);
       if (block.any(met_idle(block, p, place, told, row0, kQueries))) {
@@ -96,7 +97,6 @@ struct GradientKeys {
         if constexpr (Second) add_weighted(grad_k, at.inner, now.a, first, p.twice);
       }
       if (p.grad_v) add_weighted(grad_v, at.weights, now.d_o, first, p.twice);
-      advance(place, row0, range);
       block.sync();  // before anything is copied there
     }
     const int64_t mine = key0 + warp_row;
@@ -104,14 +104,6 @@ struct GradientKeys {
                static_cast<T>(p.scale), grad_k);
     store_rows<S>(p.grad_v, offset_of(p.grad_v, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.dv, T{1},
                grad_v);
-  }
-
-  static METATTN_DEVICE void advance(Place& place, int64_t& row0, Range range) {
-    row0 += kQueries;
-    if (row0 >= range.hi) {
-      row0 = range.lo;
-      ++place.head;
-    }
   }
 };
 

@@ -79,20 +79,17 @@ struct KeyTiles {
   METATTN_DEVICE void sweep(Block& block, const Params& p, const Place& place, Range range, Visit visit) const {
     constexpr int64_t kStep = 8 * Tiles;
     const int64_t first = range.lo / kStep * kStep;
-    // one call: a copy of the code for each would be a lot of it
-    int64_t next = first;
-    int stage = 0;
-    for (int64_t key0 = first - (stages - 1) * kStep; key0 < range.hi; key0 += kStep) {
-      if (next < range.hi) at(stage).start(block, p, place, range, next);
+    const int visits = range.hi > first ? static_cast<int>((range.hi - first + kStep - 1) / kStep) : 0;
+    for (int index = 1 - stages; index < visits; ++index) {
+      const int next = index + stages - 1;
+      if (next < visits) at(next % stages).start(block, p, place, range, first + next * kStep);
       else block.end_group();
-      next += kStep;
-      if (stages == 2) stage ^= 1;
-      if (key0 < first) continue;
+      if (index < 0) continue;
       if (stages == 2) block.template wait<1>();
       else block.template wait<0>();
-      const KeyTiles now = at(stage);
+      const KeyTiles now = at(index % stages);
       const bool unclean = now.template finish<Full>(block, p);
-      visit(now, key0, unclean);
+      visit(now, first + index * kStep, unclean);
       block.sync();  // before anything is copied there
     }
   }

@@ -79,15 +79,21 @@ static METATTN_DEVICE bool strange(S x) { return !is_finite(widened<Compute<S>>(
 template <class S, class F>
 static METATTN_DEVICE void each_piece(const Block& block, Tile<S> tile, int rows, F f) {
   constexpr int kVector = 16 / sizeof(S);
-  const int chunks = tile.ld / kVector;
-  for (int piece = block.worker(); piece < rows * chunks; piece += block.workers())
-    f(piece / chunks, piece % chunks * kVector);
+  const int chunks = tile.ld / kVector, further = block.workers() / chunks, beside = block.workers() % chunks;
+  int r = block.worker() / chunks, c = block.worker() % chunks;
+  for (; r < rows; r += further, c += beside) {
+    if (c >= chunks) {
+      c -= chunks;
+      if (++r >= rows) return;
+    }
+    f(r, c * kVector);
+  }
 }
 
 // Begins to copy rows [first, first + rows) of a (sequence, head) into a tile: zeros outside [lo, hi), and past the
-// width. What does not lie in pieces of sixteen bytes is copied at once.
+// width. What does not lie in pieces of sixteen bytes is copied at once. Not inlined: kernels have up to nine of these.
 template <class S>
-static METATTN_DEVICE void start_tile(Block& block, Tile<S> tile, int rows, const View& view, int64_t base,
+static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, const View& view, int64_t base,
                                       int64_t first, int64_t lo, int64_t hi, int64_t width) {
   if (!tile) return;
   constexpr int kVector = 16 / sizeof(S);
@@ -112,7 +118,7 @@ static METATTN_DEVICE void start_tile(Block& block, Tile<S> tile, int rows, cons
 
 // Whether this thread copied an infinity or a NaN.
 template <class S>
-static METATTN_DEVICE bool met_strange(const Block& block, Tile<S> tile, int rows) {
+static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int rows) {
   bool met = false;
   if (!tile) return met;
   each_piece(block, tile, rows, [&](int r, int c) {
