@@ -43,20 +43,26 @@ EMULATIONS: dict[str, tuple[str, list[str]]] = {
     "1": ("emulated", []),
     "thread": ("watched", ["-fsanitize=thread", "-g"]),
 }
-# Compiled once for each ISA: the micro-kernels, and the four maps on them.
-PER_ISA = ("gemm", "forward", "vjp", "jvp", "vjp_jvp")
+# Compiled once for each ISA: the four maps, and the micro-kernels they stand on.
+MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
 # The oldest libtorch whose stable ABI the operators use.
 TORCH_TARGET = (2, 10)
 
+AVX512 = [
+    "-DMETATTN_VECTOR_BYTES=64",
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",  # of intrinsics that start from an undefined register: gcc's bug 105593
+]
 X86_ISAS = {
     "baseline": ["-DMETATTN_VECTOR_BYTES=16"],
     "avx2": ["-DMETATTN_VECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-DMETATTN_VECTOR_BYTES=64",
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": AVX512,
+    # bfloat16 alone: their other dtypes are avx512's
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+BFLOAT16_ISAS = ("avx512_bf16", "amx")
 OTHER_ISAS = {"baseline": ["-DMETATTN_VECTOR_BYTES=16"]}
 
 
@@ -256,7 +262,7 @@ class NinjaBuildExt(build_ext):
                 compile_object("cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *isas()["baseline"]]),
             ]
             for isa, isa_flags in isas().items():
-                for name in PER_ISA:
+                for name in ("pairs" if isa in BFLOAT16_ISAS else "gemm", *MAPS):
                     extra = [f"-DMETATTN_ISA={isa}", *isa_flags]
                     objects.append(compile_object(f"cpu/{name}.cpp", f"{name}_{isa}", extra))
             libdir = torch / "lib"

@@ -6,6 +6,12 @@
 #include <memory>
 #include <vector>
 
+#if defined(METATTN_HAS_AMX) || defined(METATTN_HAS_AVX512_BF16)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "finish.h"
 #include "geometry.h"
 
@@ -19,26 +25,54 @@ constexpr int64_t kKeySweepUnits = 16;
 
 struct Isa {
   const char* name;
-  IsaKernels kernels;
+  const MapKernel* maps[kMapCount];
+  const MapKernel* pair_maps[kMapCount];  // of bfloat16 tensors; null: as floats
   bool (*usable)();
 };
 
-#define METATTN_ISA_TABLE(isa) {{{isa::forward[0], isa::forward[1]}, {isa::vjp[0], isa::vjp[1]}, \
-                                {isa::jvp[0], isa::jvp[1]}, {isa::vjp_jvp[0], isa::vjp_jvp[1]}}}
+#define METATTN_MAPS(isa) {isa::forward, isa::vjp, isa::jvp, isa::vjp_jvp}
+
+bool has_avx512() {
+#ifdef METATTN_HAS_AVX512
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+#if defined(METATTN_HAS_AVX512_BF16) || defined(METATTN_HAS_AMX)
+bool has_avx512_bf16() {
+  unsigned eax = 0, ebx, ecx, edx;
+  return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
+}
+#endif
+#ifdef METATTN_HAS_AMX
+// Linux gives a process the tiles' state when it asks for it.
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx = 0;
+  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return (edx & kBf16) != 0 && (edx & kTiles) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 // Best first.
 const Isa kIsas[] = {
+#ifdef METATTN_HAS_AMX
+    {"amx", METATTN_MAPS(avx512), METATTN_MAPS(amx), has_amx},
+#endif
+#ifdef METATTN_HAS_AVX512_BF16
+    {"avx512_bf16", METATTN_MAPS(avx512), METATTN_MAPS(avx512_bf16), has_avx512_bf16},
+#endif
 #ifdef METATTN_HAS_AVX512
-    {"avx512", METATTN_ISA_TABLE(avx512),
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-     }},
+    {"avx512", METATTN_MAPS(avx512), {}, has_avx512},
 #endif
 #ifdef METATTN_HAS_AVX2
-    {"avx2", METATTN_ISA_TABLE(avx2), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", METATTN_MAPS(avx2), {}, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", METATTN_ISA_TABLE(baseline), [] { return true; }},
+    {"baseline", METATTN_MAPS(baseline), {}, [] { return true; }},
 };
 
 const Isa* find_isa(const char* name) {
@@ -65,6 +99,18 @@ int64_t plan_row_sweep(Params& p, int threads, std::vector<int64_t>& first_unit)
     first_unit[seq + 1] = first_unit[seq] + ceil_div(sequence(p, seq).n, p.row_chunk) * p.kv_heads;
   p.first_unit = first_unit.data();
   return first_unit[p.batch];
+}
+
+// bfloat16 products need every operand in that dtype.
+bool all_bfloat16(const Params& p) {
+  for (const View* view : {&p.q, &p.k, &p.v, &p.d_o, &p.t_q, &p.t_k, &p.t_v})
+    if (*view && view->dtype != DType::bf16) return false;
+  return true;
+}
+
+const MapKernel& kernel_of(const Isa& isa, MapName map, const Params& p, bool is_double) {
+  if (isa.pair_maps[map] != nullptr && all_bfloat16(p)) return isa.pair_maps[map][kPairs];
+  return isa.maps[map][is_double ? kDouble : kFloat];
 }
 
 struct Walk {
@@ -136,7 +182,7 @@ bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
   } else {
     units = plan_row_sweep(p, threads.count, first_unit);
   }
-  const MapKernel& kernel = active_isa().load()->kernels.maps[map][is_double];
+  const MapKernel& kernel = kernel_of(*active_isa().load(), map, p, is_double);
   if (units > 0) {
     const int tasks = static_cast<int>(units < threads.count ? units : threads.count);
     const size_t stride = (kernel.scratch_bytes(p) + 127) / 64 * 64;

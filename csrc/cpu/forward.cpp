@@ -5,101 +5,123 @@
 namespace metattn::METATTN_ISA {
 namespace {
 
-template <class T>
+// By how much, as a power of two, a score may exceed the reference before sums are rescaled to a new one.
+constexpr int kSlack = 8;
+constexpr double kLog2 = 0.69314718055994530942;
+
+template <class A>
 struct Forward {
+  using T = Compute<A>;
   const Params& p;
+  const Exponents<T> exponents;
+  Scope<A> scope;
   Arena arena;
   T* row;
-  PackedRows<T> q;
-  PackedKeys<T> k, v;
+  PackedRows<A> q;
+  PackedKeys<A> k, v;
+  WeightedSums<A> sums;
   T *s, *tanh_tile, *z;
-  T* acc;  // [kRows][padded(dv)] unnormalised output
-  T *top, *total;  // [kRows] running maximum of the scores and sum of exponentials
+  T* acc;       // [kRows][padded(dv)] unnormalised output
+  T* totals;    // [kRows][kLanes] sums of exponentials
   int64_t wide_dv;
+  // What exponents are counted from: base 2, or natural where it is large (LogSumExp); and its natural logarithm.
+  T reference[kRows], limit[kRows];  // limit: the element of the tile from which on the reference is raised
+  double log_reference[kRows];       // -inf: nothing came yet
+  bool large[kRows];
 
-  Forward(const Params& params, char* scratch) : p(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
+  Forward(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
     const int64_t blocks = row_sweep_blocks(p);
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
-    q = PackedRows<T>::take(arena, p.q, p.d);
-    k = PackedKeys<T>::take(arena, p.k, p.d, blocks, false, true);
-    v = PackedKeys<T>::take(arena, p.v, p.dv, blocks, true, false);
+    q = PackedRows<A>::take(arena, p.q, p.d, false);
+    k = PackedKeys<A>::take(arena, p.k, p.d, blocks, false, true);
+    v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, true, false);
+    sums = WeightedSums<A>::take(arena, p);
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
-    top = arena.take<T>(kRows);
-    total = arena.take<T>(kRows);
+    totals = arena.take<T>(kRows * kLanes<T>);
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
-    pack_key_block<T, 2>(p, seq, kv_head, at, key0, keys, block, {&k, &v}, {&p.k, &p.v}, row);
+    pack_key_block<A, 2>(p, seq, kv_head, at, key0, keys, block, {&k, &v}, {&p.k, &p.v}, row);
   }
 
   void begin(const Tile& tile) {
-    q.pack(p, p.q, tile, static_cast<T>(p.scale), nullptr, row);
+    q.pack(p, p.q, tile, nullptr, row);
     memset(acc, 0, sizeof(T) * kRows * wide_dv);
+    memset(totals, 0, sizeof(T) * kRows * kLanes<T>);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      top[r] = sink;
-      total[r] = sink == -kInfinity<T> ? 0 : 1;
+      reference[r] = 0;
+      limit[r] = log_reference[r] = -kInfinity<T>;
+      large[r] = false;
+      if (sink == -kInfinity<T>) continue;
+      refer_to(r, sink);
+      totals[r * kLanes<T>] = static_cast<T>(__builtin_exp(static_cast<double>(sink) - log_reference[r]));
     }
   }
 
+  void refer_to(int64_t r, T score) {
+    large[r] = is_large<T>(static_cast<double>(score));
+    reference[r] = large[r] ? score : static_cast<T>(score / kLog2);
+    log_reference[r] = large[r] ? static_cast<double>(score) : static_cast<double>(reference[r]) * kLog2;
+    limit[r] = score / exponents.natural + (large[r] ? 0 : kSlack / exponents.factor);
+  }
+  // A row met a larger score than its reference allows for.
+  void raise(int64_t r, T top) {
+    const double before = log_reference[r];
+    refer_to(r, top * exponents.natural);
+    if (before == -kInfinity<double>) return;
+    const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
+    store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
+    for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
+  }
+
   void visit(const Tile& tile, int64_t block) {
-    scores(p, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     for (int64_t r = 0; r < tile.rows; ++r) {
       T* s_row = s + r * kKeys;
-      Vec<T> block_top = load(s_row);
-      for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) {
-        const Vec<T> x = load(s_row + j);
-        block_top = x > block_top ? x : block_top;
+      Vec<T> top = load(s_row);
+      for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
+      if (any_above(top, limit[r])) raise(r, max_element<T>(top));
+      Vec<T> total = load(totals + r * kLanes<T>);
+      if (large[r]) {
+        scale_row(s_row, tile.cols, exponents.natural);
+        for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
+      } else {
+        for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
+          store(s_row + j, exp2(load(s_row + j) * exponents.factor - reference[r]));
       }
-      const T new_top = max_element<T>(block_top, top[r]);
-      const T shift = new_top == -kInfinity<T> ? 0 : new_top;
-      const T decay = top[r] == new_top ? 1 : exp(splat(top[r] - shift))[0];
-      top[r] = new_top;
-      Vec<T> block_total = {};
-      for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-        Vec<T> weight = exp(load(s_row + j) - shift);
-        block_total += weight;
-        if (z != nullptr) weight *= load(z + r * kKeys + j);
-        store(s_row + j, weight);
-      }
-      total[r] = total[r] * decay + sum<T>(block_total);
-      if (decay != 1)
-        for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
+      for (int64_t j = 0; j < tile.cols; j += kLanes<T>) total += load(s_row + j);
+      store(totals + r * kLanes<T>, total);
+      if (z != nullptr)
+        for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, load(s_row + j) * load(z + r * kKeys + j));
     }
-    gemm(tile.rows, p.dv, tile.keys, row_major(s, kKeys), v.natural_block(block), v.natural_stride(), acc, wide_dv, true);
+    sums.over_keys(tile, s, v, block, acc);
   }
 
   bool end(const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       T* o = acc + r * wide_dv;
-      const bool dead = total[r] == 0;
+      const T total = sum<T>(load(totals + r * kLanes<T>));
+      const bool dead = total == 0;
       if (dead) memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
-                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / total[r], o, row);
-      *double_at(p.out_lse, tile.seq, tile.head, i) =
-          dead ? -kInfinity<double> : join_lse(top[r], __builtin_log(static_cast<double>(total[r])));
+                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / total, o, row);
+      const double log_total = __builtin_log(static_cast<double>(total));
+      *double_at(p.out_lse, tile.seq, tile.head, i) = dead       ? -kInfinity<double>
+                                                      : large[r] ? join_lse(reference[r], log_total)
+                                                                 : log_reference[r] + log_total;
     }
     return false;
   }
 };
 
-template <class T>
-size_t scratch_bytes(const Params& p) {
-  return Forward<T>(p, nullptr).arena.used;
-}
-template <class T>
-void run_unit(const Params& p, int64_t unit, char* scratch) {
-  Forward<T> map(p, scratch);
-  row_sweep<T>(p, unit, map);
-}
-
 }  // namespace
 
-extern const MapKernel forward[2] = {{scratch_bytes<float>, run_unit<float>}, {scratch_bytes<double>, run_unit<double>}};
+extern const MapKernel forward[kArithmetics] = METATTN_MAP_KERNELS(Forward, row_sweep);
 
 }  // namespace metattn::METATTN_ISA

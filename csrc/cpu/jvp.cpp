@@ -9,13 +9,17 @@ namespace {
 
 constexpr int kCancellation = 16;
 
-template <class T>
+template <class A>
 struct Jvp {
+  using T = Compute<A>;
   const Params& p;
+  const Exponents<T> exponents;
+  Scope<A> scope;
   Arena arena;
   T* row;
-  PackedRows<T> q, a;
-  PackedKeys<T> k, b, v, c;
+  PackedRows<A> q, a;
+  PackedKeys<A> k, b, v, c;
+  WeightedSums<A> sums;
   T *s, *tanh_tile, *z, *t, *scratch_row;
   T* acc;  // [kRows][padded(dv)]
   T base[kRows];        // t
@@ -25,16 +29,17 @@ struct Jvp {
   int64_t wide_dv;
   bool has_scores;  // a tangent reaches the scores
 
-  Jvp(const Params& params, char* scratch) : p(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
+  Jvp(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
     const int64_t blocks = row_sweep_blocks(p);
     has_scores = p.t_q || p.t_k || p.t_bias;
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
-    q = PackedRows<T>::take(arena, p.q, p.d);
-    a = PackedRows<T>::take(arena, p.t_q, p.d);
-    k = PackedKeys<T>::take(arena, p.k, p.d, blocks, false, true);
-    b = PackedKeys<T>::take(arena, p.t_k, p.d, blocks, false, true);
-    v = PackedKeys<T>::take(arena, p.v, p.dv, blocks, has_scores, false);
-    c = PackedKeys<T>::take(arena, p.t_v, p.dv, blocks, true, false);
+    q = PackedRows<A>::take(arena, p.q, p.d, false);
+    a = PackedRows<A>::take(arena, p.t_q, p.d, false);
+    k = PackedKeys<A>::take(arena, p.k, p.d, blocks, false, true);
+    b = PackedKeys<A>::take(arena, p.t_k, p.d, blocks, false, true);
+    v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, has_scores, false);
+    c = PackedKeys<A>::take(arena, p.t_v, p.dv, blocks, true, false);
+    sums = WeightedSums<A>::take(arena, p);
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
@@ -44,13 +49,13 @@ struct Jvp {
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
-    pack_key_block<T, 4>(p, seq, kv_head, at, key0, keys, block, {&k, &b, &v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v}, row);
+    pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&k, &b, &v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v}, row);
   }
 
   void begin(const Tile& tile) {
     lse.load(p, tile);
-    q.pack(p, p.q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (a) a.pack(p, p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
+    q.pack(p, p.q, tile, lse.dead, row);
+    if (a) a.pack(p, p.t_q, tile, lse.dead, row);
     again = false;
     for (int64_t r = 0; r < tile.rows; ++r) base[r] = 0;
     clear();
@@ -65,19 +70,19 @@ struct Jvp {
   template <bool Capped>
   void weigh_row(const Tile& tile, int64_t r) {
     T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
+    const T scale = static_cast<T>(p.scale);
     Vec<T> total = {};
+    lse.probabilities(exponents, tile, r, s_row);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-      const Vec<T> score = load(s_row + j);
-      const Vec<T> weight = probability(lse, r, s_row + j);
+      const Vec<T> weight = load(s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
       if (has_scores) {
-        Vec<T> tangent = load(t_row + j);
+        Vec<T> tangent = load(t_row + j) * scale;
         if constexpr (Capped) {
           const Vec<T> u = load(tanh_tile + r * kKeys + j);
           tangent *= 1 - u * u;
         }
-        // where nothing is attended, what stands in the bias' tangent is nobody's business
-        if (p.t_bias) tangent += score > -kInfinity<T> ? load(row + j) : Vec<T>{};
+        if (p.t_bias) tangent += load(row + j);
         const Vec<T> weighted = weight * (tangent - base[r]);
         total += weighted;
         store(t_row + j, weighted * keep);
@@ -88,23 +93,18 @@ struct Jvp {
   }
 
   void visit(const Tile& tile, int64_t block) {
-    scores(p, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
-    if (a) gemm(tile.rows, tile.keys, p.d, a.operand(), k.turned_block(block), k.turned_stride(), t, kKeys, false);
-    if (b)
-      gemm(tile.rows, tile.keys, p.d, q.operand(), b.turned_block(block), b.turned_stride(), t, kKeys, bool(a));
+    if (a) multiply_scores(tile, a, k, block, t, false);
+    if (b) multiply_scores(tile, q, b, block, t, bool(a));
     if (has_scores && !a && !b) memset(t, 0, sizeof(T) * kRows * kKeys);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      if (p.t_bias) load_bias_row(p.t_bias, tile, r, row);
+      if (p.t_bias) load_bias_tangent(p, tile, r, s + r * kKeys, row);
       if (p.softcap != 0) weigh_row<true>(tile, r);
       else weigh_row<false>(tile, r);
     }
-    if (has_scores)
-      gemm(tile.rows, p.dv, tile.keys, row_major(t, kKeys), v.natural_block(block), v.natural_stride(), acc, wide_dv,
-           true);
-    if (c)
-      gemm(tile.rows, p.dv, tile.keys, row_major(s, kKeys), c.natural_block(block), c.natural_stride(), acc, wide_dv,
-           true);
+    if (has_scores) sums.over_keys(tile, t, v, block, acc);
+    if (c) sums.over_keys(tile, s, c, block, acc);
   }
 
   // Adds the sink's share, Ps·(σ − base), to the excess, and leaves Ot in acc. Whether too many digits were lost.
@@ -116,7 +116,7 @@ struct Jvp {
     }
     if (p.sinks) {
       const T sink = load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0));
-      const T weight = exp(splat((sink - lse.high[r]) - lse.low[r]))[0];
+      const T weight = lse.probability_of(r, sink);
       const T tangent =
           p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
       excess[r] += static_cast<double>(weight * (tangent - base[r]));
@@ -157,18 +157,8 @@ struct Jvp {
   }
 };
 
-template <class T>
-size_t scratch_bytes(const Params& p) {
-  return Jvp<T>(p, nullptr).arena.used;
-}
-template <class T>
-void run_unit(const Params& p, int64_t unit, char* scratch) {
-  Jvp<T> map(p, scratch);
-  row_sweep<T>(p, unit, map);
-}
-
 }  // namespace
 
-extern const MapKernel jvp[2] = {{scratch_bytes<float>, run_unit<float>}, {scratch_bytes<double>, run_unit<double>}};
+extern const MapKernel jvp[kArithmetics] = METATTN_MAP_KERNELS(Jvp, row_sweep);
 
 }  // namespace metattn::METATTN_ISA

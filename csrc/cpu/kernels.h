@@ -16,21 +16,21 @@ struct MapKernel {
 
 enum MapName { kForward, kVjp, kJvp, kVjpJvp, kMapCount };
 
-// Gradients of the sinks are sums over rows: one unit a (batch, head) slot of the result; no scratch beyond a row.
-struct IsaKernels {
-  MapKernel maps[kMapCount][2];  // [map][0: float, 1: double]
-};
+// What sums and products are taken in; kPairs: bfloat16 operands, float sums.
+enum Arithmetic { kFloat, kDouble, kPairs, kArithmetics };
 
-#define METATTN_DECLARE_ISA(isa)  \
-  namespace isa {                 \
-  extern const MapKernel forward[2];  \
-  extern const MapKernel vjp[2];      \
-  extern const MapKernel jvp[2];      \
-  extern const MapKernel vjp_jvp[2];  \
+#define METATTN_DECLARE_ISA(isa)                 \
+  namespace isa {                                \
+  extern const MapKernel forward[kArithmetics];  \
+  extern const MapKernel vjp[kArithmetics];      \
+  extern const MapKernel jvp[kArithmetics];      \
+  extern const MapKernel vjp_jvp[kArithmetics];  \
   }
 METATTN_DECLARE_ISA(baseline)
 METATTN_DECLARE_ISA(avx2)
 METATTN_DECLARE_ISA(avx512)
+METATTN_DECLARE_ISA(avx512_bf16)
+METATTN_DECLARE_ISA(amx)
 #undef METATTN_DECLARE_ISA
 
 }  // namespace metattn

@@ -88,14 +88,16 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
 }
 
 // What both key sweeps accumulate: dK, dV of the unit's keys, dQ of a row block, and the bias gradient.
-template <class T>
+template <class A>
 struct KeySweepResults {
+  using T = Compute<A>;
   const Params& p;
   bool want_q, want_k, want_v, want_bias;
+  WeightedSums<A> sums;
+  KeySums<A> grad_k, grad_v;
   T* grad_q;  // [kRows][padded(d)]
-  T* grad_k;  // [key_chunk][padded(d)]
-  T* grad_v;  // [key_chunk][padded(dv)]
-  int64_t wide_d, wide_dv;
+  T* row;
+  int64_t wide_d;
 
   KeySweepResults(const Params& params, Arena& arena)
       : p(params),
@@ -103,34 +105,29 @@ struct KeySweepResults {
         want_k(params.needs & kNeedK),
         want_v(params.needs & kNeedV),
         want_bias(params.needs & kNeedBias),
-        wide_d(padded<T>(params.d)),
-        wide_dv(padded<T>(params.dv)) {
+        sums(WeightedSums<A>::take(arena, params)),
+        grad_k(KeySums<A>::take(arena, want_k, params.key_chunk, params.d)),
+        grad_v(KeySums<A>::take(arena, want_v, params.key_chunk, params.dv)),
+        wide_d(padded<T>(params.d)) {
     grad_q = want_q ? arena.take<T>(kRows * wide_d) : nullptr;
-    grad_k = want_k ? arena.take<T>(p.key_chunk * wide_d) : nullptr;
-    grad_v = want_v ? arena.take<T>(p.key_chunk * wide_dv) : nullptr;
+    row = arena.take<T>(larger(p.d, p.dv));
   }
 
   void begin_keys(int64_t blocks) {
-    if (want_k) memset(grad_k, 0, sizeof(T) * blocks * kKeys * wide_d);
-    if (want_v) memset(grad_v, 0, sizeof(T) * blocks * kKeys * wide_dv);
+    if (want_k) grad_k.clear(blocks);
+    if (want_v) grad_v.clear(blocks);
   }
   void begin_rows() {
     if (want_q) memset(grad_q, 0, sizeof(T) * kRows * wide_d);
   }
-  void add_q(const Tile& tile, const T* d_scores, const PackedKeys<T>& keys, int64_t block) {
-    if (want_q)
-      gemm(tile.rows, p.d, tile.keys, row_major(d_scores, kKeys), keys.natural_block(block), keys.natural_stride(),
-           grad_q, wide_d, true);
+  void add_q(const Tile& tile, const T* d_scores, const PackedKeys<A>& keys, int64_t block) {
+    if (want_q) sums.over_keys(tile, d_scores, keys, block, grad_q);
   }
-  void add_k(const Tile& tile, const T* d_scores, const PackedRows<T>& rows, int64_t block) {
-    if (want_k)
-      gemm<true>(tile.keys, p.d, tile.rows, transposed(d_scores, kKeys), rows.data, rows.panel_stride(),
-                 grad_k + block * kKeys * wide_d, wide_d, true);
+  void add_k(const Tile& tile, const T* d_scores, const PackedRows<A>& rows, int64_t block) {
+    if (want_k) grad_k.add(tile, d_scores, sums, rows, block);
   }
-  void add_v(const Tile& tile, const T* weights, const PackedRows<T>& d_o, int64_t block) {
-    if (want_v)
-      gemm<true>(tile.keys, p.dv, tile.rows, transposed(weights, kKeys), d_o.data, d_o.panel_stride(),
-                 grad_v + block * kKeys * wide_dv, wide_dv, true);
+  void add_v(const Tile& tile, const T* weights, const PackedRows<A>& d_o, int64_t block) {
+    if (want_v) grad_v.add(tile, weights, sums, d_o, block);
   }
   void add_bias(const Tile& tile, int64_t r, const T* d_scores) {
     const int64_t stride = p.grad_bias_stride[4];
@@ -164,13 +161,26 @@ struct KeySweepResults {
   void end_keys(int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys) {
     for (int64_t key = 0; key < keys; ++key) {
       const int64_t j = s.k0 + key0 + key;
-      if (want_k)  // scale is already in the rows that were packed
-        store_row(p.grad_k, offset_of(p.grad_k, seq, kv_head, j), p.grad_k.stride[3], p.d, T{1}, grad_k + key * wide_d);
+      if (want_k)
+        store_row(p.grad_k, offset_of(p.grad_k, seq, kv_head, j), p.grad_k.stride[3], p.d, static_cast<T>(p.scale),
+                  grad_k.of_key(key, row));
       if (want_v)
-        store_row(p.grad_v, offset_of(p.grad_v, seq, kv_head, j), p.grad_v.stride[3], p.dv, T{1},
-                  grad_v + key * wide_dv);
+        store_row(p.grad_v, offset_of(p.grad_v, seq, kv_head, j), p.grad_v.stride[3], p.dv, T{1}, grad_v.of_key(key, row));
     }
   }
 };
+
+// The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
+#define METATTN_MAP_KERNEL(Map, sweep, A)                                  \
+  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },          \
+   [](const Params& p, int64_t unit, char* scratch) {                      \
+     Map<A> map(p, scratch);                                               \
+     sweep<Compute<A>>(p, unit, map);                                      \
+   }}
+#ifdef __AVX512BF16__
+#define METATTN_MAP_KERNELS(Map, sweep) {{}, {}, METATTN_MAP_KERNEL(Map, sweep, Pairs)}
+#else
+#define METATTN_MAP_KERNELS(Map, sweep) {METATTN_MAP_KERNEL(Map, sweep, float), METATTN_MAP_KERNEL(Map, sweep, double), {}}
+#endif
 
 }  // namespace metattn::METATTN_ISA

@@ -5,27 +5,30 @@
 namespace metattn::METATTN_ISA {
 namespace {
 
-template <class T>
+template <class A>
 struct Vjp {
+  using T = Compute<A>;
   const Params& p;
+  const Exponents<T> exponents;
+  Scope<A> scope;
   Arena arena;
-  KeySweepResults<T> results;
+  KeySweepResults<A> results;
   T* row;
-  PackedRows<T> q, d_o;
-  PackedKeys<T> k, v;
+  PackedRows<A> q, d_o;
+  PackedKeys<A> k, v;
   T *s, *tanh_tile, *z, *d_p, *scratch_row;
   LogSumExp<T> lse;
   T D[kRows];
   bool want_scores;  // somebody needs dS
 
-  Vjp(const Params& params, char* scratch) : p(params), arena{scratch}, results(params, arena) {
+  Vjp(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, results(params, arena) {
     const int64_t blocks = p.key_chunk / kKeys;
     want_scores = results.want_q || results.want_k || results.want_bias;
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
-    q = PackedRows<T>::take(arena, p.q, p.d);
-    d_o = PackedRows<T>::take(arena, p.d_o, p.dv);
-    k = PackedKeys<T>::take(arena, p.k, p.d, blocks, results.want_q, true);
-    v = PackedKeys<T>::take(arena, p.v, p.dv, blocks, false, want_scores && p.d_o);
+    q = PackedRows<A>::take(arena, p.q, p.d, results.want_k);
+    d_o = PackedRows<A>::take(arena, p.d_o, p.dv, results.want_v);
+    k = PackedKeys<A>::take(arena, p.k, p.d, blocks, results.want_q, true);
+    v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, false, want_scores && p.d_o);
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
@@ -34,7 +37,7 @@ struct Vjp {
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
-    pack_key_block<T, 2>(p, seq, kv_head, at, key0, keys, block, {&k, &v}, {&p.k, &p.v}, row);
+    pack_key_block<A, 2>(p, seq, kv_head, at, key0, keys, block, {&k, &v}, {&p.k, &p.v}, row);
   }
   void begin_keys(int64_t blocks) { results.begin_keys(blocks); }
   void end_keys(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys) {
@@ -43,8 +46,8 @@ struct Vjp {
 
   void begin(const Tile& tile) {
     lse.load(p, tile);
-    q.pack(p, p.q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (d_o) d_o.pack(p, p.d_o, tile, T{1}, lse.dead, row);
+    q.pack(p, p.q, tile, lse.dead, row);
+    if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     results.begin_rows();
   }
@@ -53,8 +56,9 @@ struct Vjp {
   template <bool Capped>
   void differentiate_row(const Tile& tile, int64_t r) {
     T *s_row = s + r * kKeys, *p_row = d_p + r * kKeys;
+    lse.probabilities(exponents, tile, r, s_row);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-      const Vec<T> weight = probability(lse, r, s_row + j);
+      const Vec<T> weight = load(s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
       const Vec<T> gain = v ? load(p_row + j) * keep : Vec<T>{};
       Vec<T> d_s = weight * (gain - D[r]);
@@ -69,10 +73,9 @@ struct Vjp {
   }
 
   void visit(const Tile& tile, int64_t block) {
-    scores(p, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
-    if (v)
-      gemm(tile.rows, tile.keys, p.dv, d_o.operand(), v.turned_block(block), v.turned_stride(), d_p, kKeys, false);
+    if (v) multiply_scores(tile, d_o, v, block, d_p, false);
     for (int64_t r = 0; r < tile.rows; ++r) {
       if (p.softcap != 0) differentiate_row<true>(tile, r);
       else differentiate_row<false>(tile, r);
@@ -86,18 +89,8 @@ struct Vjp {
   void end(const Tile& tile, int64_t chunk, bool visited) { results.end_rows(tile, chunk, visited); }
 };
 
-template <class T>
-size_t scratch_bytes(const Params& p) {
-  return Vjp<T>(p, nullptr).arena.used;
-}
-template <class T>
-void run_unit(const Params& p, int64_t unit, char* scratch) {
-  Vjp<T> map(p, scratch);
-  key_sweep<T>(p, unit, map);
-}
-
 }  // namespace
 
-extern const MapKernel vjp[2] = {{scratch_bytes<float>, run_unit<float>}, {scratch_bytes<double>, run_unit<double>}};
+extern const MapKernel vjp[kArithmetics] = METATTN_MAP_KERNELS(Vjp, key_sweep);
 
 }  // namespace metattn::METATTN_ISA

@@ -6,31 +6,34 @@
 namespace metattn::METATTN_ISA {
 namespace {
 
-template <class T>
+template <class A>
 struct VjpJvp {
+  using T = Compute<A>;
   const Params& p;
+  const Exponents<T> exponents;
+  Scope<A> scope;
   Arena arena;
-  KeySweepResults<T> results;
+  KeySweepResults<A> results;
   T* row;
-  PackedRows<T> q, a, d_o;
-  PackedKeys<T> k, b, v, c;
+  PackedRows<A> q, a, d_o;
+  PackedKeys<A> k, b, v, c;
   T *s, *tanh_tile, *z, *d_p, *t_r, *e;  // tiles; t_r and e stay zero where nothing is added to them
   T *beta, *d_s_t;                       // [kKeys] a row of the bias' tangent, and of dSt
   T* scratch_row;
   LogSumExp<T> lse;
   T D[kRows], Dt[kRows], tau[kRows];
 
-  VjpJvp(const Params& params, char* scratch) : p(params), arena{scratch}, results(params, arena) {
+  VjpJvp(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, results(params, arena) {
     const int64_t blocks = p.key_chunk / kKeys;
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
-    q = PackedRows<T>::take(arena, p.q, p.d);
-    a = PackedRows<T>::take(arena, p.t_q, p.d);
-    d_o = PackedRows<T>::take(arena, p.d_o, p.dv);
-    k = PackedKeys<T>::take(arena, p.k, p.d, blocks, results.want_q, true);
-    b = PackedKeys<T>::take(arena, p.t_k, p.d, blocks, results.want_q, true);
+    q = PackedRows<A>::take(arena, p.q, p.d, results.want_k);
+    a = PackedRows<A>::take(arena, p.t_q, p.d, results.want_k);
+    d_o = PackedRows<A>::take(arena, p.d_o, p.dv, results.want_v);
+    k = PackedKeys<A>::take(arena, p.k, p.d, blocks, results.want_q, true);
+    b = PackedKeys<A>::take(arena, p.t_k, p.d, blocks, results.want_q, true);
     const bool want_scores = results.want_q || results.want_k || results.want_bias;
-    v = PackedKeys<T>::take(arena, p.v, p.dv, blocks, false, want_scores && p.d_o);
-    c = PackedKeys<T>::take(arena, p.t_v, p.dv, blocks, false, want_scores && p.d_o);
+    v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, false, want_scores && p.d_o);
+    c = PackedKeys<A>::take(arena, p.t_v, p.dv, blocks, false, want_scores && p.d_o);
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
@@ -43,7 +46,7 @@ struct VjpJvp {
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
-    pack_key_block<T, 4>(p, seq, kv_head, at, key0, keys, block, {&k, &b, &v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v}, row);
+    pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&k, &b, &v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v}, row);
   }
   void begin_keys(int64_t blocks) { results.begin_keys(blocks); }
   void end_keys(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys) {
@@ -52,9 +55,9 @@ struct VjpJvp {
 
   void begin(const Tile& tile) {
     lse.load(p, tile);
-    q.pack(p, p.q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (a) a.pack(p, p.t_q, tile, static_cast<T>(p.scale), lse.dead, row);
-    if (d_o) d_o.pack(p, p.d_o, tile, T{1}, lse.dead, row);
+    q.pack(p, p.q, tile, lse.dead, row);
+    if (a) a.pack(p, p.t_q, tile, lse.dead, row);
+    if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     row_dots(p.o_t, p.o_t_lo, View{}, tile, d_o, lse.dead, p.dv, row, scratch_row, Dt);
     for (int64_t r = 0; r < tile.rows; ++r)
@@ -66,13 +69,14 @@ struct VjpJvp {
   template <bool Capped>
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
+    const T scale = static_cast<T>(p.scale);
+    lse.probabilities(exponents, tile, r, s + at);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-      const Vec<T> score = load(s + at + j);
-      const Vec<T> weight = probability(lse, r, s + at + j);
+      const Vec<T> weight = load(s + at + j);
       const Vec<T> keep = z != nullptr ? load(z + at + j) : splat<T>(1);
       const Vec<T> gain = (v ? load(d_p + at + j) * keep : Vec<T>{}) - D[r];
       const Vec<T> extra = (c ? load(e + at + j) * keep : Vec<T>{}) - Dt[r];
-      const Vec<T> raw = load(t_r + at + j);
+      const Vec<T> raw = load(t_r + at + j) * scale;
       Vec<T> tangent = raw;
       Vec<T> slope = splat<T>(1), bend = {};
       if constexpr (Capped) {
@@ -81,7 +85,7 @@ struct VjpJvp {
         bend = u * slope * static_cast<T>(-2 / p.softcap);
         tangent = raw * slope;
       }
-      if (p.t_bias) tangent += score > -kInfinity<T> ? load(beta + j) : Vec<T>{};
+      if (p.t_bias) tangent += load(beta + j);
       const Vec<T> weight_t = weight * (tangent - tau[r]);
       const Vec<T> d_s = weight * gain;
       const Vec<T> dst = weight_t * gain + weight * extra;
@@ -98,17 +102,15 @@ struct VjpJvp {
   }
 
   void visit(const Tile& tile, int64_t block) {
-    scores(p, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
-    if (v)
-      gemm(tile.rows, tile.keys, p.dv, d_o.operand(), v.turned_block(block), v.turned_stride(), d_p, kKeys, false);
-    if (c) gemm(tile.rows, tile.keys, p.dv, d_o.operand(), c.turned_block(block), c.turned_stride(), e, kKeys, false);
-    if (a) gemm(tile.rows, tile.keys, p.d, a.operand(), k.turned_block(block), k.turned_stride(), t_r, kKeys, false);
-    if (b)
-      gemm(tile.rows, tile.keys, p.d, q.operand(), b.turned_block(block), b.turned_stride(), t_r, kKeys, bool(a));
+    if (v) multiply_scores(tile, d_o, v, block, d_p, false);
+    if (c) multiply_scores(tile, d_o, c, block, e, false);
+    if (a) multiply_scores(tile, a, k, block, t_r, false);
+    if (b) multiply_scores(tile, q, b, block, t_r, bool(a));
     if (!a && !b) memset(t_r, 0, sizeof(T) * kRows * kKeys);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      if (p.t_bias) load_bias_row(p.t_bias, tile, r, beta);
+      if (p.t_bias) load_bias_tangent(p, tile, r, s + r * kKeys, beta);
       if (p.softcap != 0) differentiate_row<true>(tile, r);
       else differentiate_row<false>(tile, r);
       if (results.want_bias) results.add_bias(tile, r, d_s_t);
@@ -123,18 +125,8 @@ struct VjpJvp {
   void end(const Tile& tile, int64_t chunk, bool visited) { results.end_rows(tile, chunk, visited); }
 };
 
-template <class T>
-size_t scratch_bytes(const Params& p) {
-  return VjpJvp<T>(p, nullptr).arena.used;
-}
-template <class T>
-void run_unit(const Params& p, int64_t unit, char* scratch) {
-  VjpJvp<T> map(p, scratch);
-  key_sweep<T>(p, unit, map);
-}
-
 }  // namespace
 
-extern const MapKernel vjp_jvp[2] = {{scratch_bytes<float>, run_unit<float>}, {scratch_bytes<double>, run_unit<double>}};
+extern const MapKernel vjp_jvp[kArithmetics] = METATTN_MAP_KERNELS(VjpJvp, key_sweep);
 
 }  // namespace metattn::METATTN_ISA

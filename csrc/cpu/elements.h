@@ -1,0 +1,172 @@
+// Elements of the four dtypes, rows of strided tensors, and scratch memory.
+#pragma once
+
+#include "params.h"
+#include "vec.h"
+
+namespace metattn::METATTN_ISA {
+
+static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+template <class T>
+static inline int64_t padded(int64_t width) {
+  return round_up(width, kPanel<T>);
+}
+
+// Hands out aligned pieces of a thread's scratch memory; over a null base it only counts them.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return piece;
+  }
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+static inline To bit_cast(From x) {
+  To y;
+  static_assert(sizeof(To) == sizeof(From));
+  memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+template <class T>
+static inline T widen(double x) { return static_cast<T>(x); }
+template <class T>
+static inline T widen(float x) { return static_cast<T>(x); }
+template <class T>
+static inline T widen(BFloat16 x) {
+  return static_cast<T>(bit_cast<float>(static_cast<uint32_t>(x.bits) << 16));
+}
+template <class T>
+static inline T widen(Float16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  // 2^112 moves the exponent's bias, denormals included; infinities and NaN keep an exponent of ones
+  const float value = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  return static_cast<T>(bit_cast<float>(bit_cast<uint32_t>(value) | special | sign));
+}
+
+template <class To>
+struct Narrow {
+  template <class T>
+  static To from(T x) { return static_cast<To>(x); }
+};
+template <>
+struct Narrow<BFloat16> {
+  template <class T>
+  static BFloat16 from(T value) {
+    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(value));
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
+    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+  }
+};
+template <>
+struct Narrow<Float16> {
+  template <class T>
+  static Float16 from(T value) {
+    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(value));
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65,520 and above round to inf
+    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded denormal in the last bits
+      const float shifted = bit_cast<float>(magnitude) + 0.5f;
+      return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+    }
+    const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1);
+    return {static_cast<uint16_t>(sign | (rounded >> 13))};
+  }
+};
+
+template <class T, class From>
+static inline void load_row(const From* source, int64_t stride, int64_t count, T* row) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) row[i] = widen<T>(source[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) row[i] = widen<T>(source[i * stride]);
+  }
+}
+template <class To, class T>
+static inline void store_row(const T* row, int64_t count, T factor, int64_t stride, To* target) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) target[i] = Narrow<To>::from(row[i] * factor);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i * stride] = Narrow<To>::from(row[i] * factor);
+  }
+}
+
+// row[i] = view[offset + i·stride] for i < count.
+template <class T>
+static void load_row(const View& view, int64_t offset, int64_t stride, int64_t count, T* row) {
+  switch (view.dtype) {
+    case DType::f64: return load_row(reinterpret_cast<const double*>(view.data) + offset, stride, count, row);
+    case DType::f32: return load_row(reinterpret_cast<const float*>(view.data) + offset, stride, count, row);
+    case DType::bf16: return load_row(reinterpret_cast<const BFloat16*>(view.data) + offset, stride, count, row);
+    case DType::f16: return load_row(reinterpret_cast<const Float16*>(view.data) + offset, stride, count, row);
+  }
+}
+// view[offset + i·stride] = factor·row[i] for i < count.
+template <class T>
+static void store_row(const View& view, int64_t offset, int64_t stride, int64_t count, T factor, const T* row) {
+  switch (view.dtype) {
+    case DType::f64: return store_row(row, count, factor, stride, reinterpret_cast<double*>(view.data) + offset);
+    case DType::f32: return store_row(row, count, factor, stride, reinterpret_cast<float*>(view.data) + offset);
+    case DType::bf16: return store_row(row, count, factor, stride, reinterpret_cast<BFloat16*>(view.data) + offset);
+    case DType::f16: return store_row(row, count, factor, stride, reinterpret_cast<Float16*>(view.data) + offset);
+  }
+}
+
+template <class T>
+static inline bool is_finite(T x) {
+  return x - x == 0;
+}
+
+// Row `row` of an output in its dtype, times a factor, and what rounding lost of it in `low`, where that is kept.
+template <class T>
+static void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
+                             T factor, T* row, T* scratch) {
+  store_row(high, high_at, high.stride[3], count, factor, row);
+  if (!low) return;
+  load_row(high, high_at, high.stride[3], count, scratch);
+  // where float16 overflowed, low (bfloat16) is the value itself
+  for (int64_t c = 0; c < count; ++c) row[c] = row[c] * factor - (is_finite(scratch[c]) ? scratch[c] : 0);
+  store_row(low, low_at, low.stride[3], count, T{1}, row);
+}
+
+static inline int64_t offset_of(const View& view, int64_t seq, int64_t head, int64_t row) {
+  return seq * view.stride[0] + head * view.stride[1] + row * view.stride[2];
+}
+template <class T>
+static inline T load_scalar(const View& view, int64_t offset) {
+  T value;
+  load_row(view, offset, 1, 1, &value);
+  return value;
+}
+static inline double* double_at(const View& view, int64_t seq, int64_t head, int64_t row) {
+  return reinterpret_cast<double*>(view.data) + offset_of(view, seq, head, row);
+}
+
+template <class T>
+static inline bool finite_row(const T* row, int64_t count) {
+  using Word = Bits<T>;
+  using Scalar = decltype(Word{}[0] + 0);
+  constexpr Scalar exponent = sizeof(T) == 4 ? static_cast<Scalar>(0x7f800000) : static_cast<Scalar>(0x7ff0000000000000);
+  Scalar bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (bit_cast<Scalar>(row[i]) & exponent) == exponent;
+  return bad == 0;
+}
+
+}  // namespace metattn::METATTN_ISA

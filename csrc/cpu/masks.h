@@ -1,0 +1,75 @@
+// Which queries attend to which keys, and the tile of both that is worked on.
+#pragma once
+
+#include "elements.h"
+#include "geometry.h"
+
+namespace metattn::METATTN_ISA {
+
+// Tile size: query rows × keys. Keys are 64 so that a set of them is one machine word.
+constexpr int64_t kRows = 96;
+constexpr int64_t kKeys = 64;
+
+static inline bool mask_keeps(const Params& p, int64_t seq, int64_t head, int64_t i, int64_t j) {
+  return !p.mask || p.mask.data[offset_of(p.mask, seq, head, i) + j * p.mask.stride[3]] != 0;
+}
+
+template <class T>
+static bool attends(const Params& p, const Sequence& s, int64_t seq, int64_t head, int64_t i, int64_t j) {
+  const Range range = attended_keys(p, s, i);
+  return j >= range.lo && j < range.hi && mask_keeps(p, seq, head, i, j) &&
+         (!p.bias || load_scalar<T>(p.bias, offset_of(p.bias, seq, head, i) + j * p.bias.stride[3]) != -kInfinity<T>);
+}
+
+// Whether a query attends to nothing. Asked for rows that hold an infinity or NaN and have a sink: without one, the
+// log-sum-exp tells.
+template <class T>
+static bool dead_row(const Params& p, const Sequence& s, int64_t seq, int64_t head, int64_t i) {
+  for (int64_t j = 0; j < s.m; ++j)
+    if (attends<T>(p, s, seq, head, i, j)) return false;
+  return true;
+}
+
+// Whether no query of any head that reads this key attends to it. Asked for keys that hold an infinity or NaN.
+template <class T>
+static bool dead_key(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t j) {
+  const int64_t group = p.heads / p.kv_heads;
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    for (int64_t i = 0; i < s.n; ++i)
+      if (attends<T>(p, s, seq, head, i, j)) return false;
+  return true;
+}
+
+struct Tile {
+  int64_t seq, head, kv_head;
+  Sequence s;
+  int64_t row0, rows;  // within the sequence
+  int64_t key0, keys;
+  int64_t cols;        // keys rounded up to whole vectors: what elementwise passes walk
+  bool partial;        // position masks some of it
+};
+
+template <class T>
+static inline void place_keys(const Params& p, Tile& tile, int64_t key0, int64_t key_end) {
+  tile.key0 = key0;
+  tile.keys = smaller(kKeys, key_end - key0);
+  tile.cols = round_up(tile.keys, kLanes<T>);
+  tile.partial = tile_cover(p, tile.s, tile.row0, tile.rows, tile.key0, tile.keys) != Cover::full;
+}
+
+// Row r of a tile, zeros where it is `dead` (bit set) or, with sinks, where it holds an infinity or a NaN and attends to
+// nothing: what it holds can never leak.
+template <class T>
+static void load_live_row(const Params& p, const View& view, const Tile& tile, int64_t r, const bool* dead,
+                          int64_t width, T* row) {
+  const int64_t i = tile.row0 + r;
+  bool live = dead == nullptr || !dead[r];
+  if (live) {
+    load_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), view.stride[3], width, row);
+    live = !p.sinks || finite_row(row, width) || !dead_row<T>(p, tile.s, tile.seq, tile.head, i);
+  }
+  if (!live)
+    for (int64_t c = 0; c < width; ++c) row[c] = 0;
+}
+
+}  // namespace metattn::METATTN_ISA

@@ -1,0 +1,30 @@
+// Products of bfloat16 operands with float sums: by AMX tiles where the ISA has them, else by vdpbf16ps. Operand B holds
+// two successive rows side by side, a pair to each column.
+#pragma once
+
+#include "vec.h"
+
+namespace metattn::METATTN_ISA {
+
+// Multiples that the sizes of a product are padded to: M and N, and K.
+constexpr int64_t kPairTile = 16, kPairDepth = 32;
+
+// C [m, n] (+)= A [m, k]·B: rows of A a_stride elements apart, B [k / 2][n][2] with rows of pairs b_stride pairs apart,
+// rows of C c_stride apart. Compiled in pairs.cpp alone.
+void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                int64_t b_stride, float* c, int64_t c_stride, bool accumulate);
+
+// While it lives, this thread may call gemm_pairs. The tiles' shapes are a thread's own, and other libraries' too: they
+// are put back.
+class PairsScope {
+ public:
+  PairsScope();
+  ~PairsScope();
+  PairsScope(const PairsScope&) = delete;
+  PairsScope& operator=(const PairsScope&) = delete;
+
+ private:
+  alignas(64) char before_[64];
+};
+
+}  // namespace metattn::METATTN_ISA
