@@ -4,36 +4,51 @@
 namespace metattn::METATTN_ISA {
 namespace {
 
-// Rows of C that a micro-kernel keeps in registers.
+// Rows of C that a micro-kernel keeps in registers beside some vectors of B: 24 of 32 registers with AVX-512, else 12 of 16.
 #if METATTN_VECTOR_BYTES == 64
-constexpr int kMicroRows = 12;
+template <int Vectors>
+constexpr int kMicroRows = Vectors == 1 ? 16 : 24 / Vectors;
 #else
-constexpr int kMicroRows = 6;
+template <int Vectors>
+constexpr int kMicroRows = Vectors == 1 ? 8 : 12 / Vectors;
 #endif
 
 template <class T, bool Transposed, int Rows, int Vectors>
 inline void micro_kernel(int64_t k_count, const Operand<T>& a, int64_t row, const T* b, T* c, int64_t c_stride,
                          bool accumulate) {
   constexpr int64_t kStep = kPanel<T>;
+  // every loop over acc is unrolled, or the compiler keeps it in memory
   Vec<T> acc[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j)
-      acc[i][j] = accumulate ? load(c + i * c_stride + j * kLanes<T>) : Vec<T>{};
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = load(c + i * c_stride + j * kLanes<T>);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec<T>{};
+  }
   const T* a_panel = a.data + row * (Transposed ? 1 : a.stride);
   for (int64_t k0 = 0; k0 < k_count; k0 += kStep, a_panel += a.panel_stride) {
     const int64_t steps = k_count - k0 < kStep ? k_count - k0 : kStep;
     const T* a_k = a_panel;
     for (int64_t k = 0; k < steps; ++k, b += kStep, a_k += Transposed ? a.stride : 1) {
       Vec<T> b_k[Vectors];
+#pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) b_k[j] = load(b + j * kLanes<T>);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         const Vec<T> a_ik = splat(a_k[Transposed ? i : i * a.stride]);
+#pragma GCC unroll 4
         for (int j = 0; j < Vectors; ++j) acc[i][j] += a_ik * b_k[j];
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) store(c + i * c_stride + j * kLanes<T>, acc[i][j]);
 }
 
@@ -52,10 +67,11 @@ void last_rows(int64_t rows, int64_t k_count, const Operand<T>& a, int64_t row, 
 
 template <class T, bool Transposed, int Vectors>
 void gemm_panel(int64_t m, int64_t k, const Operand<T>& a, const T* b, T* c, int64_t c_stride, bool accumulate) {
+  constexpr int kRows = kMicroRows<Vectors>;
   int64_t row = 0;
-  for (; row + kMicroRows <= m; row += kMicroRows)
-    micro_kernel<T, Transposed, kMicroRows, Vectors>(k, a, row, b, c + row * c_stride, c_stride, accumulate);
-  last_rows<T, Transposed, Vectors, kMicroRows - 1>(m - row, k, a, row, b, c + row * c_stride, c_stride, accumulate);
+  for (; row + kRows <= m; row += kRows)
+    micro_kernel<T, Transposed, kRows, Vectors>(k, a, row, b, c + row * c_stride, c_stride, accumulate);
+  last_rows<T, Transposed, Vectors, kRows - 1>(m - row, k, a, row, b, c + row * c_stride, c_stride, accumulate);
 }
 
 }  // namespace
@@ -64,10 +80,11 @@ template <bool Transposed, class T>
 void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const T* b, int64_t b_stride, T* c,
           int64_t c_stride, bool accumulate) {
   for (int64_t col = 0; col < n; col += kPanel<T>, b += b_stride, c += kPanel<T>) {
-    if (n - col > kLanes<T>) {
-      gemm_panel<T, Transposed, 2>(m, k, a, b, c, c_stride, accumulate);
-    } else {
-      gemm_panel<T, Transposed, 1>(m, k, a, b, c, c_stride, accumulate);
+    switch (((n - col < kPanel<T> ? n - col : kPanel<T>) + kLanes<T> - 1) / kLanes<T>) {
+      case 4: gemm_panel<T, Transposed, 4>(m, k, a, b, c, c_stride, accumulate); break;
+      case 3: gemm_panel<T, Transposed, 3>(m, k, a, b, c, c_stride, accumulate); break;
+      case 2: gemm_panel<T, Transposed, 2>(m, k, a, b, c, c_stride, accumulate); break;
+      default: gemm_panel<T, Transposed, 1>(m, k, a, b, c, c_stride, accumulate);
     }
   }
 }

@@ -41,10 +41,8 @@ struct PackedRows {
     for (int64_t c = width; c < wide; ++c) row[c] = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
       load_live_row(p, view, tile, r, dead, width, row);
-      for (int64_t c = 0; c < wide; c += kPanel<T>) {
-        store(data + c * kRows + r * kPanel<T>, load(row + c));
-        store(data + c * kRows + r * kPanel<T> + kLanes<T>, load(row + c + kLanes<T>));
-      }
+      for (int64_t c = 0; c < wide; c += kPanel<T>)
+        memcpy(data + c * kRows + r * kPanel<T>, row + c, sizeof(T) * kPanel<T>);
     }
   }
   // Σ over columns of this row times `other`, a padded plain row.
@@ -52,7 +50,7 @@ struct PackedRows {
     Vec<T> total = {};
     for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>) {
       const T* mine = data + c * kRows + r * kPanel<T>;
-      total += load(mine) * load(other + c) + load(mine + kLanes<T>) * load(other + c + kLanes<T>);
+      for (int64_t i = 0; i < kPanel<T>; i += kLanes<T>) total += load(mine + i) * load(other + c + i);
     }
     return sum<T>(total);
   }
@@ -92,10 +90,8 @@ struct PackedKeys {
       load_row(view, offset_of(view, seq, kv_head, first + key), view.stride[3], width, row);
       if (!finite_row(row, width)) strange |= uint64_t{1} << key;
       T* target = natural_block(block) + key * kPanel<T>;
-      for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>) {
-        store(target + c * kKeys, load(row + c));
-        store(target + c * kKeys + kLanes<T>, load(row + c + kLanes<T>));
-      }
+      for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>)
+        memcpy(target + c * kKeys, row + c, sizeof(T) * kPanel<T>);
     }
     for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
     return strange;
