@@ -86,20 +86,22 @@ struct Forward {
       Vec<T> top = load(s_row);
       for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
       if (any_above(top, limit[r])) raise(r, max_element<T>(top));
+      if (large[r]) natural_row(tile, s_row, r);
       Vec<T> total = load(totals + r * kLanes<T>);
-      if (large[r]) {
-        scale_row(s_row, tile.cols, exponents.natural);
-        for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
-      } else {
-        for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-          store(s_row + j, exp2(load(s_row + j) * exponents.factor - reference[r]));
+      for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
+        const Vec<T> x = load(s_row + j);
+        Vec<T> weight = large[r] ? x : exp2(x * exponents.factor - reference[r]);
+        total += weight;
+        if (z != nullptr) weight *= load(z + r * kKeys + j);
+        sums.put(s, r, j, weight);
       }
-      for (int64_t j = 0; j < tile.cols; j += kLanes<T>) total += load(s_row + j);
       store(totals + r * kLanes<T>, total);
-      if (z != nullptr)
-        for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, load(s_row + j) * load(z + r * kKeys + j));
     }
-    sums.over_keys(tile, s, v, block, acc);
+    sums.over_keys_put(tile, s, v, block, acc);
+  }
+  __attribute__((noinline)) void natural_row(const Tile& tile, T* s_row, int64_t r) {
+    scale_row(s_row, tile.cols, exponents.natural);
+    for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
   }
 
   bool end(const Tile& tile) {

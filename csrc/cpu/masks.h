@@ -6,9 +6,14 @@
 
 namespace metattn::METATTN_ISA {
 
-// Tile size: query rows × keys. Keys are 64 so that a set of them is one machine word.
+// Tile size: query rows × keys. More keys at a time where products are so fast that sums over them cost more to fetch and
+// put back.
 constexpr int64_t kRows = 96;
+#ifdef __AVX512BF16__
+constexpr int64_t kKeys = 128;
+#else
 constexpr int64_t kKeys = 64;
+#endif
 
 static inline bool mask_keeps(const Params& p, int64_t seq, int64_t head, int64_t i, int64_t j) {
   return !p.mask || p.mask.data[offset_of(p.mask, seq, head, i) + j * p.mask.stride[3]] != 0;

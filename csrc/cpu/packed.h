@@ -81,20 +81,19 @@ struct PackedKeys {
   static constexpr int64_t natural_stride() { return kKeys * kPanel<T>; }
   int64_t turned_stride() const { return width * kPanel<T>; }
 
-  // Loads keys [first, first + keys) of a sequence into the natural block; the rest of it is zeros. Returns the set of
-  // keys that hold an infinity or a NaN.
-  uint64_t load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row) {
-    uint64_t strange = 0;
+  // Loads keys [first, first + keys) of a sequence into the natural block; the rest of it is zeros. Marks keys that hold
+  // an infinity or a NaN.
+  void load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
+                 bool* strange) {
     for (int64_t c = width; c < padded<T>(width); ++c) row[c] = 0;
     for (int64_t key = 0; key < keys; ++key) {
       load_row(view, offset_of(view, seq, kv_head, first + key), view.stride[3], width, row);
-      if (!finite_row(row, width)) strange |= uint64_t{1} << key;
+      strange[key] |= !finite_row(row, width);
       T* target = natural_block(block) + key * kPanel<T>;
       for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>)
         memcpy(target + c * kKeys, row + c, sizeof(T) * kPanel<T>);
     }
     for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
-    return strange;
   }
   void erase(int64_t block, int64_t key) {
     T* target = natural_block(block) + key * kPanel<T>;
@@ -122,12 +121,11 @@ template <class A, int Count>
 static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys,
                            int64_t block, PackedKeys<A>* const (&packed)[Count], const View* const (&views)[Count],
                            Compute<A>* row) {
-  uint64_t strange = 0;
+  bool strange[kKeys] = {};
   for (int t = 0; t < Count; ++t)
-    if (*packed[t]) strange |= packed[t]->load_keys(*views[t], seq, kv_head, s.k0 + key0, keys, block, row);
-  for (; strange != 0; strange &= strange - 1) {
-    const int64_t key = __builtin_ctzll(strange);
-    if (!dead_key<Compute<A>>(p, seq, kv_head, s, key0 + key)) continue;
+    if (*packed[t]) packed[t]->load_keys(*views[t], seq, kv_head, s.k0 + key0, keys, block, row, strange);
+  for (int64_t key = 0; key < keys; ++key) {
+    if (!strange[key] || !dead_key<Compute<A>>(p, seq, kv_head, s, key0 + key)) continue;
     for (int t = 0; t < Count; ++t)
       if (*packed[t]) packed[t]->erase(block, key);
   }
@@ -148,6 +146,12 @@ template <class T>
 struct WeightedSums {
   static WeightedSums take(Arena&, const Params&) { return {}; }
 
+  // Weights from column j of row r on, for over_keys_put.
+  void put(T* weights, int64_t r, int64_t j, Vec<T> weight) const { store(weights + r * kKeys + j, weight); }
+  void over_keys_put(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
+    over_keys(tile, weights, keys, block, sums);
+  }
+
   // sums [kRows][padded(width)] += weights·keys
   void over_keys(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
     gemm(tile.rows, keys.width, tile.keys, row_major(weights, kKeys), keys.natural_block(block), keys.natural_stride(),
@@ -161,8 +165,8 @@ struct KeySums {
   T* data = nullptr;
   int64_t width = 0;
 
-  static KeySums take(Arena& arena, bool wanted, int64_t keys, int64_t width) {
-    return {wanted ? arena.take<T>(keys * padded<T>(width)) : nullptr, width};
+  static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
+    return {wanted ? arena.take<T>(blocks * kKeys * padded<T>(width)) : nullptr, width};
   }
   explicit operator bool() const { return data != nullptr; }
   void clear(int64_t blocks) { memset(data, 0, sizeof(T) * blocks * kKeys * padded<T>(width)); }

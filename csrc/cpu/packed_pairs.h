@@ -134,15 +134,14 @@ struct PackedKeys<Pairs> {
   const uint16_t* natural_block(int64_t block) const { return natural + block * kKeys * tiles_wide(width); }
   const uint16_t* turned_block(int64_t block) const { return turned + block * kKeys * stride; }
 
-  uint64_t load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, float*) {
-    uint64_t strange = 0;
+  void load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, float*,
+                 bool* strange) {
     for (int64_t key = 0; key < keys; ++key) {
       uint16_t* row = loaded + key * stride;
-      if (!copy_row(view, offset_of(view, seq, kv_head, first + key), width, row)) strange |= uint64_t{1} << key;
+      strange[key] |= !copy_row(view, offset_of(view, seq, kv_head, first + key), width, row);
       memset(row + width, 0, sizeof(uint16_t) * (stride - width));
     }
     for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
-    return strange;
   }
   void erase(int64_t /*block*/, int64_t key) { memset(loaded + key * stride, 0, sizeof(uint16_t) * stride); }
   void finish(int64_t block) {
@@ -212,16 +211,28 @@ struct WeightedSums<Pairs> {
     }
   }
 
+  // Weights from column j of row r on, for over_keys_put: rounded at once, or kept where they are multiplied twice.
+  void put(float* weights, int64_t r, int64_t j, Vec<float> weight) const {
+    if (twice) store(weights + r * kKeys + j, weight);
+    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + r * kKeys + j), (__m256i)_mm512_cvtneps_pbh(weight));
+  }
+  void over_keys_put(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block,
+                     float* sums) const {
+    if (twice) return over_keys(tile, weights, keys, block, sums);
+    if (tile.cols < tiles_deep(tile.keys))
+      for (int64_t r = 0; r < tile.rows; ++r) memset(rounded + r * kKeys + tile.cols, 0, sizeof(uint16_t) * kPairTile);
+    multiply(tile, keys, block, sums);
+  }
   void over_keys(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
-    const auto multiply = [&] {
-      gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded, kKeys,
-                 keys.natural_block(block), tiles_wide(keys.width), sums, padded<float>(keys.width), true);
-    };
     round_rows<false>(tile, weights);
-    multiply();
+    multiply(tile, keys, block, sums);
     if (!twice) return;
     round_rows<true>(tile, weights);
-    multiply();
+    multiply(tile, keys, block, sums);
+  }
+  void multiply(const Tile& tile, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
+    gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded, kKeys,
+               keys.natural_block(block), tiles_wide(keys.width), sums, padded<float>(keys.width), true);
   }
 };
 
@@ -231,8 +242,8 @@ struct KeySums<Pairs> {
   float* data = nullptr;
   int64_t width = 0;
 
-  static KeySums take(Arena& arena, bool wanted, int64_t keys, int64_t width) {
-    return {wanted ? arena.take<float>(keys * tiles_wide(width)) : nullptr, width};
+  static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
+    return {wanted ? arena.take<float>(blocks * kKeys * tiles_wide(width)) : nullptr, width};
   }
   explicit operator bool() const { return data != nullptr; }
   void clear(int64_t blocks) { memset(data, 0, sizeof(float) * blocks * kKeys * tiles_wide(width)); }

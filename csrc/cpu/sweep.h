@@ -43,8 +43,9 @@ static void row_sweep(const Params& p, int64_t unit, Map& map) {
   }
 }
 
-// Most key blocks that a unit of a row sweep packs.
+// Most key blocks that a unit of a sweep packs.
 static inline int64_t row_sweep_blocks(const Params& p) { return (p.m + kKeys - 1) / kKeys; }
+static inline int64_t key_sweep_blocks(const Params& p) { return (p.key_chunk + kKeys - 1) / kKeys; }
 
 // A Map of a key sweep offers pack as above, and
 //   begin_keys(blocks), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
@@ -106,8 +107,8 @@ struct KeySweepResults {
         want_v(params.needs & kNeedV),
         want_bias(params.needs & kNeedBias),
         sums(WeightedSums<A>::take(arena, params)),
-        grad_k(KeySums<A>::take(arena, want_k, params.key_chunk, params.d)),
-        grad_v(KeySums<A>::take(arena, want_v, params.key_chunk, params.dv)),
+        grad_k(KeySums<A>::take(arena, want_k, key_sweep_blocks(params), params.d)),
+        grad_v(KeySums<A>::take(arena, want_v, key_sweep_blocks(params), params.dv)),
         wide_d(padded<T>(params.d)) {
     grad_q = want_q ? arena.take<T>(kRows * wide_d) : nullptr;
     row = arena.take<T>(larger(p.d, p.dv));

@@ -56,7 +56,12 @@ static inline Vec<T> splat(T x) {
 // The larger of each pair of elements; y where either is NaN, as the processors' own instruction has it.
 template <class T>
 static inline Vec<T> maximum(Vec<T> x, Vec<T> y) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return _mm512_max_ps(x, y);
+  else return _mm512_max_pd(x, y);
+#else
   return x > y ? x : y;
+#endif
 }
 
 template <int... I>

@@ -22,7 +22,7 @@ struct Vjp {
   bool want_scores;  // somebody needs dS
 
   Vjp(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, results(params, arena) {
-    const int64_t blocks = p.key_chunk / kKeys;
+    const int64_t blocks = key_sweep_blocks(p);
     want_scores = results.want_q || results.want_k || results.want_bias;
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
     q = PackedRows<A>::take(arena, p.q, p.d, results.want_k);

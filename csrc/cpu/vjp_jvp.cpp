@@ -24,7 +24,7 @@ struct VjpJvp {
   T D[kRows], Dt[kRows], tau[kRows];
 
   VjpJvp(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, results(params, arena) {
-    const int64_t blocks = p.key_chunk / kKeys;
+    const int64_t blocks = key_sweep_blocks(p);
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
     q = PackedRows<A>::take(arena, p.q, p.d, results.want_k);
     a = PackedRows<A>::take(arena, p.t_q, p.d, results.want_k);
