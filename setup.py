@@ -35,7 +35,7 @@ CPU_LIBRARY = "metattn.libmetattn_cpu"
 CUDA_LIBRARY = "metattn.libmetattn_cuda"
 HOST_MODULE = "metattn._host"
 # One translation unit each: they compile side by side.
-CUDA_DTYPES = ("bf16", "f16", "f32", "f64")
+CUDA_DTYPES = ("bf16", "f16", "f32", "tf32", "f64")
 CUDA_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 # METATTN_EMULATION → stem of names, flags
 EMULATIONS: dict[str, tuple[str, list[str]]] = {

@@ -306,15 +306,18 @@ int64_t set_bias_gradient(Call& call) {
   return step;
 }
 
+// tf32: whether float32 products may be taken in TF32; CPUs have none, and pass over it.
 #define METATTN_DEFINE_OPERATORS(library)                                                                              \
-  library.def("forward(" METATTN_PROBLEM_SCHEMA ") -> (Tensor o, Tensor lse, Tensor o_lo)");                           \
-  library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, int needs) -> " \
+  library.def("forward(" METATTN_PROBLEM_SCHEMA ", *, bool tf32=False) -> (Tensor o, Tensor lse, Tensor o_lo)");       \
+  library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "        \
+              "int needs, *, bool tf32=False) -> "                                                                     \
               "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)");                                       \
   library.def("jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? tq, Tensor? tk, "           \
-              "Tensor? tv, Tensor? tbias, Tensor? tsinks) -> (Tensor ot, Tensor lt, Tensor ot_lo)");                   \
+              "Tensor? tv, Tensor? tbias, Tensor? tsinks, *, bool tf32=False) -> "                                     \
+              "(Tensor ot, Tensor lt, Tensor ot_lo)");                                                                 \
   library.def("vjp_jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "    \
               "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor ot, Tensor lt, "              \
-              "Tensor? ot_lo, int needs) -> "                                                                          \
+              "Tensor? ot_lo, int needs, *, bool tf32=False) -> "                                                      \
               "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)")
 
 #define METATTN_IMPLEMENT_OPERATORS(library)       \

@@ -42,7 +42,7 @@ void run(metattn::MapName map, const Call& call) {
 
 // ---- the four maps ----
 
-Results forward(METATTN_PROBLEM_ARGUMENTS) {
+Results forward(METATTN_PROBLEM_ARGUMENTS, bool) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
   Results results = new_results(call);
   run(metattn::kForward, call);
@@ -50,7 +50,7 @@ Results forward(METATTN_PROBLEM_ARGUMENTS) {
 }
 
 Results jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe t_q, Maybe t_k, Maybe t_v, Maybe t_bias,
-            Maybe t_sinks) {
+            Maybe t_sinks, bool) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_results(call, o, lse, o_lo);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
@@ -107,7 +107,8 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   return {made.q, made.k, made.v, grad_bias, grad_sinks};
 }
 
-Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs) {
+Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs,
+              bool) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_first_order(call, o, lse, o_lo, d_o, d_lse);
   return run_key_sweep(metattn::kVjp, call, needs);
@@ -115,7 +116,7 @@ Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe
 
 Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
                   Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, Maybe o_t_lo,
-                  int64_t needs) {
+                  int64_t needs, bool) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_first_order(call, o, lse, o_lo, d_o, d_lse);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);

@@ -47,7 +47,7 @@ def install() -> None:
     """To be called before a backend is asked for."""
     torch.ops.load_library(LIBRARY)
     operators.describe("metattn_emulated")
-    emulated = operators.Operators("metattn_emulated")
+    emulated = cuda.Operators("metattn_emulated")
     for name in operators.MAPS:
         setattr(cuda, name, getattr(emulated, name))
     cuda.library = library  # type: ignore[assignment]

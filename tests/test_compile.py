@@ -236,6 +236,17 @@ class TestOperators:
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
+    @pytest.mark.parametrize("operator", OPERATORS)
+    def test_tf32_is_for_gpus(self, operator: str) -> None:
+        """The CPU's operators take the argument, and compute what they compute."""
+        arguments = operator_arguments(make_call(dtype=torch.float32))[operator]
+        function = getattr(torch.ops.metattn, operator)
+        torch.library.opcheck(
+            function.default, arguments, {"tf32": True}, test_utils=("test_schema", "test_faketensor")
+        )
+        for a, b in zip(function(*arguments), function(*arguments, tf32=True), strict=True):
+            assert torch.equal(a, b)
+
     def test_flops(self) -> None:
         """Products with the N×M matrix, 2·N·M·d each: 2 forward, 5 vjp, 5 jvp, 10 vjp_jvp."""
         shape = Shape(batch=2, heads=3, n=8, m=16, d=4, dv=4, kv_heads=3)

@@ -1,7 +1,9 @@
-// The four dtypes on a device: how they are stored, and the type they are computed in.
+// The four dtypes on a device: how they are stored, and the type they are computed in. A fifth is float32 whose
+// products are taken in TF32.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/block.h"
 
@@ -41,6 +43,28 @@ static inline BFloat16 to_bfloat16(float x) {
 static inline Float16 to_float16(float x) { return static_cast<Float16>(x); }
 #endif
 
+// A float32 whose products are TF32's: memory holds it as it is, shared memory rounded (round_tiles).
+struct Tf32 {
+  float value;
+};
+template <class S>
+constexpr bool kIsTf32 = std::is_same_v<S, Tf32>;
+
+// The nearest number of TF32, ten bits behind the point; of two the larger magnitude.
+static METATTN_DEVICE float to_tf32(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & 0xffffe000u;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+#endif
+}
+
 template <class S>
 struct ComputeOf {
   using type = float;
@@ -61,11 +85,22 @@ static METATTN_DEVICE T widened(BFloat16 x) { return static_cast<T>(to_float(x))
 template <class T>
 static METATTN_DEVICE T widened(Float16 x) { return static_cast<T>(to_float(x)); }
 
+template <class T>
+static METATTN_DEVICE T widened(Tf32 x) { return static_cast<T>(x.value); }
+
 template <class S, class T>
 static METATTN_DEVICE S narrowed(T x) {
-  if constexpr (sizeof(S) >= 4) return static_cast<S>(x);
+  if constexpr (kIsTf32<S>) return {static_cast<float>(x)};
+  else if constexpr (sizeof(S) >= 4) return static_cast<S>(x);
   else if constexpr (std::is_same_v<S, BFloat16>) return to_bfloat16(static_cast<float>(x));
   else return to_float16(static_cast<float>(x));
+}
+
+// An element as products have it.
+template <class S>
+static METATTN_DEVICE Compute<S> as_factor(S x) {
+  if constexpr (kIsTf32<S>) return to_tf32(x.value);
+  else return widened<Compute<S>>(x);
 }
 
 template <class T>

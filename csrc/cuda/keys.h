@@ -51,6 +51,10 @@ struct GradientKeys {
     own(v, p.v, p.dv);
     own(c, p.t_v, p.dv);
     block.end_group();
+    if constexpr (kIsTf32<S>) {
+      block.template wait<0>();
+      round_tiles(block, rows, {k, b, v, c});
+    }
     Fragment<T, Columns> grad_k, grad_v;
     grad_k.fill(0);
     grad_v.fill(0);
@@ -78,6 +82,7 @@ struct GradientKeys {
       const int64_t row0 = range.lo + visit % steps * kQueries;
       const QueryTiles<S> now = queries.from(stage * step);
       const Statistics<T> told = known.from(stage * kQueries);
+      now.round(block, kQueries);
       if (block.any(met_idle(block, p, place, told, row0, kQueries))) {
         now.clear_idle(block, p, place, told, kQueries);
         block.sync();

@@ -20,6 +20,7 @@ enum class Map { forward, vjp, jvp, vjp_jvp };
 const char* run_bf16(Map map, const Params& p, const Gpu& gpu);
 const char* run_f16(Map map, const Params& p, const Gpu& gpu);
 const char* run_f32(Map map, const Params& p, const Gpu& gpu);
+const char* run_tf32(Map map, const Params& p, const Gpu& gpu);  // float32, products in TF32; from 8.0 on
 const char* run_f64(Map map, const Params& p, const Gpu& gpu);
 
 // Whether kernels were compiled for the current GPU, and its driver takes them.

@@ -43,39 +43,62 @@ struct Guard {
 };
 #endif
 
-const char* start(Map map, const Params& p, const Gpu& gpu) {
+const char* start(Map map, const Params& p, const Gpu& gpu, bool tf32) {
   switch (p.q.dtype) {
     case DType::bf16: return metattn::cuda::run_bf16(map, p, gpu);
     case DType::f16: return metattn::cuda::run_f16(map, p, gpu);
-    case DType::f32: return metattn::cuda::run_f32(map, p, gpu);
+    case DType::f32: return tf32 ? metattn::cuda::run_tf32(map, p, gpu) : metattn::cuda::run_f32(map, p, gpu);
     default: return metattn::cuda::run_f64(map, p, gpu);
   }
 }
 
-void run(Map map, Call& call) {
-  call.p.twice = call.p.m <= kFewKeys;
-  const char* error = start(map, call.p, gpu_of(call.q));
+// Why heads of these sizes do not fit a GPU, or null: a call of every map that has all tensors, and no rows.
+const char* objection(DType dtype, int64_t d, int64_t dv, const Gpu& gpu, bool tf32) {
+  static char byte;
+  const View present{&byte, dtype, {0, 0, 0, 0}};
+  Params p{};
+  p.heads = p.kv_heads = 1;
+  p.d = d;
+  p.dv = dv;
+  p.q = p.k = p.v = p.bias = p.d_o = p.t_q = p.t_k = p.t_v = p.t_bias = p.grad_q = p.grad_k = p.grad_v = present;
+  p.grad_bias = &byte;
+  for (const bool options : {true, false}) {
+    if (!options) p.bias = p.t_bias = View{};
+    for (const Map map : {Map::forward, Map::vjp, Map::jvp, Map::vjp_jvp})
+      if (const char* error = start(map, p, gpu, tf32)) return error;
+  }
+  return nullptr;
+}
+
+// tf32: whether it is allowed. All maps of a call take it or none: what one has rounded and another has not would not
+// cancel, as T − τ must.
+void run(Map map, Call& call, bool tf32) {
+  Params& p = call.p;
+  const Gpu gpu = gpu_of(call.q);
+  p.twice = p.m <= kFewKeys;
+  tf32 = tf32 && gpu.from_80 && p.q.dtype == DType::f32 && objection(DType::f32, p.d, p.dv, gpu, true) == nullptr;
+  const char* error = start(map, p, gpu, tf32);
   STD_TORCH_CHECK(error == nullptr, "metattn: ", error);
 }
 
 int32_t device_of(const Tensor& q) { return q.is_cpu() ? 0 : q.get_device_index(); }
 
-Results forward(METATTN_PROBLEM_ARGUMENTS) {
+Results forward(METATTN_PROBLEM_ARGUMENTS, bool tf32) {
   const Guard guard(device_of(q));
   Call call = make_call(METATTN_PROBLEM_NAMES);
   Results results = new_results(call);
-  run(Map::forward, call);
+  run(Map::forward, call, tf32);
   return results;
 }
 
 Results jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe t_q, Maybe t_k, Maybe t_v, Maybe t_bias,
-            Maybe t_sinks) {
+            Maybe t_sinks, bool tf32) {
   const Guard guard(device_of(q));
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_results(call, o, lse, o_lo);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
   Results results = new_results(call);
-  run(Map::jvp, call);
+  run(Map::jvp, call, tf32);
   return results;
 }
 
@@ -91,7 +114,7 @@ int64_t bias_parts(const Params& p) {
   return parts > 0 ? parts : 1;
 }
 
-Gradients run_gradients(Map map, Call& call, int64_t needs) {
+Gradients run_gradients(Map map, Call& call, int64_t needs, bool tf32) {
   Params& p = call.p;
   const NewGradients made = new_gradients(call, needs);
   const ScalarType compute = call.compute_type();
@@ -123,48 +146,35 @@ Gradients run_gradients(Map map, Call& call, int64_t needs) {
     grad_sinks = torch::stable::new_zeros(*call.sinks, {p.sinks_batch, p.heads});
     p.grad_sinks = static_cast<char*>(grad_sinks.data_ptr());
   }
-  run(map, call);
+  run(map, call, tf32);
   return {made.q, made.k, made.v, grad_bias, grad_sinks};
 }
 
-Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs) {
+Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs,
+              bool tf32) {
   const Guard guard(device_of(q));
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_first_order(call, o, lse, o_lo, d_o, d_lse);
-  return run_gradients(Map::vjp, call, needs);
+  return run_gradients(Map::vjp, call, needs, tf32);
 }
 
 Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
                   Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, Maybe o_t_lo,
-                  int64_t needs) {
+                  int64_t needs, bool tf32) {
   const Guard guard(device_of(q));
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_first_order(call, o, lse, o_lo, d_o, d_lse);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
   set_tangent_results(call, o_t, lse_t, o_t_lo);
-  return run_gradients(Map::vjp_jvp, call, needs);
+  return run_gradients(Map::vjp_jvp, call, needs, tf32);
 }
 
 }  // namespace
 
-// Why no call with heads of these sizes can run on a GPU, or null: a call of every map that has all tensors, and no rows.
+// Why no call with heads of these sizes can run on a GPU, or null.
 extern "C" __attribute__((visibility("default"))) const char* metattn_cuda_objection(int dtype, int64_t d, int64_t dv,
                                                                                      int64_t shared_memory) {
-  static char byte;
-  const View present{&byte, static_cast<DType>(dtype), {0, 0, 0, 0}};
-  Params p{};
-  p.heads = p.kv_heads = 1;
-  p.d = d;
-  p.dv = dv;
-  p.q = p.k = p.v = p.bias = p.d_o = p.t_q = p.t_k = p.t_v = p.t_bias = p.grad_q = p.grad_k = p.grad_v = present;
-  p.grad_bias = &byte;
-  const Gpu gpu{static_cast<size_t>(shared_memory), nullptr};
-  for (const bool options : {true, false}) {
-    if (!options) p.bias = p.t_bias = View{};
-    for (const Map map : {Map::forward, Map::vjp, Map::jvp, Map::vjp_jvp})
-      if (const char* error = start(map, p, gpu)) return error;
-  }
-  return nullptr;
+  return objection(static_cast<DType>(dtype), d, dv, {static_cast<size_t>(shared_memory), nullptr}, false);
 }
 
 #ifdef METATTN_ON_GPU

@@ -1,8 +1,6 @@
-// Products of sixteen rows, which a warp owns, with a tile in shared memory: on tensor cores for two-byte floats
-// (sm_80 and later; float16 on sm_75 too), else by multiply-adds. Results are fragments.
+// Products of sixteen rows, which a warp owns, with a tile in shared memory: on tensor cores for two-byte floats and
+// TF32 (sm_80 and later; float16 on sm_75 too), else by multiply-adds. Results are fragments.
 #pragma once
-
-#include <type_traits>
 
 #include "cuda/elements.h"
 
@@ -20,17 +18,18 @@ struct Tile {
 
 #if defined(__CUDA_ARCH__)
 template <class S>
-constexpr bool kTensorCores = (std::is_same_v<S, BFloat16> && __CUDA_ARCH__ >= 800) || std::is_same_v<S, Float16>;
+constexpr bool kTensorCores =
+    ((std::is_same_v<S, BFloat16> || kIsTf32<S>) && __CUDA_ARCH__ >= 800) || std::is_same_v<S, Float16>;
 #else
 template <class S>
 constexpr bool kTensorCores = false;
 #endif
 
 // Whether a pass is compiled: bfloat16 without tensor cores takes minutes a shape of tile, and has one, that of calls
-// with options.
+// with options. TF32 is on tensor cores, or is not.
 #if defined(__CUDA_ARCH__)
 template <class S, bool Full>
-constexpr bool kCompiled = Full || sizeof(S) > 2 || kTensorCores<S>;
+constexpr bool kCompiled = kTensorCores<S> || (!kIsTf32<S> && (Full || sizeof(S) > 2));
 #endif
 
 #ifdef __CUDACC__
@@ -47,11 +46,15 @@ static METATTN_DEVICE void load_matrices_turned(uint32_t (&r)[4], const void* ro
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row)));
 }
-// c += a·b of 16 × 16 times 16 × 8
+// c += a·b of 16 × 16 times 16 × 8, in TF32 of 16 × 8 times 8 × 8
 template <class S>
 static METATTN_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<S, BFloat16>)
+  if constexpr (kIsTf32<S>)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else if constexpr (std::is_same_v<S, BFloat16>)
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -66,6 +69,7 @@ static METATTN_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint3
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
+static METATTN_DEVICE uint32_t tf32_bits(float x) { return __float_as_uint(to_tf32(x)); }
 template <class S>
 static METATTN_DEVICE uint32_t pair(float x, float y) {
   uint32_t bits;
@@ -87,11 +91,12 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int fi
   if constexpr (kTensorCores<S>) {
 #ifdef __CUDACC__
     static_assert(Tiles % 2 == 0);
+    constexpr int kVector = 16 / sizeof(S);
     const int lane = lane_of(0);
-    // matrices of 8 × 8: lane l names a row of the one that its group of eight lanes stands for
-    const S* a_row = a.row(first_row + lane % 16) + lane / 16 * 8;
-    const S* b_row = b.row(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8;
-    for (int k = 0; k < depth; k += 16) {
+    // matrices of 8 rows of 16 bytes: lane l names a row of the one that its group of eight lanes stands for
+    const S* a_row = a.row(first_row + lane % 16) + lane / 16 * kVector;
+    const S* b_row = b.row(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * kVector;
+    const auto step = [&](int k) {
       uint32_t rows[4];
       load_matrices(rows, a_row + k);
       METATTN_UNROLL for (int t = 0; t < Tiles; t += 2) {
@@ -100,6 +105,15 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int fi
         multiply<S>(acc.x[0][t], rows, columns[0], columns[1]);
         multiply<S>(acc.x[0][t + 1], rows, columns[2], columns[3]);
       }
+    };
+    if constexpr (kIsTf32<S>) {
+#pragma unroll 1  // two steps have no more registers, and more take long to compile
+      for (int k = 0; k < depth; k += 16) {
+        step(k);
+        step(k + 8);
+      }
+    } else {
+      for (int k = 0; k < depth; k += 16) step(k);
     }
 #endif
   } else {
@@ -126,6 +140,7 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int fi
 // A weight as tensor cores would have it: rounded to S, and with what that lost, rounded too, where both count.
 template <class S, class T>
 static METATTN_DEVICE T as_multiplied(T x, bool twice) {
+  if constexpr (kIsTf32<S>) return to_tf32(x);
   const T high = widened<T>(narrowed<S>(x));
   return twice && is_finite(high) ? high + widened<T>(narrowed<S>(x - high)) : high;
 }
@@ -140,12 +155,27 @@ static METATTN_DEVICE uint32_t lost_pair(float x, float y) {
 #endif
 
 // acc += W·B: W sixteen rows of 8·Tiles weights, rounded to S; B 8·Tiles rows of 8·Columns features from `first` on.
-// twice: what rounding the weights lost is multiplied too. A sum over few terms has nothing to average that out.
+// twice: what rounding the weights lost is multiplied too. A sum over few terms has nothing to average that out. Not in
+// TF32, where B is rounded as much.
 template <class S, class T, int Tiles, int Columns>
 static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragment<T, Tiles>& weights, Tile<S> b,
                                         int first, bool twice) {
   if (!b) return;
-  if constexpr (kTensorCores<S>) {
+  if constexpr (kTensorCores<S> && kIsTf32<S>) {
+#ifdef __CUDACC__
+    // a lane's weights are of keys 2·(lane % 4) and the next, and its factors lane % 4 and lane % 4 + 4 of the eight:
+    // keys may be summed in any order, so those are these
+    const int lane = lane_of(0);
+    const S* b_row = b.row(2 * (lane % 4)) + first + lane / 4;
+    METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
+      const float(&w)[4] = weights.x[0][t];
+      const uint32_t rows[4] = {tf32_bits(w[0]), tf32_bits(w[2]), tf32_bits(w[1]), tf32_bits(w[3])};
+      const S* columns = b_row + 8 * t * b.ld;
+      METATTN_UNROLL for (int c = 0; c < Columns; ++c)
+        multiply<S>(acc.x[0][c], rows, __float_as_uint(columns[8 * c].value), __float_as_uint(columns[b.ld + 8 * c].value));
+    }
+#endif
+  } else if constexpr (kTensorCores<S>) {
 #ifdef __CUDACC__
     static_assert(Tiles % 2 == 0 && Columns % 2 == 0);
     const int lane = lane_of(0);
@@ -182,7 +212,7 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
           x = weights.x[lane / 4 * 4 + k / 2][t][k % 2];
           y = weights.x[lane / 4 * 4 + k / 2][t][2 + k % 2];
 #endif
-          if constexpr (sizeof(S) < 4) {
+          if constexpr (sizeof(S) < 4 || kIsTf32<S>) {
             x = as_multiplied<S>(x, twice);
             y = as_multiplied<S>(y, twice);
           }

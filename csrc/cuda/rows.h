@@ -61,9 +61,11 @@ struct KeyTiles {
     one(c, p.t_v, p.dv);
     block.end_group();
   }
+  METATTN_DEVICE void round(const Block& block) const { round_tiles(block, 8 * Tiles, {k, b, v, c}); }
   // Lets all threads see what each has waited for. Whether unseen keys must be cleared.
   template <bool Full>
   METATTN_DEVICE bool finish(Block& block, const Params& p) const {
+    round(block);
     if (Full && (p.mask || p.bias)) {
       bool met = met_strange(block, k, 8 * Tiles);
       met |= met_strange(block, b, 8 * Tiles);
@@ -121,6 +123,7 @@ struct QueryTiles {
     one(d_o, p.d_o, p.dv);
     block.end_group();
   }
+  METATTN_DEVICE void round(const Block& block, int rows) const { round_tiles(block, rows, {q, a, d_o}); }
   // Zeros in the idle rows, which may hold NaN; each thread has waited for what it copied.
   template <class T>
   METATTN_DEVICE void clear_idle(const Block& block, const Params& p, const Place& place, const Statistics<T>& known,
@@ -158,6 +161,10 @@ struct ForwardRows {
     const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
     start_tile(block, q, rows, p.q, offset_of(p.q, place.seq, place.head, place.s.q0), row0, 0, place.s.n, p.d);
     block.end_group();
+    if constexpr (kIsTf32<S>) {
+      block.template wait<0>();
+      round_tiles(block, rows, {q});
+    }
     const T sink = p.sinks ? per_head<T>(p.sinks, place) : -kInfinity<T>;
     Rows<T> top = Rows<T>::filled(sink), total = Rows<T>::filled(sink == -kInfinity<T> ? 0 : 1);
     Fragment<T, Columns> acc;
@@ -246,6 +253,7 @@ struct JvpRows {
     }
     queries.start(block, p, place, row0, rows);
     block.template wait<0>();
+    queries.round(block, rows);
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
     const bool has_scores = p.t_q || p.t_k || p.t_bias;
@@ -378,6 +386,7 @@ struct GradientRows {
     if (!p.grad_q && !p.own_bias) return;
     queries.start(block, p, place, row0, rows);
     block.template wait<0>();
+    queries.round(block, rows);
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
     Fragment<T, Columns> acc;

@@ -82,6 +82,8 @@ struct BiasSums {
     queries.start(block, p, place, row0, rows);
     keys.start(block, p, place, range, key0);
     block.template wait<0>();
+    queries.round(block, rows);
+    keys.round(block);
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
     block.sync();

@@ -116,6 +116,24 @@ static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, cons
   });
 }
 
+// Rounds, where products are TF32's, what this thread has copied of a tile's rows and waited for: tensor cores would cut
+// it off. Here once, not for every warp and product that reads it.
+template <class S>
+static METATTN_CALLED void round_tile(const Block& block, Tile<S> tile, int rows) {
+  if (!tile) return;
+  each_piece(block, tile, rows, [&](int r, int c) {
+    alignas(16) S values[16 / sizeof(S)];
+    copy16(values, tile.row(r) + c);
+    METATTN_UNROLL for (S& x : values) x = narrowed<S>(as_factor(x));
+    copy16(tile.row(r) + c, values);
+  });
+}
+template <class S, int Count>
+static METATTN_DEVICE void round_tiles(const Block& block, int rows, const Tile<S> (&tiles)[Count]) {
+  if constexpr (kIsTf32<S>)
+    METATTN_UNROLL for (int n = 0; n < Count; ++n) round_tile(block, tiles[n], rows);
+}
+
 // Whether this thread copied an infinity or a NaN.
 template <class S>
 static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int rows) {
@@ -195,7 +213,7 @@ static METATTN_DEVICE T row_dot(const Params& p, const View& values, const View&
   T total = 0;
   for (int64_t f = first_lane(); f < p.dv; f += lane_step())
     total += in_two<S, T>(values, low, a + f * values.stride[3], b + f * low.stride[3]) *
-             widened<T>(d_o[f * p.d_o.stride[3]]);
+             as_factor(d_o[f * p.d_o.stride[3]]);  // as products have it: dP − D cancels
   return lane_sum(total);
 }
 

@@ -10,8 +10,10 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metattn.backends import native, operators
 from metattn.problem import Constants, Primals, Problem
@@ -92,5 +94,13 @@ def too_large(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
     return None if reason is None else f"{reason.decode()} (d = {d}, dv = {dv}, {dtype})"
 
 
-_OPERATORS = operators.Operators("metattn")
+class Operators(operators.Operators):
+    """The maps as these operators take them: with what torch allows at the time."""
+
+    def _run(self, map_: str, *arguments: Any) -> tuple[Tensor, ...]:
+        operator = getattr(getattr(torch.ops, self.namespace), map_)
+        return operator(*arguments, tf32=operators.allows_tf32())  # type: ignore[no-any-return]
+
+
+_OPERATORS = Operators("metattn")
 forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp

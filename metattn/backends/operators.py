@@ -1,7 +1,8 @@
 """What torch is told of the four maps as operators: their arguments, shapes (fakes) and costs.
 
 The compiled operators torch.ops.metattn.* (csrc/ops.cpp) and the Triton backend's
-torch.ops.metattn_triton.* take the same: here a call is flattened into their arguments, and put together.
+torch.ops.metattn_triton.* take the same, the compiled ones a keyword `tf32` besides: here a call is flattened
+into their arguments, and put together.
 """
 
 from __future__ import annotations
@@ -74,6 +75,15 @@ def results_of(primals: Primals, o: Tensor, lse: Tensor, o_lo: Tensor) -> Result
     return Results(o, lse, o_lo if primals.q.dtype in ROUNDED else None)
 
 
+def allows_tf32() -> bool:
+    """Whether torch may take float32 products of GPUs in TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# Dynamo cannot trace how torch answers. Its guards know the answer: where that changes, it compiles again.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Operators:
     """The four maps through a namespace's operators, as a backend offers them."""
 
@@ -126,7 +136,7 @@ class Operators:
         return gradients(needs, self._run("vjp_jvp", *arguments))
 
 
-def fake_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     width = v.shape[3]
     o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
@@ -134,7 +144,7 @@ def fake_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo
 
 
-def fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+def fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
     needs = arguments[-1]
     q, k, v, bias, sinks = arguments[:PRIMALS]
 

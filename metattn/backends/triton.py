@@ -176,8 +176,9 @@ def setting(device: torch.device) -> Setting:
     """What holds now for tensors on a device."""
     row = architecture(device)
     assert row is not None  # unsupported() said so
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Setting(device, row, tf32, None if device.type == "meta" else tuned.table(gpu(device)))
+    return Setting(
+        device, row, operators.allows_tf32(), None if device.type == "meta" else tuned.table(gpu(device))
+    )
 
 
 class Planner:
