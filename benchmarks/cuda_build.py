@@ -4,7 +4,7 @@
     python -m benchmarks.cuda_build [--out benchmarks/results]
 
 Reads what the build left behind: no GPU takes part. A kernel that spills on sm_80 or sm_90, and one of
-two-byte floats without a tensor-core instruction, is named, and ends this with 1.
+two-byte floats or TF32 without a tensor-core instruction, is named, and ends this with 1.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ ENTRY = re.compile(
     re.DOTALL,
 )
 NAME = re.compile(r"pass_kernel<(?:\w+::|\(anonymous namespace\)::)*(\w+)<(.*)> >")
-DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32", "double": "float64"}
+DTYPES = {
+    "__nv_bfloat16": "bfloat16",
+    "__half": "float16",
+    "float": "float32",
+    "metattn::cuda::Tf32": "tf32",
+    "double": "float64",
+}
 CHECKED = ("sm_80", "sm_90")
-TWO_BYTES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ def order(second: bool) -> str:
 
 
 def is_empty(target: str, dtype: str, name: str, features: int, partners: int, options: bool) -> bool:
-    """sm_75 has no tensor cores for bfloat16, and there only the kernels with options."""
-    return target == "sm_75" and dtype == "bfloat16" and not options
+    """sm_75 has no TF32; of bfloat16, which has no tensor cores there, only the kernels with options."""
+    return target == "sm_75" and (dtype == "tf32" or (dtype == "bfloat16" and not options))
 
 
 def seconds(folder: Path) -> float:
@@ -116,7 +121,7 @@ def complaints(each: Kernel) -> list[str]:
     found = []
     if each.spilled and each.target in CHECKED:
         found.append(f"spills {each.spilled} bytes")
-    tensor = each.dtype == "float16" or (each.dtype == "bfloat16" and each.target != "sm_75")
+    tensor = each.dtype in ("float16", "tf32") or (each.dtype == "bfloat16" and each.target != "sm_75")
     if tensor and each.tensor_instructions == 0:
         found.append("no tensor-core instruction")
     return found
@@ -154,7 +159,8 @@ def markdown(rows: list[Kernel], size: int, took: float, targets: list[str]) -> 
     lines += ["", "## Exceptions", "", *(f"* {text}" for text in said)]
     if not said:
         lines.append(
-            "None: nothing spills on sm_80 and sm_90, every product of two-byte floats is on tensor cores."
+            "None: nothing spills on sm_80 and sm_90, every product of two-byte floats or TF32 is on tensor "
+            "cores."
         )
     return "\n".join(lines) + "\n"
 
