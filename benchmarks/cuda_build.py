@@ -1,9 +1,9 @@
 """What nvcc made of csrc/cuda: registers, spills, tensor-core instructions of every kernel and architecture.
 
     METATTN_CUDA=1 python setup.py build_ext --inplace
-    python -m benchmarks.cuda_build [--out benchmarks/results]
+    python -m benchmarks.cuda_build [--build build] [--out benchmarks/results]
 
-Reads what the build left behind: no GPU takes part. A kernel that spills on sm_80 or sm_90, and one of
+Reads what the build left behind (`--build build/wheel-cu130`: that of a wheel): no GPU takes part. A kernel that spills on sm_80 or sm_90, and one of
 two-byte floats or TF32 without a tensor-core instruction, is named, and ends this with 1.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -82,11 +81,11 @@ def is_empty(target: str, dtype: str, name: str, features: int, partners: int, o
     return target == "sm_75" and (dtype == "tf32" or (dtype == "bfloat16" and not options))
 
 
-def seconds(folder: Path) -> float:
-    """From the start of the first CUDA source's compilation to the end of the last's."""
+def seconds(folder: Path) -> dict[str, float]:
+    """Source → how long nvcc took for it."""
     lines = [line.split("\t") for line in (folder / ".ninja_log").read_text().splitlines()[1:]]
-    latest = {line[3]: (int(line[0]), int(line[1])) for line in lines if line[3].startswith("cuda_")}
-    return (max(end for _, end in latest.values()) - min(start for start, _ in latest.values())) / 1000
+    latest = {line[3]: (int(line[1]) - int(line[0])) / 1000 for line in lines if line[3].startswith("cuda_")}
+    return {name.removeprefix("cuda_").removesuffix(".o"): took for name, took in latest.items()}
 
 
 def tensor_counts(obj: Path) -> dict[tuple[str, str], int]:
@@ -127,13 +126,14 @@ def complaints(each: Kernel) -> list[str]:
     return found
 
 
-def markdown(rows: list[Kernel], size: int, took: float, targets: list[str]) -> str:
+def markdown(rows: list[Kernel], size: int, took: dict[str, float], targets: list[str]) -> str:
     lines = [
         "# What nvcc makes of the CUDA kernels",
         "",
         "Written by `make cuda-report`; no GPU took part. Registers a thread, and in brackets spilled bytes.",
-        f"{len(rows)} kernels for {len(targets)} architectures, compiled in {took / 60:.1f} minutes on "
-        f"{os.cpu_count()} processors. The library has {size / 1e6:.1f} MB.",
+        f"{len(rows)} kernels for {len(targets)} architectures, compiled in {sum(took.values()) / 60:.1f} minutes of a "
+        f"processor ({', '.join(f'{name} {each / 60:.1f}' for name, each in sorted(took.items()))}). "
+        f"The library has {size / 1e6:.1f} MB.",
         "",
         "| dtype | kernel | features | partners | options | " + " | ".join(targets) + " | HMMA, sm_80 |",
         "|---|---|---:|---:|---|" + "---:|" * (len(targets) + 1),
@@ -169,16 +169,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--build", type=Path, default=ROOT / "build", help="where setup.py built")
     parser.add_argument("--out", type=Path, help="folder for cuda-build.json and cuda-build.md")
     args = parser.parse_args()
-    folders = sorted((ROOT / "build").glob("temp.*"))
+    folders = sorted(args.build.glob("temp.*"))
     rows = [each for folder in folders for each in kernels(folder)]
-    library = ROOT / "metattn" / "libmetattn_cuda.so"
-    if not rows or not library.exists():
+    library = next(args.build.glob("lib.*/metattn/libmetattn_cuda.so"), None)
+    if not rows or library is None:
         print("nothing to read: METATTN_CUDA=1 python setup.py build_ext --inplace", file=sys.stderr)
         return 2
     targets = sorted({each.target for each in rows}, key=lambda target: int(target[3:]))
-    took = max(map(seconds, folders))
+    took = seconds(folders[-1])
     text = markdown(rows, library.stat().st_size, took, targets)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

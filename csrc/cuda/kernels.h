@@ -49,13 +49,12 @@ int warps_for(const Params& p, const Gpu& gpu, int64_t rows) {
 
 #ifdef __CUDACC__
 
-// Blocks that a multiprocessor shall have registers for; 0: nvcc decides. TF32's tiles leave shared memory for two, and
-// nvcc would spill to have three.
-template <class Pass>
-constexpr int kResident = kIsTf32<typename Pass::Element> ? 2 : 0;
+// Blocks that a multiprocessor shall have registers for: tiles leave shared memory for about as many, and nvcc would
+// spill to have a third.
+constexpr int kResident = 2;
 
 template <class Pass>
-__global__ void __launch_bounds__(kLanes* kMostWarps, kResident<Pass>) pass_kernel(const __grid_constant__ Params p, int stages) {
+__global__ void __launch_bounds__(kLanes* kMostWarps, kResident) pass_kernel(const __grid_constant__ Params p, int stages) {
 #ifdef __CUDA_ARCH__
   if constexpr (kCompiled<typename Pass::Element, Pass::kFull>) {
     extern __shared__ __align__(16) char memory[];
