@@ -3,8 +3,9 @@
     METATTN_CUDA=1 python setup.py build_ext --inplace
     python -m benchmarks.cuda_build [--build build] [--out benchmarks/results]
 
-Reads what the build left behind (`--build build/wheel-cu130`: that of a wheel): no GPU takes part. A kernel that spills on sm_80 or sm_90, and one of
-two-byte floats or TF32 without a tensor-core instruction, is named, and ends this with 1.
+Reads what the build left behind (`--build build/wheel-cu130`: that of a wheel): no GPU takes part. A kernel
+that spills on sm_80 or sm_90, and one of two-byte floats or TF32 without a tensor-core instruction,
+is named, and ends this with 1.
 """
 
 from __future__ import annotations
@@ -127,13 +128,13 @@ def complaints(each: Kernel) -> list[str]:
 
 
 def markdown(rows: list[Kernel], size: int, took: dict[str, float], targets: list[str]) -> str:
+    sources = ", ".join(f"{name} {each / 60:.1f}" for name, each in sorted(took.items()))
     lines = [
         "# What nvcc makes of the CUDA kernels",
         "",
         "Written by `make cuda-report`; no GPU took part. Registers a thread, and in brackets spilled bytes.",
-        f"{len(rows)} kernels for {len(targets)} architectures, compiled in {sum(took.values()) / 60:.1f} minutes of a "
-        f"processor ({', '.join(f'{name} {each / 60:.1f}' for name, each in sorted(took.items()))}). "
-        f"The library has {size / 1e6:.1f} MB.",
+        f"{len(rows)} kernels for {len(targets)} architectures, compiled in {sum(took.values()) / 60:.1f} "
+        f"minutes of a processor ({sources}). The library has {size / 1e6:.1f} MB.",
         "",
         "| dtype | kernel | features | partners | options | " + " | ".join(targets) + " | HMMA, sm_80 |",
         "|---|---|---:|---:|---|" + "---:|" * (len(targets) + 1),
