@@ -9,9 +9,16 @@ namespace metattn::METATTN_ISA {
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+// Columns of a panel of a matrix that is `width` wide: as few panels as can be, alike, and so with little padding.
+template <class T>
+static inline int64_t panel_of(int64_t width) {
+  const int64_t vectors = larger(1, (width + kLanes<T> - 1) / kLanes<T>);
+  const int64_t count = (vectors + kPanelVectors - 1) / kPanelVectors;
+  return (vectors + count - 1) / count * kLanes<T>;
+}
 template <class T>
 static inline int64_t padded(int64_t width) {
-  return round_up(width, kPanel<T>);
+  return round_up(width, panel_of<T>(width));
 }
 
 // Hands out aligned pieces of a thread's scratch memory; over a null base it only counts them.
@@ -118,6 +125,24 @@ static void load_row(const View& view, int64_t offset, int64_t stride, int64_t c
     case DType::f16: return load_row(reinterpret_cast<const Float16*>(view.data) + offset, stride, count, row);
   }
 }
+// The same with zeros behind, up to `wide` elements: whole vectors.
+template <class T>
+static inline void load_wide_row(const View& view, int64_t offset, int64_t width, int64_t wide, T* row) {
+  constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
+  if (view.dtype == own && view.stride[3] == 1) {
+    const T* source = reinterpret_cast<const T*>(view.data) + offset;
+    int64_t c = 0;
+    for (; c + kLanes<T> <= width; c += kLanes<T>) {
+      Vec<T> x;
+      memcpy(&x, source + c, sizeof x);
+      store(row + c, x);
+    }
+    for (; c < width; ++c) row[c] = source[c];
+  } else {
+    load_row(view, offset, view.stride[3], width, row);
+  }
+  for (int64_t c = width; c < wide; ++c) row[c] = 0;
+}
 // view[offset + i·stride] = factor·row[i] for i < count.
 template <class T>
 static void store_row(const View& view, int64_t offset, int64_t stride, int64_t count, T factor, const T* row) {
@@ -159,14 +184,28 @@ static inline double* double_at(const View& view, int64_t seq, int64_t head, int
   return reinterpret_cast<double*>(view.data) + offset_of(view, seq, head, row);
 }
 
+// Gathers whether there are infinities or NaN among vectors.
 template <class T>
-static inline bool finite_row(const T* row, int64_t count) {
-  using Word = Bits<T>;
-  using Scalar = decltype(Word{}[0] + 0);
-  constexpr Scalar exponent = sizeof(T) == 4 ? static_cast<Scalar>(0x7f800000) : static_cast<Scalar>(0x7ff0000000000000);
-  Scalar bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad |= (bit_cast<Scalar>(row[i]) & exponent) == exponent;
-  return bad == 0;
+struct Finiteness {
+  Bits<T> strange = {};
+
+  void see(Vec<T> x) {
+    constexpr int64_t exponent = sizeof(T) == 4 ? 0x7f800000 : 0x7ff0000000000000;
+    const Bits<T> mask = Bits<T>{} + static_cast<decltype(Bits<T>{}[0] + 0)>(exponent);
+    strange |= ((Bits<T>)x & mask) == mask;
+  }
+  bool all_finite() const {
+    uint64_t words[sizeof strange / 8], any = 0;
+    memcpy(words, &strange, sizeof strange);
+    for (uint64_t word : words) any |= word;
+    return any == 0;
+  }
+};
+template <class T>
+static inline bool finite_row(const T* row, int64_t wide) {
+  Finiteness<T> found;
+  for (int64_t c = 0; c < wide; c += kLanes<T>) found.see(load(row + c));
+  return found.all_finite();
 }
 
 }  // namespace metattn::METATTN_ISA

@@ -24,6 +24,7 @@ struct Forward {
   T* acc;       // [kRows][padded(dv)] unnormalised output
   T* totals;    // [kRows][kLanes] sums of exponentials
   int64_t wide_dv;
+  T slack;      // kSlack, as elements of the tile
   // What exponents are counted from: base 2, or natural where it is large (LogSumExp); and its natural logarithm.
   T reference[kRows], limit[kRows];  // limit: the element of the tile from which on the reference is raised
   double log_reference[kRows];       // -inf: nothing came yet
@@ -41,6 +42,7 @@ struct Forward {
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
+    slack = kSlack / exponents.factor;
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
@@ -49,29 +51,30 @@ struct Forward {
 
   void begin(const Tile& tile) {
     q.pack(p, p.q, tile, nullptr, row);
-    memset(acc, 0, sizeof(T) * kRows * wide_dv);
-    memset(totals, 0, sizeof(T) * kRows * kLanes<T>);
+    memset(acc, 0, sizeof(T) * tile.rows * wide_dv);
+    memset(totals, 0, sizeof(T) * tile.rows * kLanes<T>);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
       limit[r] = log_reference[r] = -kInfinity<T>;
       large[r] = false;
       if (sink == -kInfinity<T>) continue;
-      refer_to(r, sink);
+      refer_to(r, sink / exponents.natural, sink);
       totals[r * kLanes<T>] = static_cast<T>(__builtin_exp(static_cast<double>(sink) - log_reference[r]));
     }
   }
 
-  void refer_to(int64_t r, T score) {
+  // Counts from a score, of which the tile would hold `element`.
+  void refer_to(int64_t r, T element, T score) {
     large[r] = is_large<T>(static_cast<double>(score));
-    reference[r] = large[r] ? score : static_cast<T>(score / kLog2);
-    log_reference[r] = large[r] ? static_cast<double>(score) : static_cast<double>(reference[r]) * kLog2;
-    limit[r] = score / exponents.natural + (large[r] ? 0 : kSlack / exponents.factor);
+    reference[r] = large[r] ? score : element * exponents.factor;
+    log_reference[r] = static_cast<double>(reference[r]) * (large[r] ? 1 : kLog2);
+    limit[r] = large[r] ? element : element + slack;
   }
   // A row met a larger score than its reference allows for.
   void raise(int64_t r, T top) {
     const double before = log_reference[r];
-    refer_to(r, top * exponents.natural);
+    refer_to(r, top, top * exponents.natural);
     if (before == -kInfinity<double>) return;
     const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);

@@ -58,12 +58,12 @@ struct Jvp {
     if (a) a.pack(p, p.t_q, tile, lse.dead, row);
     again = false;
     for (int64_t r = 0; r < tile.rows; ++r) base[r] = 0;
-    clear();
+    clear(tile.rows);
   }
 
-  void clear() {
-    memset(acc, 0, sizeof(T) * kRows * wide_dv);
-    for (int64_t r = 0; r < kRows; ++r) excess[r] = 0;
+  void clear(int64_t rows) {
+    memset(acc, 0, sizeof(T) * rows * wide_dv);
+    for (int64_t r = 0; r < rows; ++r) excess[r] = 0;
   }
 
   // t = P∘(T − base)∘Z and s = P∘Z; excess gains Σ P∘(T − base).
@@ -143,7 +143,7 @@ struct Jvp {
     if (lossy && has_scores && !again) {
       again = true;
       for (int64_t r = 0; r < tile.rows; ++r) base[r] = lse.dead[r] ? 0 : static_cast<T>(excess[r]);
-      clear();
+      clear(tile.rows);
       return true;
     }
     for (int64_t r = 0; r < tile.rows; ++r) {

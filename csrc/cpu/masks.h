@@ -62,19 +62,19 @@ static inline void place_keys(const Params& p, Tile& tile, int64_t key0, int64_t
   tile.partial = tile_cover(p, tile.s, tile.row0, tile.rows, tile.key0, tile.keys) != Cover::full;
 }
 
-// Row r of a tile, zeros where it is `dead` (bit set) or, with sinks, where it holds an infinity or a NaN and attends to
-// nothing: what it holds can never leak.
+// Row r of a tile, zeros behind it, and zeros alone where it is `dead` (bit set) or, with sinks, where it holds an infinity
+// or a NaN and attends to nothing: what it holds can never leak.
 template <class T>
-static void load_live_row(const Params& p, const View& view, const Tile& tile, int64_t r, const bool* dead,
-                          int64_t width, T* row) {
+static inline void load_live_row(const Params& p, const View& view, const Tile& tile, int64_t r, const bool* dead,
+                                 int64_t width, int64_t wide, T* row) {
   const int64_t i = tile.row0 + r;
   bool live = dead == nullptr || !dead[r];
   if (live) {
-    load_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), view.stride[3], width, row);
-    live = !p.sinks || finite_row(row, width) || !dead_row<T>(p, tile.s, tile.seq, tile.head, i);
+    load_wide_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), width, wide, row);
+    live = !p.sinks || finite_row(row, wide) || !dead_row<T>(p, tile.s, tile.seq, tile.head, i);
   }
   if (!live)
-    for (int64_t c = 0; c < width; ++c) row[c] = 0;
+    for (int64_t c = 0; c < wide; ++c) row[c] = 0;
 }
 
 }  // namespace metattn::METATTN_ISA

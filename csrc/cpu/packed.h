@@ -18,99 +18,106 @@ using Compute = typename ComputeOf<A>::type;
 template <class A>
 struct Scope {};
 
-// A block of rows as panels [width / kPanel][kRows][kPanel]: operand A (panels()) and operand B of a product over rows.
+// A block of rows as panels [padded(width) / panel][kRows][panel]: operand A and operand B of a product over rows.
 // `dead` rows (bit set) become zeros, so that what they hold can never leak. T: float or double.
 template <class T>
 struct PackedRows {
   T* data = nullptr;
-  int64_t width = 0;
+  int64_t width = 0, panel = 0;
 
   // summed_over: whether products sum over these rows.
   static PackedRows take(Arena& arena, const View& view, int64_t width, bool /*summed_over*/) {
-    PackedRows packed;
-    packed.width = width;
-    if (view) packed.data = arena.take<T>(kRows * padded<T>(width));
-    return packed;
+    return {view ? arena.take<T>(kRows * padded<T>(width)) : nullptr, width, panel_of<T>(width)};
   }
   explicit operator bool() const { return data != nullptr; }
-  Operand<T> operand() const { return panels(data, kRows); }
-  static constexpr int64_t panel_stride() { return kRows * kPanel<T>; }
+  Operand<T> rows() const { return panels(data, kRows, panel); }
+  Panels<T> columns() const { return {data, panel, kRows * panel}; }
 
   void pack(const Params& p, const View& view, const Tile& tile, const bool* dead, T* row) {
     const int64_t wide = padded<T>(width);
-    for (int64_t c = width; c < wide; ++c) row[c] = 0;
+    T* const whole = wide == panel ? data : nullptr;  // rows of a single panel are loaded in place
     for (int64_t r = 0; r < tile.rows; ++r) {
-      load_live_row(p, view, tile, r, dead, width, row);
-      for (int64_t c = 0; c < wide; c += kPanel<T>)
-        memcpy(data + c * kRows + r * kPanel<T>, row + c, sizeof(T) * kPanel<T>);
+      load_live_row(p, view, tile, r, dead, width, wide, whole != nullptr ? whole + r * panel : row);
+      if (whole != nullptr) continue;
+      for (int64_t c = 0; c < wide; c += panel) memcpy(data + c * kRows + r * panel, row + c, sizeof(T) * panel);
     }
   }
   // Σ over columns of this row times `other`, a padded plain row.
   T dot(int64_t r, const T* other) const {
     Vec<T> total = {};
-    for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>) {
-      const T* mine = data + c * kRows + r * kPanel<T>;
-      for (int64_t i = 0; i < kPanel<T>; i += kLanes<T>) total += load(mine + i) * load(other + c + i);
-    }
+    for (int64_t c = 0; c < padded<T>(width); c += panel)
+      for (int64_t i = 0; i < panel; i += kLanes<T>) total += load(data + c * kRows + r * panel + i) * load(other + c + i);
     return sum<T>(total);
   }
 };
 
-// Key blocks of a unit, each as panels over the width (natural: [width / kPanel][kKeys][kPanel], for products over
-// keys) and as panels over the keys (turned: [kKeys / kPanel][width][kPanel], for scores), whichever is wanted.
+// Key blocks of a unit, each as panels over the width (natural: [padded(width) / panel][kKeys][panel], for products over
+// keys) and as panels over the keys (turned: [kKeys / kKeyPanel][width][kKeyPanel], for scores), whichever is wanted.
 template <class T>
 struct PackedKeys {
+  static constexpr int64_t kKeyPanel = kPanelVectors * kLanes<T>;
+  static_assert(kKeys % kKeyPanel == 0);
+
   T* natural = nullptr;
   T* turned = nullptr;
   T* loaded = nullptr;  // where a block is loaded to when natural ones are not kept
-  int64_t width = 0;
+  int64_t width = 0, wide = 0, panel = 0;
 
   static PackedKeys take(Arena& arena, const View& view, int64_t width, int64_t blocks, bool natural, bool turned) {
     PackedKeys packed;
     packed.width = width;
-    if (view && natural) packed.natural = arena.take<T>(blocks * kKeys * padded<T>(width));
+    packed.wide = padded<T>(width);
+    packed.panel = panel_of<T>(width);
+    if (view && natural) packed.natural = arena.take<T>(blocks * kKeys * packed.wide);
     if (view && turned) packed.turned = arena.take<T>(blocks * kKeys * width);
-    if (view && turned && !natural) packed.loaded = arena.take<T>(kKeys * padded<T>(width));
+    if (view && turned && !natural) packed.loaded = arena.take<T>(kKeys * packed.wide);
     return packed;
   }
   explicit operator bool() const { return natural != nullptr || turned != nullptr; }
-  T* natural_block(int64_t block) const {
-    return natural == nullptr ? loaded : natural + block * kKeys * padded<T>(width);
-  }
-  T* turned_block(int64_t block) const { return turned + block * kKeys * width; }
-  static constexpr int64_t natural_stride() { return kKeys * kPanel<T>; }
-  int64_t turned_stride() const { return width * kPanel<T>; }
+  T* block_at(int64_t block) const { return natural == nullptr ? loaded : natural + block * kKeys * wide; }
+  Panels<T> over_keys(int64_t block) const { return {block_at(block), panel, kKeys * panel}; }
+  Panels<T> over_features(int64_t block) const { return {turned + block * kKeys * width, kKeyPanel, width * kKeyPanel}; }
 
   // Loads keys [first, first + keys) of a sequence into the natural block; the rest of it is zeros. Marks keys that hold
-  // an infinity or a NaN.
-  void load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
+  // an infinity or a NaN, and says whether there are any.
+  bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
                  bool* strange) {
-    for (int64_t c = width; c < padded<T>(width); ++c) row[c] = 0;
+    T* const natural_block = block_at(block);
+    Finiteness<T> found;
     for (int64_t key = 0; key < keys; ++key) {
-      load_row(view, offset_of(view, seq, kv_head, first + key), view.stride[3], width, row);
-      strange[key] |= !finite_row(row, width);
-      T* target = natural_block(block) + key * kPanel<T>;
-      for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>)
-        memcpy(target + c * kKeys, row + c, sizeof(T) * kPanel<T>);
+      T* const target = wide == panel ? natural_block + key * panel : row;
+      load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, target);
+      for (int64_t c = 0; c < wide; c += kLanes<T>) found.see(load(target + c));
+      if (wide == panel) continue;
+      for (int64_t c = 0; c < wide; c += panel)
+        memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
     for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
+    if (found.all_finite()) return false;
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t c = 0; c < wide; c += panel)
+        strange[key] |= !finite_row(natural_block + c * kKeys + key * panel, panel);
+    return true;
   }
   void erase(int64_t block, int64_t key) {
-    T* target = natural_block(block) + key * kPanel<T>;
-    for (int64_t c = 0; c < padded<T>(width); c += kPanel<T>) memset(target + c * kKeys, 0, sizeof(T) * kPanel<T>);
+    for (int64_t c = 0; c < wide; c += panel) memset(block_at(block) + c * kKeys + key * panel, 0, sizeof(T) * panel);
   }
   // Turns what was loaded.
   void finish(int64_t block) {
     if (turned == nullptr) return;
-    const T* source = natural_block(block);
+    const T* source = block_at(block);
     for (int64_t key = 0; key < kKeys; key += kLanes<T>) {
-      T* target = turned_block(block) + key / kPanel<T> * turned_stride() + key % kPanel<T>;
+      T* target = turned + block * kKeys * width + key / kKeyPanel * width * kKeyPanel + key % kKeyPanel;
       for (int64_t c = 0; c < width; c += kLanes<T>) {
         Vec<T> square[kLanes<T>];
-        const T* corner = source + c / kPanel<T> * natural_stride() + key * kPanel<T> + c % kPanel<T>;
-        for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = load(corner + i * kPanel<T>);
+        const T* corner = source + c / panel * panel * kKeys + key * panel + c % panel;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = load(corner + i * panel);
         transpose<T>(square);
-        for (int64_t i = 0; i < kLanes<T> && c + i < width; ++i) store(target + (c + i) * kPanel<T>, square[i]);
+        const int64_t count = smaller(kLanes<T>, width - c);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes<T>; ++i)
+          if (i < count) store(target + (c + i) * kKeyPanel, square[i]);
       }
     }
   }
@@ -121,10 +128,10 @@ template <class A, int Count>
 static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys,
                            int64_t block, PackedKeys<A>* const (&packed)[Count], const View* const (&views)[Count],
                            Compute<A>* row) {
-  bool strange[kKeys] = {};
+  bool strange[kKeys] = {}, any = false;
   for (int t = 0; t < Count; ++t)
-    if (*packed[t]) packed[t]->load_keys(*views[t], seq, kv_head, s.k0 + key0, keys, block, row, strange);
-  for (int64_t key = 0; key < keys; ++key) {
+    if (*packed[t]) any |= packed[t]->load_keys(*views[t], seq, kv_head, s.k0 + key0, keys, block, row, strange);
+  for (int64_t key = 0; any && key < keys; ++key) {
     if (!strange[key] || !dead_key<Compute<A>>(p, seq, kv_head, s, key0 + key)) continue;
     for (int t = 0; t < Count; ++t)
       if (*packed[t]) packed[t]->erase(block, key);
@@ -137,8 +144,7 @@ static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const 
 template <class T>
 static void multiply_scores(const Tile& tile, const PackedRows<T>& rows, const PackedKeys<T>& keys, int64_t block, T* c,
                             bool accumulate) {
-  gemm(tile.rows, tile.keys, rows.width, rows.operand(), keys.turned_block(block), keys.turned_stride(), c, kKeys,
-       accumulate);
+  gemm(tile.rows, tile.keys, rows.width, rows.rows(), keys.over_features(block), c, kKeys, accumulate);
 }
 
 // Products of a tile of weights [kRows][kKeys], summed over its keys or its rows.
@@ -154,8 +160,7 @@ struct WeightedSums {
 
   // sums [kRows][padded(width)] += weights·keys
   void over_keys(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
-    gemm(tile.rows, keys.width, tile.keys, row_major(weights, kKeys), keys.natural_block(block), keys.natural_stride(),
-         sums, padded<T>(keys.width), true);
+    gemm(tile.rows, keys.width, tile.keys, row_major(weights, kKeys), keys.over_keys(block), sums, keys.wide, true);
   }
 };
 
@@ -171,7 +176,7 @@ struct KeySums {
   explicit operator bool() const { return data != nullptr; }
   void clear(int64_t blocks) { memset(data, 0, sizeof(T) * blocks * kKeys * padded<T>(width)); }
   void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block) {
-    gemm<true>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.data, rows.panel_stride(),
+    gemm<true>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
                data + block * kKeys * padded<T>(width), padded<T>(width), true);
   }
   // The sums of one key, counted from the unit's first.

@@ -25,18 +25,22 @@ static_assert(kRows % kPairDepth == 0 && kKeys % kPairDepth == 0 && kLanes<float
 static inline int64_t tiles_wide(int64_t x) { return round_up(x, kPairTile); }
 static inline int64_t tiles_deep(int64_t x) { return round_up(x, kPairDepth); }
 
-// A row of bfloat16 as it is; whether all of it is finite.
-static inline bool copy_row(const View& view, int64_t offset, int64_t count, uint16_t* row) {
+// A row of bfloat16 as it is, with zeros behind, up to `wide` elements, a multiple of kPairDepth; `strange` gathers the
+// infinities and NaN in it.
+static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t wide, uint16_t* row,
+                            __mmask32& strange) {
   const uint16_t* source = reinterpret_cast<const uint16_t*>(view.data) + offset;
   const int64_t stride = view.stride[3];
-  if (stride == 1) {
-    memcpy(row, source, sizeof(uint16_t) * count);
-  } else {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  if (stride != 1)
     for (int64_t c = 0; c < count; ++c) row[c] = source[c * stride];
+  for (int64_t c = 0; c < wide; c += kPairDepth) {
+    const int64_t left = count - c;
+    const __mmask32 kept = left >= kPairDepth ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+    const __m512i x = _mm512_maskz_loadu_epi16(kept, stride == 1 ? source + c : row + c);
+    strange |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+    _mm512_storeu_si512(row + c, x);
   }
-  unsigned bad = 0;
-  for (int64_t c = 0; c < count; ++c) bad |= (row[c] & 0x7f80) == 0x7f80;
-  return bad == 0;
 }
 
 // pairs[c] = (low[c], high[c]) for c < count, a multiple of kPairTile.
@@ -53,8 +57,10 @@ static inline void turn_pairs(const uint16_t* source, int64_t source_stride, int
   for (int64_t r = 0; r < rows; r += kPairTile) {
     for (int64_t c = 0; c < columns; c += kPairTile) {
       Vec<float> square[kLanes<float>];  // bits: nothing is computed with them
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kPairTile; ++i) memcpy(&square[i], source + 2 * ((r + i) * source_stride + c), 64);
       transpose<float>(square);
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kPairTile; ++i) memcpy(target + 2 * ((c + i) * target_stride + r), &square[i], 64);
     }
   }
@@ -89,12 +95,11 @@ struct PackedRows<Pairs> {
       const int64_t i = tile.row0 + r;
       bool live = r < tile.rows && !(dead != nullptr && dead[r]);
       if (live) {
-        const bool finite =
-            copy_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), width, row);
-        live = finite || !p.sinks || !dead_row<float>(p, tile.s, tile.seq, tile.head, i);
+        __mmask32 strange = 0;
+        copy_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), width, stride, row, strange);
+        live = !p.sinks || strange == 0 || !dead_row<float>(p, tile.s, tile.seq, tile.head, i);
       }
-      const int64_t kept = live ? width : 0;
-      memset(row + kept, 0, sizeof(uint16_t) * (stride - kept));
+      if (!live) memset(row, 0, sizeof(uint16_t) * stride);
     }
     if (turned == nullptr) return;
     for (int64_t r = 0; r < rows; r += 2)
@@ -134,14 +139,17 @@ struct PackedKeys<Pairs> {
   const uint16_t* natural_block(int64_t block) const { return natural + block * kKeys * tiles_wide(width); }
   const uint16_t* turned_block(int64_t block) const { return turned + block * kKeys * stride; }
 
-  void load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, float*,
+  bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, float*,
                  bool* strange) {
+    __mmask32 any = 0;
     for (int64_t key = 0; key < keys; ++key) {
-      uint16_t* row = loaded + key * stride;
-      strange[key] |= !copy_row(view, offset_of(view, seq, kv_head, first + key), width, row);
-      memset(row + width, 0, sizeof(uint16_t) * (stride - width));
+      __mmask32 found = 0;
+      copy_row(view, offset_of(view, seq, kv_head, first + key), width, stride, loaded + key * stride, found);
+      strange[key] |= found != 0;
+      any |= found;
     }
     for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
+    return any != 0;
   }
   void erase(int64_t /*block*/, int64_t key) { memset(loaded + key * stride, 0, sizeof(uint16_t) * stride); }
   void finish(int64_t block) {

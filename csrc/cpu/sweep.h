@@ -118,8 +118,8 @@ struct KeySweepResults {
     if (want_k) grad_k.clear(blocks);
     if (want_v) grad_v.clear(blocks);
   }
-  void begin_rows() {
-    if (want_q) memset(grad_q, 0, sizeof(T) * kRows * wide_d);
+  void begin_rows(const Tile& tile) {
+    if (want_q) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
   }
   void add_q(const Tile& tile, const T* d_scores, const PackedKeys<A>& keys, int64_t block) {
     if (want_q) sums.over_keys(tile, d_scores, keys, block, grad_q);
@@ -145,7 +145,7 @@ struct KeySweepResults {
   }
   void end_rows(const Tile& tile, int64_t chunk, bool visited) {
     if (!want_q) return;
-    if (!visited) memset(grad_q, 0, sizeof(T) * kRows * wide_d);
+    if (!visited) begin_rows(tile);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       if (p.grad_q_parts == nullptr) {

@@ -33,12 +33,11 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 using Bits = typename VecOf<T>::bits;
 
-// Elements of a vector, and of a panel: four vectors, the columns that a micro-kernel makes at once.
+// Elements of a vector.
 template <class T>
 constexpr int64_t kLanes = METATTN_VECTOR_BYTES / sizeof(T);
+// Vectors that a panel, the columns that a micro-kernel makes at once, has at most.
 constexpr int kPanelVectors = 4;
-template <class T>
-constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
 
 template <class T>
 static inline Vec<T> load(const T* p) {

@@ -49,7 +49,7 @@ struct Vjp {
     q.pack(p, p.q, tile, lse.dead, row);
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
-    results.begin_rows();
+    results.begin_rows(tile);
   }
 
   // s = dR, d_p = P∘Z; returns dS in `row`, where the bias gradient is wanted.

@@ -62,7 +62,7 @@ struct VjpJvp {
     row_dots(p.o_t, p.o_t_lo, View{}, tile, d_o, lse.dead, p.dv, row, scratch_row, Dt);
     for (int64_t r = 0; r < tile.rows; ++r)
       tau[r] = lse.dead[r] ? 0 : static_cast<T>(*double_at(p.lse_t, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
-    results.begin_rows();
+    results.begin_rows(tile);
   }
 
   // s = dRt, t_r = dR, d_p = Pt∘Z; d_s_t = dSt, where the bias gradient is wanted.
