@@ -59,22 +59,22 @@ struct Forward {
       limit[r] = log_reference[r] = -kInfinity<T>;
       large[r] = false;
       if (sink == -kInfinity<T>) continue;
-      refer_to(r, sink / exponents.natural, sink);
-      totals[r * kLanes<T>] = static_cast<T>(__builtin_exp(static_cast<double>(sink) - log_reference[r]));
+      refer_to(r, sink / exponents.natural, sink, sink * kLog2e<T>);
+      totals[r * kLanes<T>] = 1;
     }
   }
 
-  // Counts from a score, of which the tile would hold `element`.
-  void refer_to(int64_t r, T element, T score) {
+  // Counts from a score, whose exponent of 2 is given, and of which the tile would hold `element`.
+  void refer_to(int64_t r, T element, T score, T exponent) {
     large[r] = is_large<T>(static_cast<double>(score));
-    reference[r] = large[r] ? score : element * exponents.factor;
+    reference[r] = large[r] ? score : exponent;
     log_reference[r] = static_cast<double>(reference[r]) * (large[r] ? 1 : kLog2);
     limit[r] = large[r] ? element : element + slack;
   }
   // A row met a larger score than its reference allows for.
   void raise(int64_t r, T top) {
     const double before = log_reference[r];
-    refer_to(r, top, top * exponents.natural);
+    refer_to(r, top, top * exponents.natural, top * exponents.factor);
     if (before == -kInfinity<double>) return;
     const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
@@ -93,7 +93,7 @@ struct Forward {
       Vec<T> total = load(totals + r * kLanes<T>);
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
         const Vec<T> x = load(s_row + j);
-        Vec<T> weight = large[r] ? x : exp2(x * exponents.factor - reference[r]);
+        Vec<T> weight = large[r] ? x : exp2(rounded(x * exponents.factor) - reference[r]);
         total += weight;
         if (z != nullptr) weight *= load(z + r * kKeys + j);
         sums.put(s, r, j, weight);

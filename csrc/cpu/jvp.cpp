@@ -77,7 +77,7 @@ struct Jvp {
       const Vec<T> weight = load(s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
       if (has_scores) {
-        Vec<T> tangent = load(t_row + j) * scale;
+        Vec<T> tangent = rounded(load(t_row + j) * scale);
         if constexpr (Capped) {
           const Vec<T> u = load(tanh_tile + r * kKeys + j);
           tangent *= 1 - u * u;

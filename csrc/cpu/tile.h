@@ -42,8 +42,11 @@ static void cap_row(T* s, T* tanh_row, int64_t cols, T cap) {
   }
 }
 
-// What turns a tile's products q·k into exponents. Plain problems have nothing but the scale between them, which is then
-// part of one multiply-add; elsewhere the tile holds S itself.
+template <class T>
+constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
+
+// What turns a tile's products q·k into exponents of 2. Plain problems have nothing but the scale between them, which is
+// part of the same factor; elsewhere the tile holds S itself.
 template <class T>
 struct Exponents {
   bool plain;
@@ -51,10 +54,9 @@ struct Exponents {
   T factor;   // log2(e)·S = factor·tile
 
   explicit Exponents(const Params& p) {
-    constexpr double kLog2e = 1.4426950408889634074;
     plain = p.softcap == 0 && !p.bias && !p.slopes && p.scale > 1e-18 && p.scale < 1e18;
     natural = plain ? static_cast<T>(p.scale) : 1;
-    factor = static_cast<T>(plain ? p.scale * kLog2e : kLog2e);
+    factor = static_cast<T>((plain ? p.scale : 1) * kLog2e<double>);
   }
 };
 
@@ -129,7 +131,6 @@ struct LogSumExp {
   bool dead[kRows], large[kRows];
 
   void load(const Params& p, const Tile& tile) {
-    constexpr double kLog2e = 1.4426950408889634074;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const double lse = *double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r);
       dead[r] = lse == -kInfinity<double>;
@@ -139,7 +140,7 @@ struct LogSumExp {
         high[r] = split.high;
         low[r] = split.low;
       } else {
-        const double base2 = lse * kLog2e;
+        const double base2 = lse * kLog2e<double>;
         high[r] = dead[r] ? kInfinity<T> : static_cast<T>(base2);
         low[r] = dead[r] ? 0 : static_cast<T>(base2 - static_cast<double>(high[r]));
       }
@@ -148,9 +149,8 @@ struct LogSumExp {
 
   // Of a score that is in no tile: a sink.
   T probability_of(int64_t r, T score) const {
-    constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
-    const T z = ((large[r] ? score : score * kLog2e) - high[r]) - low[r];
-    return large[r] ? exp(splat(z))[0] : exp2(splat(z))[0];
+    if (large[r]) return exp(splat((score - high[r]) - low[r]))[0];
+    return exp2((rounded(splat(score) * kLog2e<T>) - high[r]) - low[r])[0];
   }
   // Turns the scores of the row into probabilities.
   void probabilities(const Exponents<T>& exponents, const Tile& tile, int64_t r, T* row) const {
@@ -160,7 +160,7 @@ struct LogSumExp {
         store(row + j, exp((metattn::METATTN_ISA::load(row + j) - high[r]) - low[r]));
     } else {
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-        store(row + j, exp2((metattn::METATTN_ISA::load(row + j) * exponents.factor - high[r]) - low[r]));
+        store(row + j, exp2((rounded(metattn::METATTN_ISA::load(row + j) * exponents.factor) - high[r]) - low[r]));
     }
   }
 };

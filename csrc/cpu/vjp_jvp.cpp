@@ -76,7 +76,7 @@ struct VjpJvp {
       const Vec<T> keep = z != nullptr ? load(z + at + j) : splat<T>(1);
       const Vec<T> gain = (v ? load(d_p + at + j) * keep : Vec<T>{}) - D[r];
       const Vec<T> extra = (c ? load(e + at + j) * keep : Vec<T>{}) - Dt[r];
-      const Vec<T> raw = load(t_r + at + j) * scale;
+      const Vec<T> raw = rounded(load(t_r + at + j) * scale);  // as jvp had it: T − τ cancels
       Vec<T> tangent = raw;
       Vec<T> slope = splat<T>(1), bend = {};
       if constexpr (Capped) {
