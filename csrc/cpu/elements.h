@@ -129,8 +129,11 @@ static void load_row(const View& view, int64_t offset, int64_t stride, int64_t c
 template <class T>
 static inline void load_wide_row(const View& view, int64_t offset, int64_t width, int64_t wide, T* row) {
   constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
+  constexpr int64_t kAhead = 8;  // rows: what comes next is fetched while this is worked on
   if (view.dtype == own && view.stride[3] == 1) {
     const T* source = reinterpret_cast<const T*>(view.data) + offset;
+    for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(source + kAhead * view.stride[2] + c);
     int64_t c = 0;
     for (; c + kLanes<T> <= width; c += kLanes<T>) {
       Vec<T> x;
@@ -184,28 +187,25 @@ static inline double* double_at(const View& view, int64_t seq, int64_t head, int
   return reinterpret_cast<double*>(view.data) + offset_of(view, seq, head, row);
 }
 
-// Gathers whether there are infinities or NaN among vectors.
+// Where elements are infinities or NaN, all bits of a lane are set: to be gathered by |.
 template <class T>
-struct Finiteness {
-  Bits<T> strange = {};
-
-  void see(Vec<T> x) {
-    constexpr int64_t exponent = sizeof(T) == 4 ? 0x7f800000 : 0x7ff0000000000000;
-    const Bits<T> mask = Bits<T>{} + static_cast<decltype(Bits<T>{}[0] + 0)>(exponent);
-    strange |= ((Bits<T>)x & mask) == mask;
-  }
-  bool all_finite() const {
-    uint64_t words[sizeof strange / 8], any = 0;
-    memcpy(words, &strange, sizeof strange);
-    for (uint64_t word : words) any |= word;
-    return any == 0;
-  }
-};
+static inline Bits<T> strange_lanes(Vec<T> x) {
+  constexpr int64_t exponent = sizeof(T) == 4 ? 0x7f800000 : 0x7ff0000000000000;
+  const Bits<T> mask = Bits<T>{} + static_cast<decltype(Bits<T>{}[0] + 0)>(exponent);
+  return ((Bits<T>)x & mask) == mask;
+}
+template <class V>
+static inline bool any_set(V lanes) {
+  uint64_t words[sizeof lanes / 8], any = 0;
+  memcpy(words, &lanes, sizeof lanes);
+  for (uint64_t word : words) any |= word;
+  return any != 0;
+}
 template <class T>
 static inline bool finite_row(const T* row, int64_t wide) {
-  Finiteness<T> found;
-  for (int64_t c = 0; c < wide; c += kLanes<T>) found.see(load(row + c));
-  return found.all_finite();
+  Bits<T> strange = {};
+  for (int64_t c = 0; c < wide; c += kLanes<T>) strange |= strange_lanes<T>(load(row + c));
+  return !any_set(strange);
 }
 
 }  // namespace metattn::METATTN_ISA
