@@ -44,7 +44,7 @@ EMULATIONS: dict[str, tuple[str, list[str]]] = {
     "thread": ("watched", ["-fsanitize=thread", "-g"]),
 }
 # Compiled once for each ISA: the four maps, and the micro-kernels they stand on.
-MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
+MAPS = ("forward", "vjp", "jvp", "vjp_jvp", "double_backward")
 # The oldest libtorch whose stable ABI the operators use.
 TORCH_TARGET = (2, 10)
 

@@ -124,8 +124,33 @@ Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, M
   return run_key_sweep(metattn::kVjpJvp, call, needs);
 }
 
+using Both = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// jvp and vjp_jvp at once. Where all keys are in one block, that is one sweep.
+Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
+                     Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, int64_t needs) {
+  Call call = make_call(METATTN_PROBLEM_NAMES);
+  set_first_order(call, o, lse, o_lo, d_o, d_lse);
+  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
+  Results results = new_results(call);
+  if (!call.sinks && metattn::keys_fit_a_block(call.p))
+    return std::tuple_cat(results, run_key_sweep(metattn::kDoubleBackward, call, needs));
+  run(metattn::kJvp, call);
+  const auto& [o_t, lse_t, o_t_lo] = results;
+  set_tangent_results(call, o_t, lse_t, call.p.out_o_lo ? Maybe(o_t_lo) : Maybe());
+  return std::tuple_cat(results, run_key_sweep(metattn::kVjpJvp, call, needs));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY(metattn, library) { METATTN_DEFINE_OPERATORS(library); }
+STABLE_TORCH_LIBRARY(metattn, library) {
+  METATTN_DEFINE_OPERATORS(library);
+  library.def("double_backward(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "
+              "Tensor? dlse, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, int needs) -> "
+              "(Tensor ot, Tensor lt, Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) {
+  METATTN_IMPLEMENT_OPERATORS(library);
+  library.impl("double_backward", TORCH_BOX(&double_backward));
+}

@@ -138,7 +138,8 @@ class Vjp(_Map):
         ctx.problem, ctx.needs = inputs[:2]
         # within torch.func's transforms a double backward is made of Jvp and VjpJvp: it needs none
         alone = not torch._C._are_functorch_transforms_active()
-        ctx.dq = _Kept(output[0]) if alone and hasattr(load(ctx.problem.backend), "double_backward") else None
+        reuses = getattr(load(ctx.problem.backend), "REUSES_DQ", False)
+        ctx.dq = _Kept(output[0]) if alone and reuses else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[2:])
         ctx.save_for_forward(*inputs[2:])

@@ -26,11 +26,13 @@ constexpr int64_t kKeySweepUnits = 16;
 struct Isa {
   const char* name;
   const MapKernel* maps[kMapCount];
+  const int64_t* keys_at_once;
   const MapKernel* pair_maps[kMapCount];  // of bfloat16 tensors; null: as floats
+  const int64_t* pair_keys_at_once;
   bool (*usable)();
 };
 
-#define METATTN_MAPS(isa) {isa::forward, isa::vjp, isa::jvp, isa::vjp_jvp}
+#define METATTN_MAPS(isa) {isa::forward, isa::vjp, isa::jvp, isa::vjp_jvp, isa::double_backward}, &isa::keys_at_once
 
 bool has_avx512() {
 #ifdef METATTN_HAS_AVX512
@@ -67,12 +69,13 @@ const Isa kIsas[] = {
     {"avx512_bf16", METATTN_MAPS(avx512), METATTN_MAPS(avx512_bf16), has_avx512_bf16},
 #endif
 #ifdef METATTN_HAS_AVX512
-    {"avx512", METATTN_MAPS(avx512), {}, has_avx512},
+    {"avx512", METATTN_MAPS(avx512), {}, nullptr, has_avx512},
 #endif
 #ifdef METATTN_HAS_AVX2
-    {"avx2", METATTN_MAPS(avx2), {}, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", METATTN_MAPS(avx2), {}, nullptr,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", METATTN_MAPS(baseline), {}, [] { return true; }},
+    {"baseline", METATTN_MAPS(baseline), {}, nullptr, [] { return true; }},
 };
 
 const Isa* find_isa(const char* name) {
@@ -108,8 +111,10 @@ bool all_bfloat16(const Params& p) {
   return true;
 }
 
+bool takes_pairs(const Isa& isa, const Params& p) { return isa.pair_keys_at_once != nullptr && all_bfloat16(p); }
+
 const MapKernel& kernel_of(const Isa& isa, MapName map, const Params& p, bool is_double) {
-  if (isa.pair_maps[map] != nullptr && all_bfloat16(p)) return isa.pair_maps[map][kPairs];
+  if (takes_pairs(isa, p)) return isa.pair_maps[map][kPairs];
   return isa.maps[map][is_double ? kDouble : kFloat];
 }
 
@@ -171,13 +176,19 @@ void plan_key_sweep(Params& p) {
   p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
 }
 
+bool keys_fit_a_block(const Params& p) {
+  const Isa& isa = *active_isa().load();
+  return p.m <= (takes_pairs(isa, p) ? *isa.pair_keys_at_once : *isa.keys_at_once);
+}
+
 bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
-  const bool key_sweep = map == kVjp || map == kVjpJvp;
+  const bool key_sweep = map != kForward && map != kJvp;
   std::vector<int64_t> first_unit;
   int64_t units;
   if (key_sweep) {
     const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
-    const bool sweep = p.kv_heads > 0 && p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
+    const bool wanted = map == kDoubleBackward || p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
+    const bool sweep = p.kv_heads > 0 && wanted;
     units = sweep ? owners * p.key_chunks : 0;
   } else {
     units = plan_row_sweep(p, threads.count, first_unit);

@@ -14,6 +14,9 @@ struct Threads {
 // Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had.
 bool run_map(MapName map, Params p, bool is_double, const Threads& threads);
 
+// Whether kDoubleBackward serves a problem: its keys, tensors set.
+bool keys_fit_a_block(const Params& p);
+
 // Parts of dQ and of the bias gradient that the key sweeps of this problem leave: key_chunks of run_map's plan.
 void plan_key_sweep(Params& p);
 

@@ -14,17 +14,20 @@ struct MapKernel {
   void (*run_unit)(const Params&, int64_t unit, char* scratch);
 };
 
-enum MapName { kForward, kVjp, kJvp, kVjpJvp, kMapCount };
+// kDoubleBackward: jvp and vjp_jvp of problems whose keys are all in one block.
+enum MapName { kForward, kVjp, kJvp, kVjpJvp, kDoubleBackward, kMapCount };
 
 // What sums and products are taken in; kPairs: bfloat16 operands, float sums.
 enum Arithmetic { kFloat, kDouble, kPairs, kArithmetics };
 
-#define METATTN_DECLARE_ISA(isa)                 \
-  namespace isa {                                \
-  extern const MapKernel forward[kArithmetics];  \
-  extern const MapKernel vjp[kArithmetics];      \
-  extern const MapKernel jvp[kArithmetics];      \
-  extern const MapKernel vjp_jvp[kArithmetics];  \
+#define METATTN_DECLARE_ISA(isa)                         \
+  namespace isa {                                        \
+  extern const MapKernel forward[kArithmetics];          \
+  extern const MapKernel vjp[kArithmetics];              \
+  extern const MapKernel jvp[kArithmetics];              \
+  extern const MapKernel vjp_jvp[kArithmetics];          \
+  extern const MapKernel double_backward[kArithmetics];  \
+  extern const int64_t keys_at_once; /* of a block */    \
   }
 METATTN_DECLARE_ISA(baseline)
 METATTN_DECLARE_ISA(avx2)

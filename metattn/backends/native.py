@@ -35,6 +35,7 @@ def unavailable_reason() -> str | None:
     if asked and library.metattn_set_isa(asked.encode()) != 0:
         return f"METATTN_ISA={asked} names no instruction set that was built and that this CPU has"
     operators.describe("metattn")
+    operators.describe_double_backward("metattn")
     return None
 
 
@@ -47,3 +48,4 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
 
 _OPERATORS = operators.Operators("metattn")
 forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp
+double_backward = _OPERATORS.double_backward

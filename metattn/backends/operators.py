@@ -136,6 +136,25 @@ class Operators:
         return gradients(needs, self._run("vjp_jvp", *arguments))
 
 
+    def double_backward(
+        self,
+        problem: Problem,
+        primals: Primals,
+        constants: Constants,
+        results: Results,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        tangents: Primals,
+        needs: Needs,
+        dq: Tensor | None = None,
+    ) -> tuple[Results, Primals]:
+        """jvp and vjp_jvp; dq, the gradient that vjp gave for q, helps nothing here."""
+        call = flatten(problem, primals, constants)
+        arguments = (*call, *results, do, dlse, *tangents, wanted(needs))
+        o_t, lse_t, o_t_lo, *found = self._run("double_backward", *arguments)
+        return results_of(primals, o_t, lse_t, o_t_lo), gradients(needs, tuple(found))
+
+
 def fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     width = v.shape[3]
@@ -160,6 +179,10 @@ def fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
         gradient(3, bias, True),
         gradient(4, sinks, True),
     )
+
+
+def fake_double_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return *fake_results(*arguments), *fake_gradients(*arguments)
 
 
 def _products(
@@ -198,6 +221,14 @@ def _flop_vjp_jvp(*arguments: Any, **_: Any) -> int:
     return _products(arguments, of_d, has_do * (1 + tangent_v + need_v))
 
 
+def _flop_double_backward(*arguments: Any, **rest: Any) -> int:
+    """As jvp and vjp_jvp are counted, however many products are shared."""
+    *given, needs = arguments
+    results_t = (None, None, None)
+    jvp_arguments = (*given[:21], *given[23:28])
+    return _flop_jvp(*jvp_arguments, **rest) + _flop_vjp_jvp(*given, *results_t, needs, **rest)
+
+
 def describe(namespace: str) -> None:
     """Tells torch the shapes and costs of a namespace's four operators."""
     for name, fake, flop in (
@@ -208,3 +239,9 @@ def describe(namespace: str) -> None:
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake)
         register_flop_formula(getattr(getattr(torch.ops, namespace), name))(flop)
+
+
+def describe_double_backward(namespace: str) -> None:
+    """The same for an operator that does the work of jvp and vjp_jvp."""
+    torch.library.register_fake(f"{namespace}::double_backward", fake_double_backward)
+    register_flop_formula(getattr(torch.ops, namespace).double_backward)(_flop_double_backward)

@@ -48,6 +48,7 @@ ALL: Needs = (True, True, True, True, True)
 PLANS = 1024  # plans are kept for so many different calls, those that were used last
 STATISTICS = 5  # fields of kernels.call.Statistics
 WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
+REUSES_DQ = True  # double_backward takes what vjp gave for q
 BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
 
 
