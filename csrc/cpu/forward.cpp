@@ -7,7 +7,6 @@ namespace {
 
 // By how much, as a power of two, a score may exceed the reference before sums are rescaled to a new one.
 constexpr int kSlack = 8;
-constexpr double kLog2 = 0.69314718055994530942;
 
 template <class A>
 struct Forward {
@@ -25,8 +24,8 @@ struct Forward {
   T* totals;    // [kRows][kLanes] sums of exponentials
   int64_t wide_dv;
   T slack;      // kSlack, as elements of the tile
-  // What exponents are counted from: base 2, or natural where it is large (LogSumExp); and its natural logarithm.
-  T reference[kRows], limit[kRows];  // limit: the element of the tile from which on the reference is raised
+  // The element of the tile that exponents are counted from, natural where it is large (LogSumExp), and what S it stands for.
+  T reference[kRows], limit[kRows];  // limit: the element from which on the reference is raised
   double log_reference[kRows];       // -inf: nothing came yet
   bool large[kRows];
 
@@ -59,22 +58,22 @@ struct Forward {
       limit[r] = log_reference[r] = -kInfinity<T>;
       large[r] = false;
       if (sink == -kInfinity<T>) continue;
-      refer_to(r, sink / exponents.natural, sink, sink * kLog2e<T>);
+      refer_to(r, sink);
       totals[r * kLanes<T>] = 1;
     }
   }
 
-  // Counts from a score, whose exponent of 2 is given, and of which the tile would hold `element`.
-  void refer_to(int64_t r, T element, T score, T exponent) {
+  void refer_to(int64_t r, T element) {
+    const T score = element * static_cast<T>(exponents.natural);
     large[r] = is_large<T>(static_cast<double>(score));
-    reference[r] = large[r] ? score : exponent;
-    log_reference[r] = static_cast<double>(reference[r]) * (large[r] ? 1 : kLog2);
+    reference[r] = large[r] ? score : element;
+    log_reference[r] = large[r] ? static_cast<double>(score) : static_cast<double>(element) * exponents.natural;
     limit[r] = large[r] ? element : element + slack;
   }
   // A row met a larger score than its reference allows for.
   void raise(int64_t r, T top) {
     const double before = log_reference[r];
-    refer_to(r, top, top * exponents.natural, top * exponents.factor);
+    refer_to(r, top);
     if (before == -kInfinity<double>) return;
     const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
@@ -93,7 +92,7 @@ struct Forward {
       Vec<T> total = load(totals + r * kLanes<T>);
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
         const Vec<T> x = load(s_row + j);
-        Vec<T> weight = large[r] ? x : exp2(rounded(x * exponents.factor) - reference[r]);
+        Vec<T> weight = large[r] ? x : exp2((x - reference[r]) * exponents.factor);
         total += weight;
         if (z != nullptr) weight *= load(z + r * kKeys + j);
         sums.put(s, r, j, weight);
@@ -103,7 +102,7 @@ struct Forward {
     sums.over_keys_put(tile, s, v, block, acc);
   }
   __attribute__((noinline)) void natural_row(const Tile& tile, T* s_row, int64_t r) {
-    scale_row(s_row, tile.cols, exponents.natural);
+    scale_row(s_row, tile.cols, static_cast<T>(exponents.natural));
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
   }
 

@@ -53,7 +53,7 @@ struct Jvp {
   }
 
   void begin(const Tile& tile) {
-    lse.load(p, tile);
+    lse.load(p, exponents, tile);
     q.pack(p, p.q, tile, lse.dead, row);
     if (a) a.pack(p, p.t_q, tile, lse.dead, row);
     again = false;

@@ -78,8 +78,8 @@ struct PackedKeys {
   Panels<T> over_keys(int64_t block) const { return {block_at(block), panel, kKeys * panel}; }
   Panels<T> over_features(int64_t block) const { return {turned + block * kKeys * width, kKeyPanel, width * kKeyPanel}; }
 
-  // Loads keys [first, first + keys) of a sequence into the natural block; the rest of it is zeros. Marks keys that hold
-  // an infinity or a NaN, and says whether there are any.
+  // Loads keys [first, first + keys) of a sequence into the natural block, and zeros up to the next multiple of kLanes.
+  // Marks keys that hold an infinity or a NaN, and says whether there are any.
   bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
                  bool* strange) {
     T* const natural_block = block_at(block);
@@ -92,7 +92,7 @@ struct PackedKeys {
       for (int64_t c = 0; c < wide; c += panel)
         memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
-    for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
+    for (int64_t key = keys; key < round_up(keys, kLanes<T>); ++key) erase(block, key);
     if (!any_set(found)) return false;
     for (int64_t key = 0; key < keys; ++key)
       for (int64_t c = 0; c < wide; c += panel)
@@ -103,10 +103,10 @@ struct PackedKeys {
     for (int64_t c = 0; c < wide; c += panel) memset(block_at(block) + c * kKeys + key * panel, 0, sizeof(T) * panel);
   }
   // Turns what was loaded.
-  void finish(int64_t block) {
+  void finish(int64_t block, int64_t keys) {
     if (turned == nullptr) return;
     const T* source = block_at(block);
-    for (int64_t key = 0; key < kKeys; key += kLanes<T>) {
+    for (int64_t key = 0; key < keys; key += kLanes<T>) {
       T* target = turned + block * kKeys * width + key / kKeyPanel * width * kKeyPanel + key % kKeyPanel;
       for (int64_t c = 0; c < width; c += kLanes<T>) {
         Vec<T> square[kLanes<T>];
@@ -137,7 +137,7 @@ static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const 
       if (*packed[t]) packed[t]->erase(block, key);
   }
   for (int t = 0; t < Count; ++t)
-    if (*packed[t]) packed[t]->finish(block);
+    if (*packed[t]) packed[t]->finish(block, keys);
 }
 
 // C [kRows][kKeys] (+)= rows·keysᵀ of a tile.

@@ -148,16 +148,16 @@ struct PackedKeys<Pairs> {
       strange[key] |= found != 0;
       any |= found;
     }
-    for (int64_t key = keys; key < kKeys; ++key) erase(block, key);
+    for (int64_t key = keys; key < tiles_deep(keys); ++key) erase(block, key);
     return any != 0;
   }
   void erase(int64_t /*block*/, int64_t key) { memset(loaded + key * stride, 0, sizeof(uint16_t) * stride); }
-  void finish(int64_t block) {
+  void finish(int64_t block, int64_t keys) {
     if (turned != nullptr)
-      turn_pairs(loaded, stride / 2, kKeys, stride / 2, turned + block * kKeys * stride, kKeys);
+      turn_pairs(loaded, stride / 2, tiles_wide(keys), stride / 2, turned + block * kKeys * stride, kKeys);
     if (natural != nullptr) {
       uint16_t* target = natural + block * kKeys * tiles_wide(width);
-      for (int64_t key = 0; key < kKeys; key += 2)
+      for (int64_t key = 0; key < tiles_deep(keys); key += 2)
         interleave(loaded + key * stride, loaded + (key + 1) * stride, tiles_wide(width),
                    target + key * tiles_wide(width));
     }

@@ -42,21 +42,21 @@ static void cap_row(T* s, T* tanh_row, int64_t cols, T cap) {
   }
 }
 
-template <class T>
-constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
+constexpr double kLog2e = 1.4426950408889634074;
 
 // What turns a tile's products q·k into exponents of 2. Plain problems have nothing but the scale between them, which is
-// part of the same factor; elsewhere the tile holds S itself.
+// part of the same factor; elsewhere the tile holds S itself. Exponents are of differences, (element − reference)·factor:
+// exact for equal elements, however large.
 template <class T>
 struct Exponents {
   bool plain;
-  T natural;  // S = natural·tile
-  T factor;   // log2(e)·S = factor·tile
+  double natural;  // S = natural·element
+  T factor;        // log2(e)·natural
 
   explicit Exponents(const Params& p) {
-    plain = p.softcap == 0 && !p.bias && !p.slopes && p.scale > 1e-18 && p.scale < 1e18;
-    natural = plain ? static_cast<T>(p.scale) : 1;
-    factor = static_cast<T>((plain ? p.scale : 1) * kLog2e<double>);
+    plain = p.softcap == 0 && !p.bias && !p.slopes && !p.sinks && p.scale > 1e-18 && p.scale < 1e18;
+    natural = plain ? p.scale : 1;
+    factor = static_cast<T>(natural * kLog2e);
   }
 };
 
@@ -122,15 +122,15 @@ static void dropout_tile(const Params& p, const Tile& tile, T* z) {
 
 // ---- row statistics ----
 
-// log-sum-exp in two parts, so that P keeps its digits where |S| is large. Base 2 as a rule; rows whose log-sum-exp has
-// the large form of lse.h have a natural one, of scores that are rounded as the forward map rounded them. A row that
-// attends to nothing is dead: high = +inf makes its P exactly 0.
+// log-sum-exp in two parts, so that P keeps its digits where |S| is large: P = 2^((element − high)·factor − low). Rows whose
+// log-sum-exp has the large form of lse.h have it natural, P = exp((S − high) − low), of scores that are rounded as the
+// forward map rounded them. A row that attends to nothing is dead: high = +inf makes its P exactly 0.
 template <class T>
 struct LogSumExp {
   T high[kRows], low[kRows];
   bool dead[kRows], large[kRows];
 
-  void load(const Params& p, const Tile& tile) {
+  void load(const Params& p, const Exponents<T>& exponents, const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const double lse = *double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r);
       dead[r] = lse == -kInfinity<double>;
@@ -140,27 +140,26 @@ struct LogSumExp {
         high[r] = split.high;
         low[r] = split.low;
       } else {
-        const double base2 = lse * kLog2e<double>;
-        high[r] = dead[r] ? kInfinity<T> : static_cast<T>(base2);
-        low[r] = dead[r] ? 0 : static_cast<T>(base2 - static_cast<double>(high[r]));
+        high[r] = dead[r] ? kInfinity<T> : static_cast<T>(lse / exponents.natural);
+        low[r] = dead[r] ? 0 : static_cast<T>((lse - exponents.natural * static_cast<double>(high[r])) * kLog2e);
       }
     }
   }
 
-  // Of a score that is in no tile: a sink.
-  T probability_of(int64_t r, T score) const {
-    if (large[r]) return exp(splat((score - high[r]) - low[r]))[0];
-    return exp2((rounded(splat(score) * kLog2e<T>) - high[r]) - low[r])[0];
+  // Of a sink, which is in no tile; where there are sinks, tiles hold S.
+  T probability_of(int64_t r, T sink) const {
+    if (large[r]) return exp(splat((sink - high[r]) - low[r]))[0];
+    return exp2(splat((sink - high[r]) * static_cast<T>(kLog2e) - low[r]))[0];
   }
   // Turns the scores of the row into probabilities.
   void probabilities(const Exponents<T>& exponents, const Tile& tile, int64_t r, T* row) const {
     if (large[r]) {
-      scale_row(row, tile.cols, exponents.natural);
+      scale_row(row, tile.cols, static_cast<T>(exponents.natural));
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
         store(row + j, exp((metattn::METATTN_ISA::load(row + j) - high[r]) - low[r]));
     } else {
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-        store(row + j, exp2((rounded(metattn::METATTN_ISA::load(row + j) * exponents.factor) - high[r]) - low[r]));
+        store(row + j, exp2((metattn::METATTN_ISA::load(row + j) - high[r]) * exponents.factor - low[r]));
     }
   }
 };

@@ -45,7 +45,7 @@ struct Vjp {
   }
 
   void begin(const Tile& tile) {
-    lse.load(p, tile);
+    lse.load(p, exponents, tile);
     q.pack(p, p.q, tile, lse.dead, row);
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);

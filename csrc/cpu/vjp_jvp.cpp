@@ -54,7 +54,7 @@ struct VjpJvp {
   }
 
   void begin(const Tile& tile) {
-    lse.load(p, tile);
+    lse.load(p, exponents, tile);
     q.pack(p, p.q, tile, lse.dead, row);
     if (a) a.pack(p, p.t_q, tile, lse.dead, row);
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
