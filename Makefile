@@ -92,11 +92,11 @@ cuda-report: $(ENVIRONMENT)
 # torch's libraries and the driver's are not grafted in: they come with torch and with the GPU.
 CUDA :=
 LABEL := $(if $(CUDA),cu$(subst .,,$(CUDA)),cpu)
+wheel: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: $(ENVIRONMENT)
 	rm -rf build/wheel-$(LABEL)
 	mkdir -p build
 	METATTN_BUILD_EXT=1 METATTN_CUDA=$(if $(CUDA),1,0) METATTN_CUDA_VERSION=$(CUDA) \
-		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) \
 		$(PY) setup.py -q egg_info --egg-base build --tag-build=+$(LABEL) build --build-base build/wheel-$(LABEL) \
 		bdist_wheel --dist-dir build/wheel-$(LABEL)/dist
 	PATH="$(dir $(PY)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \

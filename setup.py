@@ -222,6 +222,9 @@ class NinjaBuildExt(build_ext):
         flags = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
         flags += [f"-ffile-prefix-map={ROOT}=.", f"-I{ROOT / 'csrc'}"]
+        # wherever the environment is, the library comes out the same
+        places = {"torch": torch, "pybind11": Path(pybind11.get_include())}
+        flags += [f"-ffile-prefix-map={place}={name}" for name, place in places.items()]
         if platform.machine() == "x86_64" and not sysconfig.get_platform().startswith("macosx"):
             flags.append("-Wno-psabi")
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))

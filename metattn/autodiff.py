@@ -29,7 +29,6 @@ from metattn.problem import Constants, Primals, Problem, Results
 Tensors = Sequence[Tensor | None]
 _NONE5 = (None,) * 5
 _bare_apply = torch._C._FunctionBase.__dict__["apply"]
-_torch_apply = Function.apply.__func__  # type: ignore[attr-defined]
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
@@ -62,7 +61,7 @@ class _Map(Function):
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return _torch_apply(cls, *arguments)
+            return super().apply(*arguments)
         # what is saved in a torch.func transform may be used after its end
         alive = [x if x is None or not isinstance(x, Tensor) else _unwrap_if_dead(x) for x in arguments]
         return _bare_apply(cls, *alive)

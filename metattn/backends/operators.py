@@ -135,7 +135,6 @@ class Operators:
         arguments = (*call, *results, do, dlse, *tangents, *results_t, wanted(needs))
         return gradients(needs, self._run("vjp_jvp", *arguments))
 
-
     def double_backward(
         self,
         problem: Problem,
