@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from four_maps import Call, Outputs, assert_close, four_maps
+from four_maps import OPTIONS, SHORT_LENGTHS, Call, Outputs, assert_close, four_maps
 from torch import Tensor
 
 from metattn.backends import native, reference
@@ -87,6 +87,65 @@ def test_four_maps_in_float64(isa: str, name: str) -> None:
 def test_four_maps_in_low_precision(isa: str, name: str, dtype: torch.dtype, relative: float) -> None:
     call = Call(**{**vars(CALLS[name]), "dtype": dtype})
     assert_close(four_maps(native, call), four_maps(reference, call, wide=True), relative, relative * 1e-2)
+
+
+# A block has 64 or 128 keys: with more, the operator runs the two maps. All kinds of calls, few of each.
+DOUBLE = {
+    **{name: Call((2, 4, 2, 100, 64, 8, 12), **options) for name, options in OPTIONS.items()},
+    **{f"{keys}-keys": Call((1, 2, 1, 130, keys, 40, 33)) for keys in (0, 1, 63, 65, 128, 129)},
+    "packed": Call(lengths=SHORT_LENGTHS, bias=(1, 1, 1, 1), causal="bottom-right", dropout_p=0.2),
+    "no-rows": CALLS["no-rows"],
+    "no-features": CALLS["no-features"],
+    "shared-bias": Call((2, 4, 2, 35, 40, 8, 8), bias=(0, 1, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("given", ["both", "do", "dlse"])
+@pytest.mark.parametrize("name", DOUBLE)
+def test_double_backward_is_jvp_and_vjp_jvp(isa: str, name: str, given: str) -> None:
+    for dtype, relative in ((torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 1e-2)):
+        call = replace(DOUBLE[name], dtype=dtype)
+        problem, primals, tangents, constants, do, dlse = call.make()
+        cotangents = do if given != "dlse" else None, dlse if given != "do" else None
+        needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+        results = native.forward(problem, primals, constants)
+        moved, found = native.double_backward(
+            problem, primals, constants, results, *cotangents, tangents, needs
+        )
+        right_moved = native.jvp(problem, primals, constants, results, tangents)
+        right = native.vjp_jvp(
+            problem, primals, constants, results, *cotangents, tangents, right_moved, needs
+        )
+        names = ("ot", "lt", *("dqt", "dkt", "dvt", "dbt", "dst"))
+        assert_close(
+            dict(zip(names, (*moved[:2], *found), strict=True)),
+            dict(zip(names, (*right_moved[:2], *right), strict=True)),
+            relative,
+            relative * 0.1,  # a single key's gradients are sums of terms that cancel
+        )
+
+
+def test_double_backward_leaves_out_what_is_not_asked_for() -> None:
+    problem, primals, tangents, constants, do, _ = Call((1, 2, 2, 20, 30, 8, 8)).make()
+    results = native.forward(problem, primals, constants)
+    given = problem, primals, constants, results, do, None
+    _, whole = native.double_backward(*given, tangents, (True, True, True, False, False))
+    for index in range(3):
+        needs = tuple(i == index for i in range(5))
+        _, found = native.double_backward(*given, tangents, needs)
+        assert [g is not None for g in found] == list(needs)
+        assert torch.equal(found[index], whole[index])
+    # an absent tangent counts as zeros
+    for index, name in enumerate(("q", "k", "v")):
+        alone = Primals(*(t if i == index else None for i, t in enumerate(tangents)))
+        zeros = Primals(
+            *(t if i == index or t is None else torch.zeros_like(t) for i, t in enumerate(tangents))
+        )
+        needs = (True, True, True, False, False)
+        moved, found = native.double_backward(*given, alone, needs)
+        right_moved, right = native.double_backward(*given, zeros, needs)
+        for mine, other in zip((*moved[:2], *found[:3]), (*right_moved[:2], *right[:3]), strict=True):
+            assert (mine - other).norm() <= 1e-12 * (1 + other.norm()), name
 
 
 @pytest.mark.parametrize("name", ["many-chunks", "everything", "packed-everything", "bias-0010"])
