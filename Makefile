@@ -1,4 +1,4 @@
-# make build | demo | test | lint | bench | aot | gpu | wheel | clean
+# make build | demo | test | lint | bench | aot | asan | gpu | wheel | clean
 # PYTHON=python3.12 make test   uses that interpreter as it is, installing nothing (machines without a network).
 SHELL := /bin/bash -euo pipefail
 PYTHON ?=
@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench aot aot-check check-triton race-check cuda-report gpu wheel check-wheel clean
+.PHONY: build demo test lint bench aot aot-check check-triton race-check asan cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -82,6 +82,15 @@ gpu: build
 race-check: build
 	METATTN_BUILD_EXT=1 METATTN_EMULATION=thread $(PY) setup.py build_ext --inplace
 	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libtsan.so) $(PY) tests/race_check.py
+
+# Reads and writes out of bounds, and undefined behaviour, in the CPU's kernels, on every instruction set that runs here.
+# torch's and Python's own memory is theirs: leaks are not looked for.
+SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+asan: $(ENVIRONMENT)
+	METATTN_BUILD_EXT=1 METATTN_CUDA=0 CXXFLAGS="-O1 -g $(SANITIZED) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZED)" \
+		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	PYTHONPATH=build/asan/lib LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(dir $(PY))pytest -p no:cacheprovider tests/test_native.py tests/test_faults.py -k "not triton and not cuda"
 
 # The CUDA library, whatever torch is installed, and what nvcc made of it.
 cuda-report: $(ENVIRONMENT)
