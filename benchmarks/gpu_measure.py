@@ -22,8 +22,9 @@ from torch import Tensor
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import WHOLE, Case
 from benchmarks.gpu_peers import Contestant, contestants
-from metattn.cli._cases import Inputs, Step
+from metattn.cli._cases import Inputs
 from metattn.cli._measure import interleave, once
+from metattn.cli._steps import Step
 
 GRAPH = ", CUDA graph"
 PEERS_SLACK = 4.0  # a peer may be off by this many times what we may: less exact ones are timed too

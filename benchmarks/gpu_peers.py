@@ -21,8 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import metattn
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import FLEX, JAX, WHOLE, Case
-from metattn.cli._cases import Inputs, Step, checkpointed_step, raw_vjp_jvp, step_of
+from metattn.cli import _jax
+from metattn.cli._cases import Inputs
 from metattn.cli._measure import available_memory
+from metattn.cli._steps import Step, checkpointed_step, raw_vjp_jvp, step_of
 from metattn.problem import Options, Packing, dense, packed
 
 MATH, CHECKPOINTED, FLASH = "torch math", "torch checkpointed", "torch flash"
@@ -133,7 +135,7 @@ def dense_peers(case: Case) -> list[Contestant]:
                 partial(gpu_jax.start, case),
                 needs=partial(math_bytes, case),
                 missing=None if installed("jax") else "not installed",
-                tensors=gpu_jax.tensors,
+                tensors=_jax.tensors,
                 own_clock=True,
             )
         )

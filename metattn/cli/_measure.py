@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every call, in the order they were made."""
+    """A figure of every round, in their order: seconds of a call, or a ratio of two figures."""
 
     samples: tuple[float, ...]
 
@@ -35,6 +35,14 @@ class Timing:
             return self.samples[0], self.samples[0]
         lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
         return lower, upper
+
+    def summary(self) -> dict[str, object]:
+        return {"median": self.median, "quartiles": self.quartiles}
+
+
+def per_round(over: Sequence[float], under: Sequence[float]) -> Timing:
+    """The ratio in each round: what slows the machine for a while is in both, and cancels."""
+    return Timing(tuple(a / b for a, b in zip(over, under, strict=True)))
 
 
 def once(call: Callable[[], object]) -> float:
@@ -54,12 +62,13 @@ def interleave(
     most: int = 200,
     warmup: int = 2,
     once: Callable[[Callable[[], object]], float] = once,
+    each_round: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times candidates in turn, so that a machine that slows down slows all of them alike.
 
     Each round calls every candidate once, starting one further each time (whoever follows a memory-hungry
     neighbour finds cold caches). Rounds go on for `seconds`, but at least `least` and at most `most` of them.
-    `once` times a call.
+    `once` times a call; `each_round` is called before each round, and not timed.
     """
     if least < 1 or most < least:
         raise ValueError(f"least and most: expected 1 <= least <= most, got {least} and {most}")
@@ -72,10 +81,35 @@ def interleave(
     for round_index in range(most):
         if round_index >= least and time.perf_counter() > end:
             break
+        if each_round is not None:
+            each_round()
         for offset in range(len(names)):
             name = names[(round_index + offset) % len(names)]
             samples[name].append(once(candidates[name]))
     return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+SIZE = 2048  # of the matrix product that rates are put beside
+
+
+class Product:
+    """torch's product of two square matrices, timed beside others: call it before each round.
+
+    It is taken again once five times its own time has passed, so that a sixth of the time goes to it at most.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.samples: list[float] = []
+        self.rates: list[float] = []  # FLOP/s for each round, the latest
+        self._left, self._right = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+        self._ended = 0.0
+        self._left @ self._right  # warm
+
+    def __call__(self) -> None:
+        if not self.samples or time.perf_counter() - self._ended >= 5 * self.samples[-1]:
+            self.samples.append(once(lambda: self._left @ self._right))
+            self._ended = time.perf_counter()
+        self.rates.append(2 * SIZE**3 / self.samples[-1])
 
 
 def _status_bytes(field: str) -> int | None:
@@ -188,7 +222,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in ("metattn", "triton", "numpy"):
+    for name in ("metattn", "triton", "numpy", "jax"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

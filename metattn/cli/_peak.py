@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import torch
 
-from metattn.cli._cases import Case, Contestant, errors, make_inputs, make_step
+from metattn.cli._cases import Case, errors, make_inputs
+from metattn.cli._contestants import Contestant, make_step
 from metattn.cli._measure import available_memory, peak_memory
 
 
@@ -23,19 +25,22 @@ def limit_memory(more: int) -> None:
 
 
 def measure(case: Case, contestant: Contestant, step: str, answer_path: str | None) -> dict[str, object]:
-    """Peak bytes of the step with all its inputs counted, and the errors of its first head."""
+    """Peak bytes of the step with all its inputs counted, its seconds, and its errors."""
     small = replace(case, length=64)
-    make_step(
-        contestant, small, step, make_inputs(small)
-    )()  # threads, code and small buffers exist afterwards
+    # threads, code and small buffers exist afterwards
+    make_step(contestant, small, step, make_inputs(small))()
     available = available_memory()
     if available is not None and sys.platform == "linux":
         limit_memory(int(0.9 * available))
 
     kept: list[tuple[torch.Tensor, ...]] = []
+    answer: dict[str, object] = {}
 
     def whole() -> None:
-        kept.append(make_step(contestant, case, step, make_inputs(case))())
+        run_step = make_step(contestant, case, step, make_inputs(case))
+        start = time.perf_counter()
+        kept.append(run_step())
+        answer["seconds"] = time.perf_counter() - start
 
     try:
         peak = peak_memory(whole)
@@ -43,10 +48,9 @@ def measure(case: Case, contestant: Contestant, step: str, answer_path: str | No
         if "alloc" not in str(error) and "memory" not in str(error):
             raise
         return {"bytes": None, "does_not_fit_in": int(0.9 * (available or 0))}
-    answer: dict[str, object] = {"bytes": peak}
+    answer["bytes"] = peak
     if answer_path is not None:
-        first_head = tuple(output[:, :1] for output in kept[0])
-        answer["errors"] = errors(case, step, first_head, torch.load(answer_path))
+        answer["errors"] = errors(case, step, kept[0], torch.load(answer_path))
     return answer
 
 

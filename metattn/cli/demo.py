@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
 import metattn
-from metattn.cli._cases import MATH, Case, Contestant, make_inputs, make_step
+from metattn.cli._cases import Case, make_inputs
+from metattn.cli._contestants import MATH, Contestant, make_step
 from metattn.cli._measure import in_fresh_process, interleave, machine
 from metattn.cli.tasks import Samples, Sinusoids, handwritten_digits, nearest_centroid, rows
 from metattn.meta import AttentionMetaLearner, adapt, maml_loss
