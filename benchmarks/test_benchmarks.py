@@ -15,17 +15,16 @@ import pytest
 import torch
 
 from benchmarks import gpu_cases, gpu_measure, gpu_peers
-from metattn.cli import _cases, bench
+from metattn.cli import _cases, _contestants, _rows
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
-    from torch import Tensor
 
 ROWS = [
     pytest.param(case, step, contestant, id=f"{case.name}-{step}-{contestant.name}")
     for case in _cases.CASES
     for step in case.steps
-    for contestant in _cases.contestants()
+    for contestant in _contestants.contestants()
     if contestant.can(case, step)
 ]
 GPU = torch.device("cuda")
@@ -40,24 +39,18 @@ GPU_ROWS = [
 
 
 @functools.lru_cache(maxsize=1)  # rows of a case follow each other
-def prepared(case: _cases.Case) -> tuple[_cases.Inputs, dict[str, Tensor], dict[str | None, float]]:
-    inputs = _cases.make_inputs(case)
-    answer = _cases.exact(case, inputs)
-    math = next(contestant for contestant in _cases.contestants() if contestant.name == _cases.MATH)
-    whole = _cases.make_step(math, case, "second-order step", inputs)()
-    allowed = bench.allowed_errors(case, _cases.errors(case, "second-order step", whole, answer))
-    return inputs, answer, allowed
+def prepared(case: _cases.Case) -> _rows.Prepared:
+    return _rows.prepare(case, _contestants.contestants())
 
 
 @pytest.mark.parametrize(("case", "step", "contestant"), ROWS)
 def test_step(
-    case: _cases.Case, step: str, contestant: _cases.Contestant, benchmark: BenchmarkFixture
+    case: _cases.Case, step: str, contestant: _contestants.Contestant, benchmark: BenchmarkFixture
 ) -> None:
-    inputs, answer, allowed = prepared(case)
-    run = _cases.make_step(contestant, case, step, inputs)
-    assert bench.complaint(_cases.errors(case, step, run(), answer), allowed) is None
+    run, _, complaint = prepared(case).checked(contestant, step)
+    assert complaint is None
     benchmark.group = f"{case.name}: {step}"
-    benchmark.extra_info["operations"] = case.operations(step)
+    benchmark.extra_info["operations"] = (case.full() if contestant.full else case).operations(step)
     benchmark(run)
 
 

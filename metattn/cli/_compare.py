@@ -7,7 +7,7 @@ from typing import Any
 from metattn.cli._tables import Results, milliseconds
 
 Key = tuple[str, str, str, str, str]
-MEMORY_SPREAD = 0.02  # of a peak, which is measured once
+MEMORY_SPREAD = 0.02  # a peak is measured once
 SAME = ("cpu", "architecture", "cores", "threads", "torch_cpu_capability")
 
 
@@ -24,8 +24,11 @@ def text(before: Results, after: Results) -> str:
             for factor, said in [found]
         ]
         lines += [said for _, said in sorted(changed, reverse=True)]
-        what = "times" if kind == "rows" else "peaks of memory"
-        lines.append(f"{what}: {len(changed)} of {len(both)} differ by more than both spreads")
+        counted = f"{len(changed)} of {len(both)} differ by more than"
+        timed = kind == "rows"
+        lines.append(
+            f"times: {counted} both spreads" if timed else f"peaks of memory: {counted} {MEMORY_SPREAD:.0%}"
+        )
         lines += [f"only in the first: {_said(key)}" for key in old if key not in new]
         lines += [f"only in the second: {_said(key)}" for key in new if key not in old]
     return "\n".join(lines)

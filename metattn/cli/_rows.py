@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,39 @@ LONGEST_CHECKED = 8192  # N to which all outputs are compared with float64; beyo
 LAST = 512  # how many
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its inputs, and what its outputs are held against."""
+
+    case: Case
+    inputs: Inputs
+    answer: dict[str, Tensor]
+    unmasked: dict[str, Tensor]  # of the first head without the mask, where somebody leaves it away
+    allowed: dict[str | None, float]
+
+    def checked(
+        self, contestant: Contestant, step: str
+    ) -> tuple[Callable[[], Any], dict[str, float], str | None]:
+        """The contestant's step, warm, the errors of its outputs, and what is wrong with them."""
+        run_step = make_step(contestant, self.case, step, self.inputs)
+        answer = self.unmasked if contestant.full else self.answer
+        found = errors(self.case, step, contestant.tensors(run_step()), answer)
+        return run_step, found, complaint(found, self.allowed)
+
+
+def prepare(case: Case, found: list[Contestant]) -> Prepared:
+    able = [contestant for contestant in found if contestant.can(case, WHOLE)]
+    inputs = make_inputs(case)
+    answer, unmasked = exact(case, inputs), {}
+    if any(contestant.full for contestant in able):
+        unmasked = exact(replace(case.full(), heads=1), inputs.first_head())
+    math = next((contestant for contestant in able if contestant.name == MATH), None)
+    its_errors = {}
+    if math is not None:
+        its_errors = errors(case, WHOLE, make_step(math, case, WHOLE, inputs)(), answer)
+    return Prepared(case, inputs, answer, unmasked, allowed_errors(case, its_errors))
+
+
 def timed_rows(
     case: Case, found: list[Contestant], seconds: float, least: int, advance: Advance
 ) -> tuple[list[Row], list[Row]]:
@@ -33,10 +66,7 @@ def timed_rows(
     """
     advance(0.0, f"{case.name}: float64 answer")
     able = [contestant for contestant in found if any(contestant.can(case, step) for step in case.steps)]
-    inputs = make_inputs(case)
-    answer = exact(case, inputs)
-    unmasked = exact(replace(case.full(), heads=1), inputs.first_head()) if any(c.full for c in able) else {}
-    allowed = allowed_errors(case, math_errors(case, able, inputs, answer))
+    prepared = prepare(case, able)
     rows: list[Row] = []
     products: list[Row] = []
     for step in case.steps:
@@ -50,11 +80,7 @@ def timed_rows(
             row: Row = about | {"contestant": contestant.name}
             row["operations"] = (case.full() if contestant.full else case).operations(step)
             try:
-                run_step = make_step(contestant, case, step, inputs)
-                outputs = contestant.tensors(run_step())
-                row["errors"] = errors(case, step, outputs, unmasked if contestant.full else answer)
-                row["wrong"] = complaint(row["errors"], allowed)
-                del outputs
+                run_step, row["errors"], row["wrong"] = prepared.checked(contestant, step)
             except Exception as error:
                 if contestant.backend is not None:
                     raise
@@ -92,27 +118,13 @@ def figures(
     return row
 
 
-def math_errors(
-    case: Case, able: list[Contestant], inputs: Inputs, answer: dict[str, Tensor]
-) -> dict[str, float]:
-    """The math path's own error in every output, where it takes part."""
-    math = next((contestant for contestant in able if contestant.name == MATH), None)
-    if math is None:
-        return {}
-    return errors(case, WHOLE, make_step(math, case, WHOLE, inputs)(), answer)
-
-
 def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[Row]:
     """Measures the peak of the second-order step, each contestant in a process of its own."""
     able = measured_for_memory(case, found)
     advance(0.0, f"memory at N={case.length}: float64 answer of one head")
     one_head = replace(case, heads=1)
     inputs = make_inputs(case)
-    sizes = {
-        "input_bytes": inputs.nbytes(),
-        "output_bytes": inputs.output_nbytes(),
-        "qkv_bytes": sum(p.nbytes for p in inputs.primals[:3]),
-    }
+    sizes = {"input_bytes": inputs.nbytes(), "output_bytes": inputs.output_nbytes()}
     first = inputs.first_head()
     del inputs
     rows = []

@@ -35,9 +35,9 @@ ASSUMED_SHARE = {
     "metattn cpu" + FULL: 0.9,
     "metattn reference": 0.1,
     FLASH: 0.7,
-    MATH: 0.25,
+    MATH: 0.35,
     COMPILED: 0.3,
-    CHECKPOINTED: 0.25,
+    CHECKPOINTED: 0.3,
     JAX: 0.15,
 }
 EXACT_SHARE = 0.1  # of the float64 answer
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="the small cases only, without torch.compile: about half a minute",
+        help="the small cases only, without what compiles: about half a minute",
     )
     parser.add_argument("--cases", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
     parser.add_argument(
@@ -124,7 +124,7 @@ def measure(
 ) -> dict[str, Any]:
     """All rows of the given cases, with the machine they were measured on."""
     started = time.time()
-    missing = absent() | ({COMPILED: "not in a quick run"} if quick else {})
+    missing = absent() | (dict.fromkeys(COMPILES, "not in a quick run") if quick else {})
     found = [contestant for contestant in contestants() if contestant.name not in missing]
     rate = matrix_product_rate()
     work = [expected_seconds(case, found, rate, seconds, least) for case in timed]
@@ -164,8 +164,6 @@ def matrix_product_rate() -> float:
 
 def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: float, least: int) -> float:
     """A guess for all steps of a case, for the announcement and the bar."""
-    if case.dtype != "float32":
-        rate /= 2
     total = case.operations("second-order step") / (EXACT_SHARE * rate)
     if any(contestant.full and contestant.can(case, "forward") for contestant in found):
         total += case.full().operations("second-order step") / case.heads / (EXACT_SHARE * rate)

@@ -1,0 +1,539 @@
+"""bench: what it measures, for whom, whether it is right, and what it writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import metattn
+from metattn.cli import (
+    _cases,
+    _compare,
+    _contestants,
+    _goals,
+    _html,
+    _measure,
+    _pictures,
+    _report,
+    _rows,
+    _tables,
+    bench,
+    main,
+)
+from metattn.cli._contestants import CHECKPOINTED, COMPILED, FLASH, FULL, JAX, MATH
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = _cases.Case("tiny", 2, 4, 24, 8)
+MASKED = _cases.Case("masked", 1, 2, 24, 8, window=(5, 0), steps=("forward", "second-order step"))
+FUSED = metattn.available_backends()["cpu"] is None
+WHOLE = "second-order step"
+
+
+# Measuring.
+
+
+def test_interleave_takes_turns_and_keeps_every_sample() -> None:
+    called: list[str] = []
+
+    def named(name: str) -> Any:
+        return lambda: called.append(name)
+
+    timings = _measure.interleave({"a": named("a"), "b": named("b")}, seconds=0.0, least=3, warmup=1)
+    assert called == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert [len(timing.samples) for timing in timings.values()] == [3, 3]
+
+
+def test_timing_median_and_quartiles() -> None:
+    timing = _measure.Timing((5.0, 1.0, 2.0, 4.0, 3.0))
+    assert timing.median == 3.0
+    assert timing.quartiles == (2.0, 4.0)
+    assert _measure.Timing((7.0,)).quartiles == (7.0, 7.0)
+
+
+def test_interleave_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="expected 1 <= least <= most, got 0 and 5"):
+        _measure.interleave({}, least=0, most=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told by /proc")
+def test_peak_memory_sees_a_buffer_that_is_freed_again() -> None:
+    def step() -> torch.Tensor:
+        torch.ones(64 * _MIB, dtype=torch.uint8)
+        return torch.ones(16 * _MIB, dtype=torch.uint8)
+
+    peak = _measure.peak_memory(step)
+    assert peak is not None
+    assert 60 * _MIB < peak < 84 * _MIB
+
+
+_MIB = 2**20
+
+
+def test_child_that_fails_is_told() -> None:
+    with pytest.raises(_measure.ChildError, match=r"No module named metattn\.nothing"):
+        _measure.in_fresh_process("metattn.nothing", {})
+
+
+def test_machine_names_what_a_figure_depends_on() -> None:
+    about = json.loads(json.dumps(_measure.machine()))
+    assert about["threads"] == torch.get_num_threads()
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["cpu"]
+
+
+# Cases and contestants.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        TINY,
+        _cases.Case("causal", 2, 4, 24, 8, causal=True),
+        _cases.Case("grouped", 2, 4, 24, 8, kv_heads=2, causal=True),
+        _cases.Case("window", 2, 4, 24, 8, window=(5, 2)),
+        _cases.Case("causal window", 2, 4, 24, 8, causal=True, window=(5, 2)),
+        _cases.Case("bias", 2, 4, 24, 8, bias=True),
+        _cases.Case("double", 2, 4, 24, 8, dtype="float64"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_every_contestant_agrees_with_float64_in_every_step(
+    case: _cases.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cases, "SCORES_AT_ONCE", 7 * 24 * 2)  # pieces of rows, uneven ones too
+    found = [c for c in _contestants.contestants() if c.name not in (COMPILED, JAX)]
+    prepared = _rows.prepare(case, found)
+    compared = set()
+    for contestant in found:
+        for step in _cases.PRODUCTS:
+            if contestant.can(case, step):
+                errors = prepared.checked(contestant, step)[1]
+                assert set(errors) == set(_cases.outputs_of(case, step))
+                assert max(errors.values()) < (1e-12 if case.dtype == "float64" else 3e-6), (contestant, step)
+                compared.add((contestant.name, step))
+    assert {(MATH, WHOLE), (CHECKPOINTED, WHOLE)} <= compared
+    assert (("metattn cpu" + FULL, WHOLE) in compared) == (FUSED and case.masked and case.kv_heads is None)
+
+
+@pytest.mark.skipif(JAX in _contestants.absent(), reason="JAX is not installed")
+@pytest.mark.parametrize(
+    "case",
+    [
+        _cases.Case("grouped window", 2, 4, 24, 8, kv_heads=2, causal=True, window=(5, 2)),
+        _cases.Case("bias", 2, 4, 24, 8, bias=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_jax_agrees_with_float64(case: _cases.Case) -> None:
+    contestant = next(c for c in _contestants.contestants() if c.name == JAX)
+    prepared = _rows.prepare(case, [contestant])
+    steps = [step for step in _cases.PRODUCTS if contestant.can(case, step)]
+    assert steps == ["forward", "vjp", "jvp", "double backward", WHOLE]
+    for step in steps:
+        assert max(prepared.checked(contestant, step)[1].values()) < 3e-6, step
+
+
+@pytest.mark.skipif(COMPILED in _contestants.absent(), reason="no C++ compiler")
+def test_compiled_math_agrees_with_float64() -> None:
+    compiled = _contestants.Contestant(COMPILED, frozenset({"forward", "vjp"}))
+    prepared = _rows.prepare(TINY, [compiled])
+    for step in ("forward", "vjp"):
+        run, errors, complaint = prepared.checked(compiled, step)
+        assert complaint is None
+        assert max(errors.values()) < 3e-6
+        run()  # its graph may be used again
+
+
+@pytest.mark.parametrize("name", [COMPILED, JAX])
+def test_who_is_not_there_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_contestants.shutil, "which", lambda program: None)
+    monkeypatch.setattr(_contestants.importlib.util, "find_spec", lambda module: None)
+    assert name in _contestants.absent()
+    assert name not in {contestant.name for contestant in _contestants.contestants()}
+
+
+@pytest.mark.parametrize("window", [(5, 2), (3, 0)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_mask_is_what_its_operations_count(window: tuple[int, int], causal: bool) -> None:
+    case = _cases.Case("", 1, 1, 24, 8, causal=causal, window=window)
+    mask = case.mask(slice(0, 24), slice(0, 24))
+    assert mask is not None
+    assert case.operations("forward") == 2 * 2 * 8 * int(mask.sum())
+    rows = slice(7, 12)
+    columns = case.attended(rows)
+    assert int(mask[rows].sum()) == int(mask[rows, columns].sum())
+
+
+def test_answer_of_the_last_queries_is_the_whole_ones() -> None:
+    inputs = _cases.make_inputs(TINY)
+    whole, last = _cases.exact(TINY, inputs), _cases.exact(TINY, inputs, last=5)
+    assert set(last) == {"o", "dq", "dqt", "ot"}
+    for name, part in last.items():
+        torch.testing.assert_close(part, whole[name][:, :, -5:], rtol=1e-12, atol=1e-12)
+    outputs = tuple(whole[name].clone() for name in _cases.outputs_of(TINY))
+    assert max(_cases.errors(TINY, WHOLE, outputs, last).values()) < 1e-12
+    outputs[0][:, :, -1] += 1
+    assert _cases.errors(TINY, WHOLE, outputs, last)["o"] > 0.1
+
+
+def test_operations_are_counted_by_products() -> None:
+    assert TINY.operations("double backward") == 15 * 2 * 2 * 4 * 24 * 24 * 8
+    assert _cases.Case("", 2, 4, 24, 8, causal=True).operations("vjp") == 5 * 2 * 4 * 24 * 24 * 8
+
+
+def test_cases_that_the_goals_are_stated_for_are_there() -> None:
+    cases = {case.name: case for case in _cases.CASES}
+    assert {(case.shape, case.dtype) for case in cases.values()} >= {
+        (shape, dtype)
+        for shape in ("B1 H8 N2048 d64", "B1 H8 N2048 d128", "B32 H8 N64 d32")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert {*_goals.LONG, *_goals.FEW_SHOT, "long causal", "window"} <= set(cases)
+    assert (cases["window"].length, cases["window"].window) == (8192, (256, 0))
+    assert cases["long causal"].length == 2048
+    assert [case.length for case in _cases.MEMORY_CASES] == [4096, 8192, 16384, 32768]
+
+
+# Rows.
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    memory = _cases.Case("memory", 1, 2, 512, 32, steps=("second-order step",))
+    found = bench.measure([TINY, MASKED], [memory], seconds=0.01, least=2, progress=False, quick=True)
+    return json.loads(json.dumps(found))  # as it comes back from the file
+
+
+def test_rows_hold_timing_rate_and_errors(results: dict[str, Any]) -> None:
+    row = next(r for r in results["rows"] if r["contestant"] == MATH and r["step"] == "double backward")
+    assert row["wrong"] is None
+    assert row["quartiles"][0] <= row["median"] <= row["quartiles"][1]
+    assert row["gflops"] == pytest.approx(row["operations"] / row["median"] * 1e-9)
+    assert set(row["errors"]) == {"dqt", "dkt", "dvt", "ot"}
+    assert results["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_ratios_and_shares_are_those_of_the_rounds(results: dict[str, Any]) -> None:
+    rows = [row for row in results["rows"] if row["case"]["name"] == "masked" and row["step"] == WHOLE]
+    by_name = {row["contestant"]: row for row in rows}
+    mine, math = by_name[_tables.ours(results)], by_name[MATH]
+    of_each = [theirs / ours for theirs, ours in zip(math["samples"], mine["samples"], strict=True)]
+    assert mine["ratios"][MATH]["median"] == pytest.approx(_measure.Timing(tuple(of_each)).median)
+    assert set(mine["ratios"]) == set(by_name) - {mine["contestant"]}
+    assert "ratios" not in math
+    if FUSED:
+        assert "metattn cpu" + FULL in mine["ratios"]
+        full = by_name["metattn cpu" + FULL]
+        assert full["operations"] > 2 * mine["operations"]
+    low, high = mine["share_of_product"]["quartiles"]
+    assert 0 < low <= mine["share_of_product"]["median"] <= high
+    products = [p for p in results["products"] if p["step"] == WHOLE and p["case"]["name"] == "masked"]
+    assert products[0]["size"] == 2048
+    assert len(products[0]["samples"]) >= 1
+
+
+def test_a_ratio_of_medians_may_be_another() -> None:
+    assert _measure.per_round([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]).samples == (2.0, 3.0, 4.0)
+
+
+def test_product_takes_a_sixth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_measure, "SIZE", 64)
+    clock = iter([0.0, 1.0, 1.0, 5.9, 6.0, 6.0, 8.0, 8.0])  # start, end, then: now?, now? start, end
+    monkeypatch.setattr(_measure.time, "perf_counter", lambda: next(clock))
+    product = _measure.Product(torch.float32)
+    for _ in range(3):
+        product()
+    assert product.samples == [1.0, 2.0]
+    assert product.rates == [2 * 64**3, 2 * 64**3, 64**3]
+
+
+def test_a_peer_that_fails_is_told_and_the_rest_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_step = _contestants.make_step
+
+    def failing(contestant: _contestants.Contestant, *rest: Any) -> Any:
+        if contestant.name == FLASH:
+            raise RuntimeError("no such kernel\nmore")
+        return make_step(contestant, *rest)
+
+    monkeypatch.setattr(_rows, "make_step", failing)
+    case = _cases.Case("tiny", 1, 1, 8, 4, steps=("forward",))
+    found = bench.measure([case], [], seconds=0.0, least=1, progress=False, quick=True)
+    wrong = {row["contestant"]: row["wrong"] for row in found["rows"] if row["wrong"]}
+    assert wrong == {FLASH: "failed: RuntimeError: no such kernel"}
+
+
+def test_memory_rows_come_from_fresh_processes(results: dict[str, Any]) -> None:
+    rows = {row["contestant"]: row for row in results["memory"]}
+    math = rows[MATH]
+    assert math["wrong"] is None
+    one = 2 * 512 * 32 * 4
+    assert (math["input_bytes"], math["output_bytes"]) == (7 * one, 8 * one)
+    assert math["seconds"] > 0
+    assert math["bytes"] > 2 * 512 * 512 * 4  # at least one matrix of scores
+    if "metattn cpu" in rows:
+        assert rows["metattn cpu"]["bytes"] < math["bytes"]
+
+
+def test_wrong_numbers_disqualify(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = metattn.attention
+    monkeypatch.setattr(metattn, "attention", lambda *args, **options: attention(*args, **options) * 1.001)
+    case = _cases.Case("tiny", 1, 1, 8, 4, steps=("forward",))
+    found = bench.measure([case], [], seconds=0.0, least=1, progress=False, quick=True)
+    ours = [row for row in found["rows"] if row["contestant"].startswith("metattn")]
+    assert all("o is off by 1.0e-03, allowed" in row["wrong"] for row in ours)
+    assert not any("median" in row for row in ours)
+    math = next(row for row in found["rows"] if row["contestant"] == MATH)
+    assert math["wrong"] is None
+    assert "median" in math
+    assert "| wrong |" in _report.markdown(found)
+
+
+def test_nan_is_wrong() -> None:
+    assert _rows.complaint({"o": float("nan")}, {None: 1.0}) == "o is off by nan, allowed 1.0e+00"
+    assert _rows.complaint({"o": 1e-7}, {None: 5e-6}) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is on the address space")
+def test_what_does_not_fit_is_found_by_trying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = (
+        "import sys; from metattn.cli import _peak; _peak.available_memory = lambda: 64 * 2**20; _peak.main()"
+    )
+    case = _cases.Case("memory", 1, 2, 4096, 16, steps=("second-order step",))
+    request = {
+        "case": case.asdict(),
+        "contestant": MATH,
+        "step": "second-order step",
+        "threads": 1,
+        "answer": None,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert json.loads(done.stdout) == {"bytes": None, "does_not_fit_in": int(0.9 * 64 * 2**20)}, done.stderr
+
+
+# What it writes.
+
+
+def test_bench_command_writes_and_renders(
+    results: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *args, **options: results)
+    assert main(["bench", "--quick", "--out", str(tmp_path / "first")]) == 0
+    assert "second-order step" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "first/bench.json").read_text())
+    assert kept == results
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{_report.BLOCK[0]}\nold\n{_report.BLOCK[1]}\nbelow\n")
+    again = ["bench", "--render", str(tmp_path / "first/bench.json"), "--out", str(tmp_path / "second")]
+    assert main([*again, "--readme", str(readme)]) == 0
+    assert (tmp_path / "second/bench.md").read_text() == (tmp_path / "first/bench.md").read_text()
+    assert (tmp_path / "second/bench.html").read_text() == (tmp_path / "first/bench.html").read_text()
+    for name in _pictures.TITLES:
+        assert (tmp_path / "second" / name).stat().st_size > 5000
+    text = readme.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("below\n")
+    assert "old" not in text
+    assert "(second/speedup.png)" in text
+    assert "| goal |" in text
+    assert main([*again, "--readme", str(readme)]) == 0
+    assert readme.read_text() == text
+
+
+def test_readme_without_the_block_is_refused(results: dict[str, Any], tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here\n")
+    with pytest.raises(ValueError, match="expected the marks"):
+        _report.rewrite_block(readme, results, tmp_path)
+
+
+def test_total_time_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    with _report.progress(95.0, shown=True) as advance:
+        assert "about 2 minutes" in capsys.readouterr().out
+        advance(95.0, "working")
+    assert _report.duration(30.2) == "30 seconds"
+
+
+def test_expected_time_is_of_the_right_size() -> None:
+    case = _cases.Case("small", 2, 4, 256, 32)
+    found = [c for c in _contestants.contestants() if c.name not in (COMPILED, JAX)]
+    expected = bench.expected_seconds(case, found, bench.matrix_product_rate(), 0.01, 2)
+    start = time.perf_counter()
+    _rows.timed_rows(case, found, 0.01, 2, lambda part, doing: None)
+    assert 0.05 < expected / (time.perf_counter() - start) < 20
+
+
+def test_html_stands_alone(results: dict[str, Any], tmp_path: Path) -> None:
+    broken = copy.deepcopy(results)
+    broken["rows"][0]["wrong"] = "<b> & co"
+    _pictures.draw(broken, tmp_path)
+    page = _html.page(broken, tmp_path)
+    assert not re.search(r"https?://|<link|<script|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == len(_pictures.TITLES)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "&lt;b&gt; &amp; co" in page
+    assert results["machine"]["cpu"] in page
+    assert "not in a quick run" in page
+
+
+# Goals.
+
+
+def row(case: _cases.Case, step: str, contestant: str, median: float, **more: Any) -> dict[str, Any]:
+    about = {"case": case.asdict(), "shape": case.shape, "options": case.options, "step": step}
+    timing = {"median": median, "quartiles": [median * 0.99, median * 1.01], "wrong": None}
+    return {**about, "contestant": contestant, **timing, "gflops": 1.0, **more}
+
+
+def made_up(*rows: dict[str, Any], memory: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+    about = {**_measure.machine(), "cpu": "made up"}
+    return {"machine": about, "started": "2026", "absent": {}, "rows": list(rows), "memory": list(memory)}
+
+
+def times(ratio: float) -> dict[str, Any]:
+    return {"median": ratio, "quartiles": [ratio - 0.1, ratio + 0.1]}
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    found = [goal.cells() for goal in _goals.goals(results)]
+    return {what: (verdict, measured) for what, verdict, measured in found}
+
+
+CASES = {case.name: case for case in _cases.CASES}
+OURS = "metattn cpu"
+
+
+def flash_goal(*ratios: float) -> tuple[str, str]:
+    names = (*_goals.LONG, *_goals.FEW_SHOT)[: len(ratios)]
+    rows = [
+        row(CASES[name], "forward", OURS, 1.0, ratios={FLASH: times(ratio)})
+        for name, ratio in zip(names, ratios, strict=True)
+    ]
+    return verdicts(made_up(*rows))["forward: torch flash / ours ≥ 1"]
+
+
+def test_goals_are_judged_by_the_worst_case() -> None:
+    assert flash_goal(1.1, 1.2, 1.0, 1.5, 2.0, 3.0) == (
+        "reached",
+        "long 1.10× ±0.10, long d128 1.20× ±0.10, long bf16 1.00× ±0.10, long d128 bf16 1.50× ±0.10, "
+        "few-shot 2.00× ±0.10, few-shot bf16 3.00× ±0.10",
+    )
+    assert flash_goal(1.1, 1.2, 0.99, 1.5, 2.0, 3.0)[0] == "not reached"
+    assert flash_goal(1.1, 1.2) == ("not all measured", "long 1.10× ±0.10, long d128 1.20× ±0.10")
+    assert flash_goal(0.9)[0] == "not reached"
+    assert flash_goal() == ("not all measured", "–")
+
+
+def test_goal_where_ours_is_wrong_or_the_peer_is() -> None:
+    found = made_up(
+        row(CASES["long"], "forward", OURS, 1.0, wrong="o is off"),
+        row(CASES["few-shot"], WHOLE, OURS, 1.0, ratios={MATH: times(2.0)}),
+        row(CASES["few-shot bf16"], WHOLE, OURS, 1.0, ratios={}),
+    )
+    assert verdicts(found)["forward: torch flash / ours ≥ 1"] == ("not reached", "ours is wrong in long")
+    whole = verdicts(found)["second-order step: torch math / ours ≥ 1"]
+    assert whole == ("reached", "few-shot 2.00× ±0.10, few-shot bf16: no right torch math")
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.7, "reached"), (1.6, "not reached")])
+def test_goal_of_causal_masks(ratio: float, verdict: str) -> None:
+    rows = [
+        row(CASES["long causal"], step, OURS, 1.0, ratios={OURS + FULL: times(ratio)})
+        for step in _goals.STEPS
+    ]
+    found = verdicts(made_up(*rows))
+    assert found["causal at least 1.7 times as fast as full: full / ours ≥ 1.7"][0] == verdict
+
+
+def test_shares_are_shown_and_not_judged() -> None:
+    found = made_up(row(CASES["long"], "forward", OURS, 1.0, share_of_product=times(0.756)))
+    assert verdicts(found)["forward: share of the 2048³ product's rate"] == ("–", "long 76%")
+
+
+@pytest.mark.parametrize(
+    ("peaks", "fits", "grows"),
+    [
+        ((50, 100, 200, 400), "reached", "reached"),
+        ((50, 200, 400, 800), "not reached", "not reached"),
+        ((50, 100), "reached", "not all measured"),
+    ],
+)
+def test_goals_of_memory(peaks: tuple[int, ...], fits: str, grows: str) -> None:
+    memory = tuple(
+        row(
+            case, WHOLE, OURS, 0.0, bytes=(peak + 35) * 2**20, input_bytes=35 * 2**20, output_bytes=40 * 2**20
+        )
+        for case, peak in zip(_cases.MEMORY_CASES, peaks, strict=False)
+    )
+    found = verdicts(made_up(memory=memory))
+    verdict, said = found["extra memory of the second-order step at N=8192 ≤ 1.5 × (inputs + outputs)"]
+    assert verdict == fits
+    assert said.startswith(f"{peaks[1]} MiB, inputs + outputs 75 MiB: {peaks[1] / 75:.2f}×")
+    assert found["extra memory linear in N to 32768: ≤ 2.1× for twice the length"][0] == grows
+
+
+# Comparing.
+
+
+def test_compare_says_what_changed_beyond_the_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, sized = CASES["long"], {"input_bytes": 0, "output_bytes": 1}
+    before = made_up(
+        row(long, "forward", OURS, 1.0),
+        row(long, "vjp", OURS, 2.0),
+        row(long, WHOLE, OURS, 3.0),
+        row(long, "jvp", OURS, 1.0),
+        memory=(row(long, WHOLE, OURS, 0.0, bytes=2**20, **sized),),
+    )
+    after = made_up(
+        row(long, "forward", OURS, 1.019),  # each is off by a hundredth
+        row(long, "vjp", OURS, 1.0),
+        row(long, WHOLE, OURS, 4.5),
+        row(long, "jvp", MATH, 1.0),
+        memory=(row(long, WHOLE, OURS, 0.0, bytes=2**21, **sized),),
+    )
+    after["machine"]["cpu"] = "another"
+    for name, results in (("a", before), ("b", after)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    assert main(["bench", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    case = "long (B1 H8 N2048 d64, float32)"
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: cpu differs: made up, then another",
+        f"1.50× slower: {case}, second-order step, metattn cpu: 3000 ±30 → 4500 ±45 ms",
+        f"2.00× faster: {case}, vjp, metattn cpu: 2000 ±20 → 1000 ±10 ms",
+        "times: 2 of 3 differ by more than both spreads",
+        f"only in the first: {case}, jvp, metattn cpu",
+        f"only in the second: {case}, jvp, torch math",
+        f"2.00× the memory: {case}, second-order step, metattn cpu: 1 → 2 MiB",
+        "peaks of memory: 1 of 1 differ by more than 2%",
+    ]
+
+
+def test_compare_tells_rows_that_became_wrong() -> None:
+    right = made_up(row(CASES["long"], "forward", OURS, 1.0))
+    wrong = made_up(row(CASES["long"], "forward", OURS, 1.0, wrong="o is off"))
+    said = _compare.text(right, wrong)
+    assert "wrong now: long (B1 H8 N2048 d64, float32), forward, metattn cpu: o is off" in said
+    assert "right now: long" in _compare.text(wrong, right)
+    assert "0 of 1 differ" in _compare.text(wrong, wrong)
