@@ -51,7 +51,7 @@ def draw(results: Results, folder: Path) -> None:
 def speedup(results: Results) -> Any:
     """Peers' time over ours, each step a panel."""
     mine = ours(results)
-    peers = [n for n in names(results["rows"]) if not n.startswith("metattn")]
+    peers = [n for n in names(results["rows"]) if not n.startswith("metattn") or n.endswith(FULL)]
 
     def ratios(case: str, step: str, name: str) -> dict[str, Any] | None:
         found: dict[str, Any] | None = row_of(results, case, step, mine).get("ratios", {}).get(name)
@@ -120,6 +120,7 @@ def bars(
             )
         panel.set_title(step)
         panel.set_yticks(range(len(labels)), labels)
+        panel.set_ylim(len(labels) - 0.4, -0.6)
         panel.grid(axis="x", color="#e3e3e3", linewidth=0.7)
         panel.set_axisbelow(True)
         if logarithmic:
@@ -128,11 +129,14 @@ def bars(
             panel.axvline(1.0, color="#222222", linewidth=0.9)
         else:
             panel.xaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[0][0].invert_yaxis()
     if legend:
         order = [name for name in known if name in legend]
         figure.legend(
-            [legend[name] for name in order], order, loc="outside lower center", ncols=7, frameon=False
+            [legend[name] for name in order],
+            order,
+            loc="outside lower center",
+            ncols=2 * len(steps),
+            frameon=False,
         )
     return figure
 
@@ -151,7 +155,9 @@ def length(results: Results) -> Any:
         places = [row["case"]["length"] for row in mine]
         look = {"marker": "o", "label": name, "color": COLOURS[name]}
         right.plot(places, [extra(row) / 2**20 for row in mine], **look)
-        left.plot(places, [row.get("seconds") for row in mine], **look)
+        timed = [(row["case"]["length"], row["seconds"]) for row in mine if "seconds" in row]
+        if timed:
+            left.plot(*zip(*timed, strict=True), **look)
     sizes = {row["case"]["length"]: needed(row) / 2**20 for row in rows}
     right.plot(sizes.keys(), sizes.values(), color="#222222", linestyle=":", label="inputs + outputs")
     for row in rows:
@@ -172,6 +178,6 @@ def length(results: Results) -> Any:
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panel.minorticks_off()
         panel.grid(color="#e3e3e3", linewidth=0.7)
-        if measured:
+        if panel.lines:
             panel.legend(frameon=False)
     return figure

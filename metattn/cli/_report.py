@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from metattn.cli import _goals, _pictures, _tables
 from metattn.cli._cases import PRODUCTS
@@ -55,15 +56,17 @@ def tables(results: _tables.Results, steps: tuple[str, ...]) -> list[tuple[str, 
 
 def show(results: _tables.Results) -> None:
     """Prints the goals, a table of ratios for each case, memory, and what was wrong."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
 
     def show_table(title: str, header: list[str], lines: list[list[str]], words: int) -> None:
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index < words else "right", no_wrap=not index)
+            side: Literal["left", "right"] = "left" if index < words else "right"
+            table.add_column(name, justify=side, overflow="fold", min_width=None if index else 8)
         for line in lines:
             table.add_row(*line)
         console.print(table)
@@ -74,7 +77,9 @@ def show(results: _tables.Results) -> None:
     if results["rows"]:
         (_, *header), lines = _tables.ratio_table(results, STEPS)
         for case in dict.fromkeys(line[0] for line in lines):
-            show_table(case, header, [line[1:] for line in lines if line[0] == case], 1)
+            here = [line[1:] for line in lines if line[0] == case]
+            used = [i for i in range(len(header)) if any(line[i] != "–" for line in here)]
+            show_table(case, [header[i] for i in used], [[line[i] for i in used] for line in here], 1)
     if results["memory"]:
         show_table("peak memory", *_tables.memory_table(results), 1)
     for said in _tables.wrong(results):

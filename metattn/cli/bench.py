@@ -31,18 +31,18 @@ from metattn.cli._rows import LAST, LONGEST_CHECKED, Advance, measured_for_memor
 
 # Only the announced duration rests on these guesses: each contestant's share of the matrix product's rate,
 ASSUMED_SHARE = {
-    "metattn cpu": 0.8,
+    "metattn cpu": 0.9,
     "metattn cpu" + FULL: 0.9,
     "metattn reference": 0.1,
     FLASH: 0.7,
-    MATH: 0.35,
-    COMPILED: 0.3,
-    CHECKPOINTED: 0.3,
+    MATH: 0.4,
+    COMPILED: 0.4,
+    CHECKPOINTED: 0.4,
     JAX: 0.15,
 }
-EXACT_SHARE = 0.1  # of the float64 answer
-COMPILES = {COMPILED: 5.0, JAX: 1.0}  # and the seconds to compile a step
-CHILD_START = 6.0  # seconds to start a process that imports torch
+EXACT_SHARE = 0.15  # of the float64 answer
+COMPILES = {COMPILED: 4.0, JAX: 1.0}  # and the seconds to compile a step
+CHILD_START = 5.0  # seconds to start a process that imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
     parser.add_argument(
-        "--seconds", type=float, help="time for each step of a case (default 2, with --quick 0.3)"
+        "--seconds", type=float, help="time for each step of a case (default 1.5, with --quick 0.3)"
     )
     parser.add_argument(
         "--out",
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         results = json.loads(args.render.read_text())
     else:
         if args.seconds is None:
-            args.seconds = 0.3 if args.quick else 2.0
+            args.seconds = 0.3 if args.quick else 1.5
         if args.seconds <= 0:
             raise ValueError(f"--seconds: expected more than 0, got {args.seconds}")
         timed, memory = chosen(args.cases, args.quick)
