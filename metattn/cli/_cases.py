@@ -143,7 +143,7 @@ CASES = (
 )
 # Peak memory of the second-order step, each contestant in a process of its own.
 MEMORY_CASES = tuple(
-    Case("memory", 1, 1, length, 64, steps=("second-order step",)) for length in (4096, 8192, 16384, 32768)
+    Case("memory", 1, 2, length, 64, steps=("second-order step",)) for length in (4096, 8192, 16384, 32768)
 )
 # Small twins of the above for `--quick`.
 QUICK_MEMORY_CASES = tuple(

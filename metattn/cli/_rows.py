@@ -19,7 +19,7 @@ Advance = Callable[[float, str], None]
 Row = dict[str, Any]
 
 WHOLE = "second-order step"
-LONGEST_PEER = 8192  # N to which torch's memory is measured: 3 GiB there, and four times that at the next
+LONGEST_PEER = 8192  # N to which torch's memory is measured: 6 GiB there, and four times that at the next
 LONGEST_CHECKED = 8192  # N to which all outputs are compared with float64; beyond, those of a few queries
 LAST = 512  # how many
 

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if args.seconds <= 0:
             raise ValueError(f"--seconds: expected more than 0, got {args.seconds}")
         timed, memory = chosen(args.cases, args.quick)
-        least = 3 if args.quick else 5
+        least = 3 if args.quick else 4
         results = measure(timed, memory, seconds=args.seconds, least=least, quick=args.quick)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.render is None:
@@ -118,7 +118,7 @@ def measure(
     memory: list[Case],
     *,
     seconds: float,
-    least: int = 5,
+    least: int = 4,
     progress: bool = True,
     quick: bool = False,
 ) -> dict[str, Any]:
