@@ -100,8 +100,10 @@ DOUBLE = {
 }
 
 
-@pytest.mark.parametrize("given", ["both", "do", "dlse"])
-@pytest.mark.parametrize("name", DOUBLE)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [*((name, "both") for name in DOUBLE), *itertools.product(("plain", "everything"), ("do", "dlse"))],
+)
 def test_double_backward_is_jvp_and_vjp_jvp(isa: str, name: str, given: str) -> None:
     for dtype, relative in ((torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 1e-2)):
         call = replace(DOUBLE[name], dtype=dtype)
