@@ -59,8 +59,8 @@ X86_ISAS = {
     "avx2": ["-DMETATTN_VECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     # bfloat16 alone: their other dtypes are avx512's
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": [*AVX512, "-DMETATTN_PAIRS", "-mavx512bf16"],
+    "amx": [*AVX512, "-DMETATTN_PAIRS", "-DMETATTN_TILES", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 BFLOAT16_ISAS = ("avx512_bf16", "amx")
 OTHER_ISAS = {"baseline": ["-DMETATTN_VECTOR_BYTES=16"]}

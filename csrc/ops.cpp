@@ -37,7 +37,7 @@ metattn::Threads threads() {
 }
 
 void run(metattn::MapName map, const Call& call) {
-  STD_TORCH_CHECK(metattn::run_map(map, call.p, call.is_double, threads()), "metattn: out of scratch memory");
+  STD_TORCH_CHECK(metattn::run_map(map, call.p, call.is_double, threads()), "metattn: out of scratch memory, or the instruction set was changed during the call");
 }
 
 // ---- the four maps ----

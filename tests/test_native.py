@@ -43,6 +43,9 @@ CALLS = {
     "bottom-right-tall": Call((1, 2, 1, 130, 70, 8, 8), causal="bottom-right"),
     "window": Call((1, 1, 1, 150, 200, 8, 8), window=(20, 5)),
     "window-causal": Call((1, 1, 1, 300, 300, 8, 8), window=(70, -1), causal="bottom-right"),
+    # chunks of keys that begin within what is a block elsewhere, and rows that attend to their ends alone
+    "window-chunks": Call((1, 8, 8, 384, 384, 8, 8), window=(16, 0)),
+    "window-chunks-few-heads": Call((1, 4, 4, 1200, 1200, 8, 8), window=(16, -1), causal="bottom-right"),
     "softcap": Call(softcap=2.0),
     "dropout": Call(dropout_p=0.3),
     **{f"bias-{''.join(map(str, has))}": Call((2, 4, 2, 35, 300, 8, 8), bias=has) for has in BROADCASTS},
@@ -83,7 +86,9 @@ def test_four_maps_in_float64(isa: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "relative"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
-@pytest.mark.parametrize("name", ["wide-dv", "everything", "packed-everything"])
+@pytest.mark.parametrize(
+    "name", ["wide-dv", "everything", "packed-everything", "window-chunks", "window-chunks-few-heads"]
+)
 def test_four_maps_in_low_precision(isa: str, name: str, dtype: torch.dtype, relative: float) -> None:
     call = Call(**{**vars(CALLS[name]), "dtype": dtype})
     assert_close(four_maps(native, call), four_maps(reference, call, wide=True), relative, relative * 1e-2)

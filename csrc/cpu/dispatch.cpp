@@ -8,6 +8,8 @@
 
 #if defined(METATTN_HAS_AMX) || defined(METATTN_HAS_AVX512_BF16)
 #include <cpuid.h>
+#endif
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,7 +20,8 @@
 namespace metattn {
 namespace {
 
-constexpr int64_t kRowBlock = 96, kKeyBlock = 64;  // tile.h's kRows and kKeys
+// masks.h's kRows, and the largest of its kKeys: chunks are alike on every instruction set.
+constexpr int64_t kRowBlock = 96, kKeyBlock = 128;
 // A key sweep is cut into at least this many units where its keys allow, whatever the number of threads is: sums
 // over the cuts must not depend on the machine.
 constexpr int64_t kKeySweepUnits = 16;
@@ -52,11 +55,15 @@ bool has_avx512_bf16() {
 #ifdef METATTN_HAS_AMX
 // Linux gives a process the tiles' state when it asks for it.
 bool has_amx() {
+#ifdef __linux__
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx = 0;
   if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   return (edx & kBf16) != 0 && (edx & kTiles) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -170,18 +177,23 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
 void plan_key_sweep(Params& p) {
   const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
   const int64_t wanted = owners > 0 ? ceil_div(kKeySweepUnits, owners) : 1;
-  const int64_t most = ceil_div(p.m, 2 * kKeyBlock);
+  const int64_t most = ceil_div(p.m, kKeyBlock);
   const int64_t pieces = wanted < most ? wanted : (most > 0 ? most : 1);
   p.key_chunk = p.m > 0 ? ceil_div(ceil_div(p.m, pieces), kKeyBlock) * kKeyBlock : kKeyBlock;
   p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
 }
 
-bool keys_fit_a_block(const Params& p) {
-  const Isa& isa = *active_isa().load();
+namespace {
+bool keys_fit(const Isa& isa, const Params& p) {
   return p.m <= (takes_pairs(isa, p) ? *isa.pair_keys_at_once : *isa.keys_at_once);
 }
+}  // namespace
+
+bool keys_fit_a_block(const Params& p) { return keys_fit(*active_isa().load(), p); }
 
 bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
+  const Isa& isa = *active_isa().load();
+  if (map == kDoubleBackward && !keys_fit(isa, p)) return false;
   const bool key_sweep = map != kForward && map != kJvp;
   std::vector<int64_t> first_unit;
   int64_t units;
@@ -193,7 +205,7 @@ bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
   } else {
     units = plan_row_sweep(p, threads.count, first_unit);
   }
-  const MapKernel& kernel = kernel_of(*active_isa().load(), map, p, is_double);
+  const MapKernel& kernel = kernel_of(isa, map, p, is_double);
   if (units > 0) {
     const int tasks = static_cast<int>(units < threads.count ? units : threads.count);
     const size_t stride = (kernel.scratch_bytes(p) + 127) / 64 * 64;

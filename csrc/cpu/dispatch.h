@@ -11,7 +11,8 @@ struct Threads {
   void (*for_each)(int tasks, void (*run)(void* context, int task), void* context);
 };
 
-// Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had.
+// Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had,
+// or when another instruction set was chosen since keys_fit_a_block said yes.
 bool run_map(MapName map, Params p, bool is_double, const Threads& threads);
 
 // Whether kDoubleBackward serves a problem: its keys, tensors set.

@@ -9,7 +9,7 @@ namespace metattn::METATTN_ISA {
 // Tile size: query rows × keys. More keys at a time where products are so fast that sums over them cost more to fetch and
 // put back.
 constexpr int64_t kRows = 96;
-#ifdef __AVX512BF16__
+#ifdef METATTN_PAIRS
 constexpr int64_t kKeys = 128;
 #else
 constexpr int64_t kKeys = 64;

@@ -176,7 +176,8 @@ static inline __m512i rounded_bits(__m512 x) {
 }
 static inline __m512 lost(__m512 x) {
   const __m512 difference = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded_bits(x)));
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(difference, difference, _CMP_ORD_Q), difference);
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(difference), infinity, _CMP_LT_OQ), difference);
 }
 
 template <>

@@ -5,7 +5,7 @@
 
 namespace metattn::METATTN_ISA {
 
-#ifdef __AMX_BF16__
+#ifdef METATTN_TILES
 
 namespace {
 
@@ -96,8 +96,10 @@ inline __m512 multiply(__m512 sum, __m512i x, __m512i y) { return _mm512_dpbf16_
 template <int Vectors>
 inline void micro_kernel(int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, float* c,
                          int64_t c_stride, bool accumulate) {
-  __m512 acc[kMicroRows][Vectors];
+  __m512 acc[kMicroRows][Vectors];  // in registers where every loop over it is unrolled
+#pragma GCC unroll 8
   for (int i = 0; i < kMicroRows; ++i)
+#pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j)
       acc[i][j] = accumulate ? _mm512_loadu_ps(c + i * c_stride + j * kPairTile) : _mm512_setzero_ps();
   for (int64_t at = 0; at < k; at += 2, b += 2 * b_stride) {
@@ -111,7 +113,9 @@ inline void micro_kernel(int64_t k, const uint16_t* a, int64_t a_stride, const u
       for (int j = 0; j < Vectors; ++j) acc[i][j] = multiply(acc[i][j], both, columns[j]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kMicroRows; ++i)
+#pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) _mm512_storeu_ps(c + i * c_stride + j * kPairTile, acc[i][j]);
 }
 

@@ -73,7 +73,8 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t row0 = 0; row0 < s.n; row0 += kRows) {
           Tile tile{seq, head, kv_head, s, row0, smaller(kRows, s.n - row0), 0, 0, 0, false};
-          const int64_t lo = larger(attended_keys(p, s, row0).lo / kKeys * kKeys, chunk_begin);
+          const int64_t first = larger(0, attended_keys(p, s, row0).lo - chunk_begin);
+          const int64_t lo = chunk_begin + first / kKeys * kKeys;  // blocks are counted from the chunk's begin
           const int64_t hi = smaller(attended_keys(p, s, row0 + tile.rows - 1).hi, chunk_end);
           if (lo < hi) map.begin(tile);
           for (int64_t key0 = lo; key0 < hi; key0 += kKeys) {
@@ -178,7 +179,7 @@ struct KeySweepResults {
      Map<A> map(p, scratch);                                               \
      sweep<Compute<A>>(p, unit, map);                                      \
    }}
-#ifdef __AVX512BF16__
+#ifdef METATTN_PAIRS
 #define METATTN_MAP_KERNELS(Map, sweep) {{}, {}, METATTN_MAP_KERNEL(Map, sweep, Pairs)}
 #else
 #define METATTN_MAP_KERNELS(Map, sweep) {METATTN_MAP_KERNEL(Map, sweep, float), METATTN_MAP_KERNEL(Map, sweep, double), {}}

@@ -5,7 +5,7 @@
 #include "lse.h"
 #include "packed.h"
 #include "philox.h"
-#ifdef __AVX512BF16__
+#ifdef METATTN_PAIRS
 #include "packed_pairs.h"
 #endif
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#if METATTN_VECTOR_BYTES == 64
 #include <immintrin.h>
 #endif
 
@@ -55,7 +55,7 @@ static inline Vec<T> splat(T x) {
 // The larger of each pair of elements; y where either is NaN, as the processors' own instruction has it.
 template <class T>
 static inline Vec<T> maximum(Vec<T> x, Vec<T> y) {
-#ifdef __AVX512F__
+#if METATTN_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return _mm512_max_ps(x, y);
   else return _mm512_max_pd(x, y);
 #else
@@ -102,7 +102,7 @@ static inline T max_element(Vec<T> x) {
 }
 
 // Whether an element lies above `limit`.
-#ifdef __AVX512F__
+#if METATTN_VECTOR_BYTES == 64
 static inline bool any_above(Vec<float> x, float limit) {
   return _mm512_cmp_ps_mask(x, splat(limit), _CMP_GT_OQ) != 0;
 }
@@ -209,7 +209,7 @@ static inline Vec<float> exp2_near_zero(Vec<float> r) {
   y = y * r + 6.931470037e-1f;
   return y * r + 1.0f;
 }
-#ifdef __AVX512F__
+#if METATTN_VECTOR_BYTES == 64
 static inline Vec<float> exp2(Vec<float> z) {
   z = maximum<float>(splat(-200.0f), z);
   const Vec<float> r = _mm512_reduce_ps(z, 0x8);  // less the nearest integer
