@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from metattn.cli._cases import OUTPUTS, PRODUCTS, TOLERANCES, Inputs
+from metattn.cli._cases import OUTPUTS, PRODUCTS, TOLERANCES, WHOLE, Inputs
 from metattn.cli._measure import chunks
 
 STEPS = tuple(PRODUCTS)  # forward, vjp, jvp, vjp_jvp, double backward, second-order step
-WHOLE = "second-order step"
 FLEX, JAX = "FlexAttention", "JAX"
 WINDOW = (4096, -1)  # of the longest case
 SCORES_AT_ONCE = 2**25  # elements of an N×M matrix that the float64 answer holds at a time

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from benchmarks.gpu_cases import CASES, STEPS, WHOLE
+from metattn.cli._goals import Goal
 
 Row = dict[str, Any]
 Results = dict[str, Any]
@@ -62,19 +62,6 @@ class Table:
 
 
 # The goals.
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is aimed at, what was measured, and whether it is reached; None: not measured."""
-
-    what: str
-    measured: str = "–"
-    reached: bool | None = None
-
-    def cells(self) -> list[str]:
-        verdict = {None: "not measured", True: "reached", False: "not reached"}[self.reached]
-        return [self.what, verdict, self.measured]
 
 
 HVP = ((512, 512, 18.3), (256, 1024, 27.2), (128, 2048, 44.8), (64, 4096, 80.2))

@@ -439,7 +439,7 @@ def test_goals_are_judged_by_the_worst_case() -> None:
     assert flash_goal(1.3, 1.09)[0] == "not reached"
     assert flash_goal(1.1) == ("not all measured", "long 1.10× ±0.10")
     assert flash_goal(0.9)[0] == "not reached"
-    assert flash_goal() == ("not all measured", "–")
+    assert flash_goal() == ("not measured", "–")
 
 
 def test_goals_of_the_dtypes_are_their_own() -> None:

@@ -298,7 +298,7 @@ def test_goals() -> None:
     assert few_shot == ("not reached", "4.00, the worst of 1 (few-shot)")
     assert found["forward: torch cuDNN / ours ≥ 0.85 at d 128"][0] == "not reached"
     forward = found["forward: torch flash / ours ≥ 1 everywhere"]  # of which the rest is open
-    assert forward[0] == "not measured"
+    assert forward[0] == "not all measured"
     assert forward[1].startswith("1.20, the worst of 1 (few-shot); not yet")
     assert found["second-order step: torch math / ours ≥ 10 at N = 4096"] == ("not measured", "–")
 

@@ -17,7 +17,7 @@ from four_maps import OPTIONS, SHORT_LENGTHS, Call, Outputs, assert_close, four_
 from torch import Tensor
 
 from metattn.backends import native, reference
-from metattn.problem import Primals, Problem, Results
+from metattn.problem import Constants, Primals, Problem, Results
 
 if native.unavailable_reason() is not None:
     pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)
@@ -169,6 +169,19 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
                 assert (value is None and right is None) or torch.equal(value, right), key
     finally:
         torch.set_num_threads(before)
+
+
+def test_exponentials_are_as_exact_as_stated(isa: str) -> None:
+    """2^z to 1.7e-7 (docs/backends.md), beside the rounding of z and of the two products that show it."""
+    score = -torch.linspace(0, 20, 64)
+    shape = (1, 1, 64, 1)
+    primals = Primals(torch.ones(1, 1, 1, 1), score.view(shape), torch.eye(64)[None, None], None, None)
+    problem = replace(Call().make()[0], scale=1.0)
+    o = native.forward(problem, primals, Constants(None, None, None, None, None)).o.flatten().double()
+    error = (o / o[0] / score.double().exp() - 1).abs()
+    ulp = torch.finfo(torch.float32).eps / 2
+    assert (error <= 2 * 1.7e-7 + ulp * (4 - 3 * score.double())).all()
+    assert error[0] == 0
 
 
 @pytest.mark.parametrize("offset", [1e4, 3e38])

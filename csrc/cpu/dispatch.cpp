@@ -37,15 +37,12 @@ struct Isa {
 
 #define METATTN_MAPS(isa) {isa::forward, isa::vjp, isa::jvp, isa::vjp_jvp, isa::double_backward}, &isa::keys_at_once
 
-bool has_avx512() {
 #ifdef METATTN_HAS_AVX512
+bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
 }
-
+#endif
 #if defined(METATTN_HAS_AVX512_BF16) || defined(METATTN_HAS_AMX)
 bool has_avx512_bf16() {
   unsigned eax = 0, ebx, ecx, edx;
@@ -120,6 +117,10 @@ bool all_bfloat16(const Params& p) {
 
 bool takes_pairs(const Isa& isa, const Params& p) { return isa.pair_keys_at_once != nullptr && all_bfloat16(p); }
 
+bool keys_fit(const Isa& isa, const Params& p) {
+  return p.m <= (takes_pairs(isa, p) ? *isa.pair_keys_at_once : *isa.keys_at_once);
+}
+
 const MapKernel& kernel_of(const Isa& isa, MapName map, const Params& p, bool is_double) {
   if (takes_pairs(isa, p)) return isa.pair_maps[map][kPairs];
   return isa.maps[map][is_double ? kDouble : kFloat];
@@ -182,12 +183,6 @@ void plan_key_sweep(Params& p) {
   p.key_chunk = p.m > 0 ? ceil_div(ceil_div(p.m, pieces), kKeyBlock) * kKeyBlock : kKeyBlock;
   p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
 }
-
-namespace {
-bool keys_fit(const Isa& isa, const Params& p) {
-  return p.m <= (takes_pairs(isa, p) ? *isa.pair_keys_at_once : *isa.keys_at_once);
-}
-}  // namespace
 
 bool keys_fit_a_block(const Params& p) { return keys_fit(*active_isa().load(), p); }
 

@@ -97,9 +97,8 @@ def too_large(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
 class Operators(operators.Operators):
     """The maps as these operators take them: with what torch allows at the time."""
 
-    def _run(self, map_: str, *arguments: Any) -> tuple[Tensor, ...]:
-        operator = getattr(getattr(torch.ops, self.namespace), map_)
-        return operator(*arguments, tf32=operators.allows_tf32())  # type: ignore[no-any-return]
+    def _run(self, map_: str, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        return super()._run(map_, *arguments, tf32=operators.allows_tf32(), **more)
 
 
 _OPERATORS = Operators("metattn")

@@ -12,9 +12,11 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from metattn.backends import IMPORTING_PROCESS, operators
-from metattn.problem import Constants, Primals, Problem
+from metattn.backends.operators import Needs
+from metattn.problem import Constants, Primals, Problem, Results
 
 LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cpu.so"
 
@@ -46,6 +48,28 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     return None
 
 
-_OPERATORS = operators.Operators("metattn")
+class Operators(operators.Operators):
+    """The four maps, and two of them at once."""
+
+    def double_backward(
+        self,
+        problem: Problem,
+        primals: Primals,
+        constants: Constants,
+        results: Results,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        tangents: Primals,
+        needs: Needs,
+        dq: Tensor | None = None,
+    ) -> tuple[Results, Primals]:
+        """jvp and vjp_jvp; dq, the gradient that vjp gave for q, helps nothing here."""
+        call = operators.flatten(problem, primals, constants)
+        arguments = (*call, *results, do, dlse, *tangents, operators.wanted(needs))
+        o_t, lse_t, o_t_lo, *found = self._run("double_backward", *arguments)
+        return operators.results_of(primals, o_t, lse_t, o_t_lo), operators.gradients(needs, tuple(found))
+
+
+_OPERATORS = Operators("metattn")
 forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp
 double_backward = _OPERATORS.double_backward

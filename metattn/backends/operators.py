@@ -90,8 +90,8 @@ class Operators:
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
 
-    def _run(self, map_: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return getattr(getattr(torch.ops, self.namespace), map_)(*arguments)  # type: ignore[no-any-return]
+    def _run(self, map_: str, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        return getattr(getattr(torch.ops, self.namespace), map_)(*arguments, **more)  # type: ignore[no-any-return]
 
     def forward(self, problem: Problem, primals: Primals, constants: Constants) -> Results:
         """o, lse, and what rounding o lost."""
@@ -134,24 +134,6 @@ class Operators:
         call = flatten(problem, primals, constants)
         arguments = (*call, *results, do, dlse, *tangents, *results_t, wanted(needs))
         return gradients(needs, self._run("vjp_jvp", *arguments))
-
-    def double_backward(
-        self,
-        problem: Problem,
-        primals: Primals,
-        constants: Constants,
-        results: Results,
-        do: Tensor | None,
-        dlse: Tensor | None,
-        tangents: Primals,
-        needs: Needs,
-        dq: Tensor | None = None,
-    ) -> tuple[Results, Primals]:
-        """jvp and vjp_jvp; dq, the gradient that vjp gave for q, helps nothing here."""
-        call = flatten(problem, primals, constants)
-        arguments = (*call, *results, do, dlse, *tangents, wanted(needs))
-        o_t, lse_t, o_t_lo, *found = self._run("double_backward", *arguments)
-        return results_of(primals, o_t, lse_t, o_t_lo), gradients(needs, tuple(found))
 
 
 def fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:

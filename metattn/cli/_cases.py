@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metattn.cli._measure import chunks
 
+WHOLE = "second-order step"
 # Products of 2·N·M·d FLOP in each step (docs/math.md). jvp is what torch.func.jvp gives: the forward too.
 PRODUCTS = {
     "forward": 2,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from metattn.cli._cases import WHOLE
 from metattn.cli._contestants import CHECKPOINTED, FLASH, FULL, MATH
 from metattn.cli._tables import Results, Table, extra, needed, ours, ratio, row_of
 
-WHOLE = "second-order step"
 STEPS = ("forward", "vjp", "double backward", WHOLE)
 LONG = {"float32": ("long", "long d128"), "bfloat16": ("long bf16", "long d128 bf16")}
 FEW_SHOT = {"float32": ("few-shot",), "bfloat16": ("few-shot bf16",)}
@@ -37,7 +37,8 @@ class Goal:
     reached: bool | None = None
 
     def cells(self) -> list[str]:
-        verdict = {None: "not all measured", True: "reached", False: "not reached"}[self.reached]
+        unknown = "not measured" if self.measured == "–" else "not all measured"
+        verdict = {None: unknown, True: "reached", False: "not reached"}[self.reached]
         return [self.what, verdict, self.measured]
 
 

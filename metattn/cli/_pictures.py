@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from metattn.cli._cases import WHOLE
 from metattn.cli._contestants import CHECKPOINTED, COMPILED, FLASH, FULL, JAX, MATH
 from metattn.cli._tables import Results, cases, extra, names, needed, ours, row_of
 
-WHOLE = "second-order step"
 STEPS = ("forward", "vjp", "double backward", WHOLE)
 TITLES = {
     "speedup.png": "Speed-up",

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metattn.cli._cases import TOLERANCES, Case, Inputs, errors, exact, make_inputs
+from metattn.cli._cases import TOLERANCES, WHOLE, Case, Inputs, errors, exact, make_inputs
 from metattn.cli._contestants import CHECKPOINTED, MATH, Contestant, make_step
 from metattn.cli._measure import SIZE, ChildError, Product, Timing, in_fresh_process, interleave, per_round
 
 Advance = Callable[[float, str], None]
 Row = dict[str, Any]
 
-WHOLE = "second-order step"
 LONGEST_PEER = 8192  # N to which torch's memory is measured: 6 GiB there, and four times that at the next
 LONGEST_CHECKED = 8192  # N to which all outputs are compared with float64; beyond, those of a few queries
 LAST = 512  # how many
