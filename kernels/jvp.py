@@ -32,7 +32,8 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
         pt = scores.shown(call, seen.s, seen.p * (t - block.statistics.tau[:, None]), MASKED)
         excess += tl.sum(pt, 1)
         v = products.without(row_tiles.keys_of(block, call.v, start, MASKED, KEYS, VALUE), unseen)
-        acc = products.add_product(acc, scores.times(pt, seen.z), v, PRECISION)
+        # in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
+        acc = products.add_product(acc, scores.times(pt, seen.z), v, PRECISION, True)
     if given.c is not None:
         c = products.without(row_tiles.keys_of(block, given.c, start, MASKED, KEYS, VALUE), unseen)
         acc = products.add_product(acc, scores.times(seen.p, seen.z), c, PRECISION)

@@ -76,9 +76,19 @@ class TestPeakedSoftmax:
     """Where a few keys hold all the weight, what depends on differences of large terms is at stake."""
 
     @dtypes
-    @pytest.mark.parametrize("scale", [2.0, 30.0])
-    def test_scale(self, scale: float, dtype: torch.dtype, backend: str) -> None:
-        call = make_call(("plain",), replace(SHAPE, d=8), dtype)
+    @pytest.mark.parametrize(
+        ("option", "length", "scale"),
+        [
+            ("plain", 33, 2.0),
+            ("plain", 33, 30.0),
+            ("plain", 200, 2.0),
+            ("plain", 200, 30.0),
+            ("bias", 200, 2.0),
+        ],
+    )
+    def test_scale(self, option: str, length: int, scale: float, dtype: torch.dtype, backend: str) -> None:
+        """Of 35 keys one block holds all; of 202, or with a bias, the double backward is in two sweeps."""
+        call = make_call((option,), replace(SHAPE, n=length, m=length + 2, d=8), dtype)
         call.constants["scale"] = scale
         check(call, backend, dtype)
 

@@ -22,6 +22,7 @@ struct Forward {
   T *s, *tanh_tile, *z;
   T* acc;       // [kRows][padded(dv)] unnormalised output
   T* totals;    // [kRows][kLanes] sums of exponentials
+  T* added;     // [kRows][kLanes] by how much rounding made the weights larger
   int64_t wide_dv;
   T slack;      // kSlack, as elements of the tile
   // The element of the tile that exponents are counted from, natural where it is large (LogSumExp), and what S it stands for.
@@ -35,12 +36,13 @@ struct Forward {
     q = PackedRows<A>::take(arena, p.q, p.d, false);
     k = PackedKeys<A>::take(arena, p.k, p.d, blocks, false, true);
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, true, false);
-    sums = WeightedSums<A>::take(arena, p);
+    sums = WeightedSums<A>::take(arena, p, true);
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
+    added = arena.take<T>(kRows * kLanes<T>);
     slack = kSlack / exponents.factor;
   }
 
@@ -52,6 +54,7 @@ struct Forward {
     q.pack(p, p.q, tile, nullptr, row);
     memset(acc, 0, sizeof(T) * tile.rows * wide_dv);
     memset(totals, 0, sizeof(T) * tile.rows * kLanes<T>);
+    memset(added, 0, sizeof(T) * tile.rows * kLanes<T>);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
@@ -77,6 +80,7 @@ struct Forward {
     if (before == -kInfinity<double>) return;
     const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
+    store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
   }
 
@@ -89,15 +93,16 @@ struct Forward {
       for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
       if (any_above(top, limit[r])) raise(r, max_element<T>(top));
       if (large[r]) natural_row(tile, s_row, r);
-      Vec<T> total = load(totals + r * kLanes<T>);
+      Vec<T> total = load(totals + r * kLanes<T>), more = load(added + r * kLanes<T>);
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
         const Vec<T> x = load(s_row + j);
         Vec<T> weight = large[r] ? x : exp2((x - reference[r]) * exponents.factor);
         total += weight;
         if (z != nullptr) weight *= load(z + r * kKeys + j);
-        sums.put(s, r, j, weight);
+        more += sums.put(s, r, j, weight) - weight;
       }
       store(totals + r * kLanes<T>, total);
+      store(added + r * kLanes<T>, more);
     }
     sums.over_keys_put(tile, s, v, block, acc);
   }
@@ -113,8 +118,10 @@ struct Forward {
       const T total = sum<T>(load(totals + r * kLanes<T>));
       const bool dead = total == 0;
       if (dead) memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
+      // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V
+      const T weight = total + sum<T>(load(added + r * kLanes<T>));
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
-                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / total, o, row);
+                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / weight, o, row);
       const double log_total = __builtin_log(static_cast<double>(total));
       *double_at(p.out_lse, tile.seq, tile.head, i) = dead       ? -kInfinity<double>
                                                       : large[r] ? join_lse(reference[r], log_total)

@@ -20,6 +20,7 @@ struct Jvp {
   PackedRows<A> q, a;
   PackedKeys<A> k, b, v, c;
   WeightedSums<A> sums;
+  WeightedSums<A> exact_sums;  // of Pt: Dt = rowsum(Ot∘dO) is to cancel with what is not rounded
   T *s, *tanh_tile, *z, *t, *scratch_row;
   T* acc;  // [kRows][padded(dv)]
   T base[kRows];        // t
@@ -40,6 +41,7 @@ struct Jvp {
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, has_scores, false);
     c = PackedKeys<A>::take(arena, p.t_v, p.dv, blocks, true, false);
     sums = WeightedSums<A>::take(arena, p);
+    exact_sums = sums.exact();
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
@@ -103,7 +105,7 @@ struct Jvp {
       if (p.softcap != 0) weigh_row<true>(tile, r);
       else weigh_row<false>(tile, r);
     }
-    if (has_scores) sums.over_keys(tile, t, v, block, acc);
+    if (has_scores) exact_sums.over_keys(tile, t, v, block, acc);
     if (c) sums.over_keys(tile, s, c, block, acc);
   }
 

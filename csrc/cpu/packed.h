@@ -150,10 +150,15 @@ static void multiply_scores(const Tile& tile, const PackedRows<T>& rows, const P
 // Products of a tile of weights [kRows][kKeys], summed over its keys or its rows.
 template <class T>
 struct WeightedSums {
-  static WeightedSums take(Arena&, const Params&) { return {}; }
+  // output: the sums are O.
+  static WeightedSums take(Arena&, const Params&, bool /*output*/ = false) { return {}; }
+  WeightedSums exact() const { return {}; }
 
-  // Weights from column j of row r on, for over_keys_put.
-  void put(T* weights, int64_t r, int64_t j, Vec<T> weight) const { store(weights + r * kKeys + j, weight); }
+  // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as.
+  Vec<T> put(T* weights, int64_t r, int64_t j, Vec<T> weight) const {
+    store(weights + r * kKeys + j, weight);
+    return weight;
+  }
   void over_keys_put(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
     over_keys(tile, weights, keys, block, sums);
   }

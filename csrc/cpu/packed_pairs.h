@@ -17,73 +17,80 @@ struct ComputeOf<Pairs> {
 template <>
 struct Scope<Pairs> : PairsScope {};
 
-// Up to so many rows or keys a sum averages no rounding of its weights out: they are multiplied in two parts.
-constexpr int64_t kFewSamples = 128;
+// Up to so many rows or keys a sum averages no rounding of its weights out: they are multiplied in two parts. O is worth
+// it for longer: what rounding does to it enters D = rowsum(dO∘O), which is to cancel with dP, which is not rounded.
+constexpr int64_t kFewSamples = 32, kFewForOutput = 128;
 
 static_assert(kRows % kPairDepth == 0 && kKeys % kPairDepth == 0 && kLanes<float> == kPairTile);
 
 static inline int64_t tiles_wide(int64_t x) { return round_up(x, kPairTile); }
 static inline int64_t tiles_deep(int64_t x) { return round_up(x, kPairDepth); }
 
-// A row of bfloat16 as it is, with zeros behind, up to `wide` elements, a multiple of kPairDepth; `strange` gathers the
-// infinities and NaN in it.
-static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t wide, uint16_t* row,
+// Sixteen bfloat16 as floats.
+static inline Vec<float> widened(const uint16_t* source) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+  return (Vec<float>)_mm512_slli_epi32(bits, 16);
+}
+
+// Tiles (pairs.h): where row r of those that hold rows of `deep` elements begins, and element c of it.
+template <class U>
+static inline U* tile_row(U* tiles, int64_t r, int64_t deep) {
+  return tiles + r / kPairTile * kPairTile * deep + r % kPairTile * kPairDepth;
+}
+static inline int64_t in_tiles(int64_t c) { return c / kPairDepth * kTileElements + c % kPairDepth; }
+
+// A row of bfloat16 as it is, with zeros behind, up to `deep` elements, into tiles; `strange` gathers the infinities and
+// NaN in it.
+static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t deep, uint16_t* row,
                             __mmask32& strange) {
   const uint16_t* source = reinterpret_cast<const uint16_t*>(view.data) + offset;
   const int64_t stride = view.stride[3];
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  if (stride != 1)
-    for (int64_t c = 0; c < count; ++c) row[c] = source[c * stride];
-  for (int64_t c = 0; c < wide; c += kPairDepth) {
+  for (int64_t c = 0; c < deep; c += kPairDepth) {
     const int64_t left = count - c;
     const __mmask32 kept = left >= kPairDepth ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
-    const __m512i x = _mm512_maskz_loadu_epi16(kept, stride == 1 ? source + c : row + c);
+    uint16_t* const target = row + c * kPairTile;
+    if (stride != 1)
+      for (int64_t i = 0; i < smaller(left, kPairDepth); ++i) target[i] = source[(c + i) * stride];
+    const __m512i x = _mm512_maskz_loadu_epi16(kept, stride == 1 ? source + c : target);
     strange |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-    _mm512_storeu_si512(row + c, x);
+    _mm512_storeu_si512(target, x);
   }
+}
+static inline void zero_row(uint16_t* row, int64_t deep) {
+  for (int64_t c = 0; c < deep; c += kPairDepth) memset(row + c * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
 }
 
-// pairs[c] = (low[c], high[c]) for c < count, a multiple of kPairTile.
-static inline void interleave(const uint16_t* low, const uint16_t* high, int64_t count, uint16_t* pairs) {
-  for (int64_t c = 0; c < count; c += kPairTile) {
-    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + c)));
-    const __m512i y = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + c)));
-    _mm512_storeu_si512(pairs + 2 * c, _mm512_or_si512(x, _mm512_slli_epi32(y, 16)));
+// Tile of pairs [kPairTile][kPairTile][2]: successive rows of `rows` side by side, from element c on.
+static inline void interleave(const uint16_t* rows, int64_t c, Vec<float> (&pairs)[kPairTile], int64_t deep) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kPairTile; ++i) {
+    const uint16_t* low = tile_row(rows, 2 * i, deep) + in_tiles(c);
+    const uint16_t* high = tile_row(rows, 2 * i + 1, deep) + in_tiles(c);
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const __m512i y = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    pairs[i] = (Vec<float>)_mm512_or_si512(x, _mm512_slli_epi32(y, 16));  // bits: nothing is computed with them
   }
 }
-// target [columns][rows] of 32-bit pairs = source [rows][columns] turned; both counts multiples of kPairTile.
-static inline void turn_pairs(const uint16_t* source, int64_t source_stride, int64_t rows, int64_t columns,
-                              uint16_t* target, int64_t target_stride) {
-  for (int64_t r = 0; r < rows; r += kPairTile) {
-    for (int64_t c = 0; c < columns; c += kPairTile) {
-      Vec<float> square[kLanes<float>];  // bits: nothing is computed with them
+static inline void store_tile(const Vec<float> (&tile)[kPairTile], uint16_t* target) {
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kPairTile; ++i) memcpy(&square[i], source + 2 * ((r + i) * source_stride + c), 64);
-      transpose<float>(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kPairTile; ++i) memcpy(target + 2 * ((c + i) * target_stride + r), &square[i], 64);
-    }
-  }
+  for (int64_t i = 0; i < kPairTile; ++i) memcpy(target + i * kPairDepth, &tile[i], sizeof tile[i]);
 }
 
-// A block of rows: row-major [kRows][deep width], operand A of scores; and turned [wide width][kRows], operand A of
-// sums over rows.
+// A block of rows as tiles [kRows][deep width], operand A of scores; and turned, [wide width][kRows], operand A of sums
+// over rows.
 template <>
 struct PackedRows<Pairs> {
   uint16_t* data = nullptr;
   uint16_t* turned = nullptr;
-  uint16_t* pairs = nullptr;  // [kRows / 2][deep width][2] on the way to turned
-  int64_t width = 0, stride = 0;
+  int64_t width = 0, deep = 0;
 
   static PackedRows take(Arena& arena, const View& view, int64_t width, bool summed_over) {
     PackedRows packed;
     packed.width = width;
-    packed.stride = tiles_deep(width);
-    if (view) packed.data = arena.take<uint16_t>(kRows * packed.stride);
-    if (view && summed_over) {
-      packed.turned = arena.take<uint16_t>(packed.stride * kRows);
-      packed.pairs = arena.take<uint16_t>(kRows * packed.stride);
-    }
+    packed.deep = tiles_deep(width);
+    if (view) packed.data = arena.take<uint16_t>(kRows * packed.deep);
+    if (view && summed_over) packed.turned = arena.take<uint16_t>(tiles_wide(width) * kRows);
     return packed;
   }
   explicit operator bool() const { return data != nullptr; }
@@ -91,83 +98,91 @@ struct PackedRows<Pairs> {
   void pack(const Params& p, const View& view, const Tile& tile, const bool* dead, float*) {
     const int64_t rows = tiles_deep(tile.rows);
     for (int64_t r = 0; r < rows; ++r) {
-      uint16_t* row = data + r * stride;
+      uint16_t* row = tile_row(data, r, deep);
       const int64_t i = tile.row0 + r;
       bool live = r < tile.rows && !(dead != nullptr && dead[r]);
       if (live) {
         __mmask32 strange = 0;
-        copy_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), width, stride, row, strange);
+        copy_row(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + i), width, deep, row, strange);
         live = !p.sinks || strange == 0 || !dead_row<float>(p, tile.s, tile.seq, tile.head, i);
       }
-      if (!live) memset(row, 0, sizeof(uint16_t) * stride);
+      if (!live) zero_row(row, deep);
     }
     if (turned == nullptr) return;
-    for (int64_t r = 0; r < rows; r += 2)
-      interleave(data + r * stride, data + (r + 1) * stride, stride, pairs + r * stride);
-    turn_pairs(pairs, stride, tiles_wide(rows / 2), tiles_wide(width), turned, kRows / 2);
+    for (int64_t r = 0; r < rows; r += kPairDepth) {
+      for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
+        Vec<float> pairs[kPairTile];
+        interleave(data + r * deep, c, pairs, deep);
+        transpose<float>(pairs);
+        store_tile(pairs, turned + c * kRows + r * kPairTile);
+      }
+    }
   }
   float dot(int64_t r, const float* other) const {
+    const uint16_t* row = tile_row(data, r, deep);
     Vec<float> total = {};
-    for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
-      const __m512i bits =
-          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + r * stride + c)));
-      total += (Vec<float>)_mm512_slli_epi32(bits, 16) * load(other + c);
-    }
+    for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) total += widened(row + in_tiles(c)) * load(other + c);
     return sum<float>(total);
   }
 };
 
-// Key blocks: pairs of keys (natural: [kKeys / 2][wide width][2], operand B of sums over keys) and pairs of features
-// (turned: [deep width / 2][kKeys][2], operand B of scores).
+// Key blocks as tiles of pairs of keys (natural: operand B of sums over keys, [kKeys][wide width]) and of pairs of
+// features (turned: operand B of scores, [deep width][kKeys]).
 template <>
 struct PackedKeys<Pairs> {
   uint16_t* natural = nullptr;
   uint16_t* turned = nullptr;
-  uint16_t* loaded = nullptr;  // [kKeys][stride]
-  int64_t width = 0, stride = 0;  // stride: whole pairs' squares, two of features each
+  uint16_t* loaded = nullptr;  // a block as it came, tiles [kKeys][deep width]
+  int64_t width = 0, deep = 0;
 
   static PackedKeys take(Arena& arena, const View& view, int64_t width, int64_t blocks, bool natural, bool turned) {
     PackedKeys packed;
     packed.width = width;
-    packed.stride = tiles_deep(width);
+    packed.deep = tiles_deep(width);
     if (view && natural) packed.natural = arena.take<uint16_t>(blocks * kKeys * tiles_wide(width));
-    if (view && turned) packed.turned = arena.take<uint16_t>(blocks * kKeys * packed.stride);
-    if (view && (natural || turned)) packed.loaded = arena.take<uint16_t>(kKeys * packed.stride);
+    if (view && turned) packed.turned = arena.take<uint16_t>(blocks * kKeys * packed.deep);
+    if (view && (natural || turned)) packed.loaded = arena.take<uint16_t>(kKeys * packed.deep);
     return packed;
   }
   explicit operator bool() const { return loaded != nullptr; }
-  const uint16_t* natural_block(int64_t block) const { return natural + block * kKeys * tiles_wide(width); }
-  const uint16_t* turned_block(int64_t block) const { return turned + block * kKeys * stride; }
+  uint16_t* natural_block(int64_t block) const { return natural + block * kKeys * tiles_wide(width); }
+  uint16_t* turned_block(int64_t block) const { return turned + block * kKeys * deep; }
 
   bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, float*,
                  bool* strange) {
     __mmask32 any = 0;
     for (int64_t key = 0; key < keys; ++key) {
       __mmask32 found = 0;
-      copy_row(view, offset_of(view, seq, kv_head, first + key), width, stride, loaded + key * stride, found);
+      copy_row(view, offset_of(view, seq, kv_head, first + key), width, deep, tile_row(loaded, key, deep), found);
       strange[key] |= found != 0;
       any |= found;
     }
     for (int64_t key = keys; key < tiles_deep(keys); ++key) erase(block, key);
     return any != 0;
   }
-  void erase(int64_t /*block*/, int64_t key) { memset(loaded + key * stride, 0, sizeof(uint16_t) * stride); }
+  void erase(int64_t /*block*/, int64_t key) { zero_row(tile_row(loaded, key, deep), deep); }
   void finish(int64_t block, int64_t keys) {
-    if (turned != nullptr)
-      turn_pairs(loaded, stride / 2, tiles_wide(keys), stride / 2, turned + block * kKeys * stride, kKeys);
-    if (natural != nullptr) {
-      uint16_t* target = natural + block * kKeys * tiles_wide(width);
-      for (int64_t key = 0; key < tiles_deep(keys); key += 2)
-        interleave(loaded + key * stride, loaded + (key + 1) * stride, tiles_wide(width),
-                   target + key * tiles_wide(width));
+    for (int64_t at = 0; turned != nullptr && at < tiles_wide(keys) * deep; at += kTileElements) {
+      Vec<float> pairs[kPairTile];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kPairTile; ++i) memcpy(&pairs[i], loaded + at + i * kPairDepth, sizeof pairs[i]);
+      transpose<float>(pairs);
+      store_tile(pairs, turned_block(block) + at);
+    }
+    for (int64_t key = 0; natural != nullptr && key < keys; key += kPairDepth) {
+      for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
+        Vec<float> pairs[kPairTile];
+        interleave(loaded + key * deep, c, pairs, deep);
+        store_tile(pairs, natural_block(block) + c * kKeys + key * kPairTile);
+      }
     }
   }
 };
 
 static inline void multiply_scores(const Tile& tile, const PackedRows<Pairs>& rows, const PackedKeys<Pairs>& keys,
                                    int64_t block, float* c, bool accumulate) {
-  gemm_pairs(tiles_wide(tile.rows), tile.cols, rows.stride, rows.data, rows.stride, keys.turned_block(block), kKeys, c,
-             kKeys, accumulate);
+  gemm_pairs(tiles_wide(tile.rows), tile.cols, rows.deep, rows.data, kPairTile * rows.deep, keys.turned_block(block),
+             kPairTile * keys.deep, c, kKeys, accumulate);
 }
 
 // Sixteen weights as bfloat16, one to 32 bits, and what that lost (nothing where it overflowed).
@@ -182,12 +197,14 @@ static inline __m512 lost(__m512 x) {
 
 template <>
 struct WeightedSums<Pairs> {
-  uint16_t* rounded = nullptr;  // weights [kRows][kKeys], or pairs of rows [kRows / 2][kKeys][2]
+  uint16_t* rounded = nullptr;  // tiles [kRows][kKeys] of weights, or of pairs of rows
   bool twice = false;
 
-  static WeightedSums take(Arena& arena, const Params& p) {
-    return {arena.take<uint16_t>(kRows * kKeys), smaller(p.n, p.m) <= kFewSamples};
+  static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
+    return {arena.take<uint16_t>(kRows * kKeys), smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples)};
   }
+  // The same, always in two parts.
+  WeightedSums exact() const { return {rounded, true}; }
 
   template <bool Lost>
   static __m512 part(const float* weights) {
@@ -200,7 +217,7 @@ struct WeightedSums<Pairs> {
       const float* row = weights + r * kKeys;
       for (int64_t j = 0; j < tile.keys; j += kPairDepth) {
         const __m512 right = j + kPairTile < tile.cols ? part<Lost>(row + j + kPairTile) : _mm512_setzero_ps();
-        _mm512_storeu_si512(rounded + r * kKeys + j, (__m512i)_mm512_cvtne2ps_pbh(right, part<Lost>(row + j)));
+        _mm512_storeu_si512(tile_row(rounded, r, kKeys) + in_tiles(j), (__m512i)_mm512_cvtne2ps_pbh(right, part<Lost>(row + j)));
       }
     }
   }
@@ -215,21 +232,28 @@ struct WeightedSums<Pairs> {
         const __m512 first = r < tile.rows ? part<Lost>(row + j) : _mm512_setzero_ps();
         const __m512 second = r + 1 < tile.rows ? part<Lost>(row + kKeys + j) : _mm512_setzero_ps();
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-        _mm512_storeu_si512(rounded + r * kKeys + 2 * j, _mm512_permutexvar_epi16(order, both));
+        _mm512_storeu_si512(rounded + j * kRows + r * kPairTile, _mm512_permutexvar_epi16(order, both));
       }
     }
   }
 
-  // Weights from column j of row r on, for over_keys_put: rounded at once, or kept where they are multiplied twice.
-  void put(float* weights, int64_t r, int64_t j, Vec<float> weight) const {
-    if (twice) store(weights + r * kKeys + j, weight);
-    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + r * kKeys + j), (__m256i)_mm512_cvtneps_pbh(weight));
+  // Weights from column j of row r on, for over_keys_put: rounded at once, or kept where they are multiplied twice. Returns
+  // what they are multiplied as.
+  Vec<float> put(float* weights, int64_t r, int64_t j, Vec<float> weight) const {
+    if (twice) {
+      store(weights + r * kKeys + j, weight);
+      return weight;
+    }
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile_row(rounded, r, kKeys) + in_tiles(j)), bits);
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
   }
   void over_keys_put(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block,
                      float* sums) const {
     if (twice) return over_keys(tile, weights, keys, block, sums);
     if (tile.cols < tiles_deep(tile.keys))
-      for (int64_t r = 0; r < tile.rows; ++r) memset(rounded + r * kKeys + tile.cols, 0, sizeof(uint16_t) * kPairTile);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        memset(tile_row(rounded, r, kKeys) + in_tiles(tile.cols), 0, sizeof(uint16_t) * kPairTile);
     multiply(tile, keys, block, sums);
   }
   void over_keys(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
@@ -240,8 +264,8 @@ struct WeightedSums<Pairs> {
     multiply(tile, keys, block, sums);
   }
   void multiply(const Tile& tile, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
-    gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded, kKeys,
-               keys.natural_block(block), tiles_wide(keys.width), sums, padded<float>(keys.width), true);
+    gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded, kPairTile * kKeys,
+               keys.natural_block(block), kPairTile * kKeys, sums, padded<float>(keys.width), true);
   }
 };
 
@@ -258,8 +282,8 @@ struct KeySums<Pairs> {
   void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
            int64_t block) {
     const auto multiply = [&] {
-      gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kRows, by.rounded, kKeys,
-                 data + block * kKeys * tiles_wide(width), kKeys, true);
+      gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows, by.rounded,
+                 kPairTile * kRows, data + block * kKeys * tiles_wide(width), kKeys, true);
     };
     by.round_pairs<false>(tile, weights);
     multiply();

@@ -6,11 +6,13 @@
 
 namespace metattn::METATTN_ISA {
 
-// Multiples that the sizes of a product are padded to: M and N, and K.
+// Operands lie in tiles of 1 KB, each of kPairTile rows of A, or columns of B, by kPairDepth of K:
+// A as [kPairTile][kPairDepth], B as [kPairDepth / 2][kPairTile][2]. Sizes of a product are padded to whole tiles.
 constexpr int64_t kPairTile = 16, kPairDepth = 32;
+constexpr int64_t kTileElements = kPairTile * kPairDepth;
 
-// C [m, n] (+)= A [m, k]·B: rows of A a_stride elements apart, B [k / 2][n][2] with rows of pairs b_stride pairs apart,
-// rows of C c_stride apart. Compiled in pairs.cpp alone.
+// C [m, n] (+)= A [m, k]·B. Tiles along K follow each other; a_stride, b_stride: elements from one row of A's tiles to the
+// next, one column of B's to the next; rows of C are c_stride apart. Compiled in pairs.cpp alone.
 void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b,
                 int64_t b_stride, float* c, int64_t c_stride, bool accumulate);
 

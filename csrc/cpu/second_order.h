@@ -120,11 +120,12 @@ struct SecondOrder {
     store(d_p + at + j, weight_t * keep);
   }
 
-  void add(const Tile& tile, int64_t block) {
-    results.add_q(tile, s, k, block);
-    if (b) results.add_q(tile, t_r, b, block);
-    results.add_k(tile, s, q, block);
-    if (a) results.add_k(tile, t_r, a, block);
+  // by: how sums over dRt are taken.
+  void add(const Tile& tile, int64_t block, const WeightedSums<A>& by) {
+    results.add_q(tile, s, by, k, block);
+    if (b) results.add_q(tile, t_r, results.sums, b, block);
+    results.add_k(tile, s, by, q, block);
+    if (a) results.add_k(tile, t_r, results.sums, a, block);
     if (d_o) results.add_v(tile, d_p, d_o, block);
   }
 };

@@ -122,11 +122,11 @@ struct KeySweepResults {
   void begin_rows(const Tile& tile) {
     if (want_q) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
   }
-  void add_q(const Tile& tile, const T* d_scores, const PackedKeys<A>& keys, int64_t block) {
-    if (want_q) sums.over_keys(tile, d_scores, keys, block, grad_q);
+  void add_q(const Tile& tile, const T* d_scores, const WeightedSums<A>& by, const PackedKeys<A>& keys, int64_t block) {
+    if (want_q) by.over_keys(tile, d_scores, keys, block, grad_q);
   }
-  void add_k(const Tile& tile, const T* d_scores, const PackedRows<A>& rows, int64_t block) {
-    if (want_k) grad_k.add(tile, d_scores, sums, rows, block);
+  void add_k(const Tile& tile, const T* d_scores, const WeightedSums<A>& by, const PackedRows<A>& rows, int64_t block) {
+    if (want_k) grad_k.add(tile, d_scores, by, rows, block);
   }
   void add_v(const Tile& tile, const T* weights, const PackedRows<A>& d_o, int64_t block) {
     if (want_v) grad_v.add(tile, weights, sums, d_o, block);

@@ -81,8 +81,8 @@ struct Vjp {
       else differentiate_row<false>(tile, r);
       if (results.want_bias) results.add_bias(tile, r, row);
     }
-    results.add_q(tile, s, k, block);
-    results.add_k(tile, s, q, block);
+    results.add_q(tile, s, results.sums, k, block);
+    results.add_k(tile, s, results.sums, q, block);
     if (d_o) results.add_v(tile, d_p, d_o, block);
   }
 

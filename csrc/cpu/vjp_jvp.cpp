@@ -36,7 +36,7 @@ struct VjpJvp : SecondOrder<A> {
       else differentiate_row<false>(tile, r);
       if (this->results.want_bias) this->results.add_bias(tile, r, this->d_s_t);
     }
-    this->add(tile, block);
+    this->add(tile, block, this->results.sums);
   }
 
   void end(const Tile& tile, int64_t chunk, bool visited) { this->results.end_rows(tile, chunk, visited); }
