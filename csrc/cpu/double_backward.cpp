@@ -10,14 +10,15 @@ namespace {
 template <class A>
 struct DoubleBackward : SecondOrder<A> {
   using T = Compute<A>;
-  T* tangents;  // [kKeys] T of a row
+  T* tangents;  // tile: T
   T* acc;       // [kRows][padded(dv)] Ot
   double tau[kRows];
+  T Dt[kRows];
   int64_t wide_dv;
 
   DoubleBackward(const Params& params, char* scratch)
       : SecondOrder<A>(params, scratch, true), wide_dv(padded<T>(params.dv)) {
-    tangents = this->arena.template take<T>(kKeys);
+    tangents = this->arena.template take<T>(kRows * kKeys);
     acc = this->arena.template take<T>(kRows * wide_dv);
   }
 
@@ -26,54 +27,71 @@ struct DoubleBackward : SecondOrder<A> {
     memset(acc, 0, sizeof(T) * tile.rows * wide_dv);
   }
 
-  // T of a row, and its τ: first a guess, then what is left around it, which does not cancel.
+  // T, and its mean by P: a guess of τ.
   template <bool Capped>
-  void find_tau(const Tile& tile, int64_t r) {
-    const T* weights = this->s + r * kKeys;
-    Vec<T> guess = {}, excess = {};
+  T guess(const Tile& tile, int64_t r) {
+    const int64_t at = r * kKeys;
+    Vec<T> total = {};
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-      const Vec<T> t = rounded(this->template tangent<Capped>(r * kKeys, j));
-      store(tangents + j, t);
-      guess += load(weights + j) * t;
+      const Vec<T> t = rounded(this->template tangent<Capped>(at, j));
+      store(tangents + at + j, t);
+      total += load(this->s + at + j) * t;
     }
-    const T base = sum<T>(guess);
-    for (int64_t j = 0; j < tile.cols; j += kLanes<T>) excess += load(weights + j) * (load(tangents + j) - base);
-    tau[r] = this->lse.dead[r] ? 0 : static_cast<double>(base) + static_cast<double>(sum<T>(excess));
+    return sum<T>(total);
   }
-
+  // What is left around it does not cancel.
+  double tau_around(const Tile& tile, int64_t r, T guessed) const {
+    const int64_t at = r * kKeys;
+    Vec<T> total = {};
+    for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
+      total += load(this->s + at + j) * (load(tangents + at + j) - guessed);
+    return static_cast<double>(guessed) + static_cast<double>(sum<T>(total));
+  }
+  T dt_of(const Tile& tile, int64_t r) const {
+    const int64_t at = r * kKeys;
+    const T row_tau = static_cast<T>(tau[r]);
+    Vec<T> total = {};
+    for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
+      total += load(this->s + at + j) *
+               ((load(tangents + at + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
+    return sum<T>(total);
+  }
   // Beside what differentiate leaves, e = P∘Z.
   template <bool Capped>
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
     const T row_tau = static_cast<T>(tau[r]);
-    const T* weights = this->s + at;
-    Vec<T> total = {};
-    for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-      total += load(weights + j) * ((load(tangents + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
-    const T Dt = this->lse.dead[r] ? 0 : sum<T>(total);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-      const Vec<T> weight_kept = load(weights + j) * this->kept(at, j);
-      this->template differentiate<Capped>(at, j, load(tangents + j) - row_tau, this->D[r], Dt);
+      const Vec<T> weight_kept = load(this->s + at + j) * this->kept(at, j);
+      this->template differentiate<Capped>(at, j, load(tangents + at + j) - row_tau, this->D[r], Dt[r]);
       store(this->e + at + j, weight_kept);
+    }
+  }
+  // Each sum in a loop of its own: the rows' long chains of operations run side by side.
+  template <bool Capped>
+  void differentiate_rows(const Tile& tile) {
+    T guessed[kRows];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      this->begin_row(tile, r);
+      guessed[r] = guess<Capped>(tile, r);
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) tau[r] = this->lse.dead[r] ? 0 : tau_around(tile, r, guessed[r]);
+    for (int64_t r = 0; r < tile.rows; ++r) Dt[r] = this->lse.dead[r] ? 0 : dt_of(tile, r);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      differentiate_row<Capped>(tile, r);
+      if (this->results.want_bias) this->results.add_bias(tile, r, this->d_s_t);
     }
   }
 
   void visit(const Tile& tile, int64_t block) {
     this->multiply(tile, block);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      this->begin_row(tile, r);
-      if (this->p.softcap != 0) {
-        find_tau<true>(tile, r);
-        differentiate_row<true>(tile, r);
-      } else {
-        find_tau<false>(tile, r);
-        differentiate_row<false>(tile, r);
-      }
-      if (this->results.want_bias) this->results.add_bias(tile, r, this->d_s_t);
-    }
-    this->results.sums.over_keys(tile, this->d_p, this->v, block, acc);
-    if (this->c) this->results.sums.over_keys(tile, this->e, this->c, block, acc);
-    this->add(tile, block, this->results.sums.exact());  // a peaked row of few keys averages nothing out
+    if (this->p.softcap != 0) differentiate_rows<true>(tile);
+    else differentiate_rows<false>(tile);
+    // what is to cancel: a sink's gradient has rowsum(dO∘Ot), and a peaked row of few keys averages nothing out
+    const auto exact = this->results.sums.exact(), of_output = this->p.sinks ? exact : this->results.sums;
+    of_output.over_keys(tile, this->d_p, this->v, block, acc);
+    if (this->c) of_output.over_keys(tile, this->e, this->c, block, acc);
+    this->add(tile, block, exact);
   }
 
   void end(const Tile& tile, int64_t chunk, bool visited) {

@@ -115,6 +115,30 @@ static inline void store_row(const T* row, int64_t count, T factor, int64_t stri
   }
 }
 
+#if METATTN_VECTOR_BYTES == 64
+// Sixteen floats as bfloat16, rounded to the nearest, ties to even.
+static inline __m256i narrowed(Vec<float> x) {
+  const __m512i bits = (__m512i)x;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+// Sixteen bfloat16 as floats.
+static inline Vec<float> widened(__m256i bits) {
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
+
+static inline void store_row(const float* row, int64_t count, float factor, int64_t stride, BFloat16* target) {
+  if (stride != 1) return store_row<BFloat16, float>(row, count, factor, stride, target);
+  for (int64_t c = 0; c < count; c += 16) {
+    const __mmask16 mask = first_lanes(count - c);
+    _mm256_mask_storeu_epi16(target + c, mask, narrowed(_mm512_maskz_loadu_ps(mask, row + c) * factor));
+  }
+}
+#endif
+
 // row[i] = view[offset + i·stride] for i < count.
 template <class T>
 static void load_row(const View& view, int64_t offset, int64_t stride, int64_t count, T* row) {
@@ -125,15 +149,16 @@ static void load_row(const View& view, int64_t offset, int64_t stride, int64_t c
     case DType::f16: return load_row(reinterpret_cast<const Float16*>(view.data) + offset, stride, count, row);
   }
 }
+// What comes so many rows later is fetched while this is worked on.
+constexpr int64_t kRowsAhead = 8;
 // The same with zeros behind, up to `wide` elements: whole vectors.
 template <class T>
 static inline void load_wide_row(const View& view, int64_t offset, int64_t width, int64_t wide, T* row) {
   constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
-  constexpr int64_t kAhead = 8;  // rows: what comes next is fetched while this is worked on
   if (view.dtype == own && view.stride[3] == 1) {
     const T* source = reinterpret_cast<const T*>(view.data) + offset;
     for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(source + kAhead * view.stride[2] + c);
+      __builtin_prefetch(source + kRowsAhead * view.stride[2] + c);
     int64_t c = 0;
     for (; c + kLanes<T> <= width; c += kLanes<T>) {
       Vec<T> x;
@@ -166,6 +191,23 @@ static inline bool is_finite(T x) {
 template <class T>
 static void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
                              T factor, T* row, T* scratch) {
+#if METATTN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (high.dtype == DType::bf16 && high.stride[3] == 1 && low && low.stride[3] == 1) {
+      uint16_t* const target = reinterpret_cast<uint16_t*>(high.data) + high_at;
+      uint16_t* const rest = reinterpret_cast<uint16_t*>(low.data) + low_at;
+      for (int64_t c = 0; c < count; c += 16) {
+        const __mmask16 mask = first_lanes(count - c);
+        const Vec<float> x = _mm512_maskz_loadu_ps(mask, row + c) * factor;
+        const __m256i bits = narrowed(x);
+        const Vec<float> wide = widened(bits);
+        _mm256_mask_storeu_epi16(target + c, mask, bits);
+        _mm256_mask_storeu_epi16(rest + c, mask, narrowed(x - (wide - wide == 0 ? wide : Vec<float>{})));
+      }
+      return;
+    }
+  }
+#endif
   store_row(high, high_at, high.stride[3], count, factor, row);
   if (!low) return;
   load_row(high, high_at, high.stride[3], count, scratch);

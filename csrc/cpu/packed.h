@@ -183,8 +183,9 @@ struct KeySums {
     gemm<true>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
                data + block * kKeys * padded<T>(width), padded<T>(width), true);
   }
-  // The sums of one key, counted from the unit's first.
-  const T* of_key(int64_t key, T* /*row*/) const { return data + key * padded<T>(width); }
+  // The sums of kLanes keys, counted from the unit's first, from a multiple of that on: [kLanes][padded(width)], in `rows`
+  // or where they are.
+  const T* of_keys(int64_t first, T* /*rows*/) const { return data + first * padded<T>(width); }
 };
 
 }  // namespace metattn::METATTN_ISA

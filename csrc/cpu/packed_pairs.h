@@ -26,10 +26,8 @@ static_assert(kRows % kPairDepth == 0 && kKeys % kPairDepth == 0 && kLanes<float
 static inline int64_t tiles_wide(int64_t x) { return round_up(x, kPairTile); }
 static inline int64_t tiles_deep(int64_t x) { return round_up(x, kPairDepth); }
 
-// Sixteen bfloat16 as floats.
-static inline Vec<float> widened(const uint16_t* source) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-  return (Vec<float>)_mm512_slli_epi32(bits, 16);
+static inline __m256i load_half(const uint16_t* source) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
 }
 
 // Tiles (pairs.h): where row r of those that hold rows of `deep` elements begins, and element c of it.
@@ -47,6 +45,7 @@ static inline void copy_row(const View& view, int64_t offset, int64_t count, int
   const int64_t stride = view.stride[3];
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   for (int64_t c = 0; c < deep; c += kPairDepth) {
+    if (stride == 1) __builtin_prefetch(source + kRowsAhead * view.stride[2] + c);
     const int64_t left = count - c;
     const __mmask32 kept = left >= kPairDepth ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
     uint16_t* const target = row + c * kPairTile;
@@ -67,8 +66,7 @@ static inline void interleave(const uint16_t* rows, int64_t c, Vec<float> (&pair
   for (int64_t i = 0; i < kPairTile; ++i) {
     const uint16_t* low = tile_row(rows, 2 * i, deep) + in_tiles(c);
     const uint16_t* high = tile_row(rows, 2 * i + 1, deep) + in_tiles(c);
-    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-    const __m512i y = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    const __m512i x = _mm512_cvtepu16_epi32(load_half(low)), y = _mm512_cvtepu16_epi32(load_half(high));
     pairs[i] = (Vec<float>)_mm512_or_si512(x, _mm512_slli_epi32(y, 16));  // bits: nothing is computed with them
   }
 }
@@ -121,7 +119,7 @@ struct PackedRows<Pairs> {
   float dot(int64_t r, const float* other) const {
     const uint16_t* row = tile_row(data, r, deep);
     Vec<float> total = {};
-    for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) total += widened(row + in_tiles(c)) * load(other + c);
+    for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) total += widened(load_half(row + in_tiles(c))) * load(other + c);
     return sum<float>(total);
   }
 };
@@ -185,87 +183,87 @@ static inline void multiply_scores(const Tile& tile, const PackedRows<Pairs>& ro
              kPairTile * keys.deep, c, kKeys, accumulate);
 }
 
-// Sixteen weights as bfloat16, one to 32 bits, and what that lost (nothing where it overflowed).
-static inline __m512i rounded_bits(__m512 x) {
-  return _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
-}
-static inline __m512 lost(__m512 x) {
-  const __m512 difference = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded_bits(x)));
+// What sixteen weights lost when they were rounded to these bits (nothing where they overflowed).
+static inline __m512 lost(__m512 x, __m256i bits) {
+  const __m512 difference = _mm512_sub_ps(x, (__m512)widened(bits));
   const __m512 infinity = _mm512_set1_ps(__builtin_inff());
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(difference), infinity, _CMP_LT_OQ), difference);
 }
 
 template <>
 struct WeightedSums<Pairs> {
-  uint16_t* rounded = nullptr;  // tiles [kRows][kKeys] of weights, or of pairs of rows
-  bool twice = false;
+  static constexpr int64_t kPart = kRows * kKeys;
+  uint16_t* rounded = nullptr;  // [kPart] tiles [kRows][kKeys] of weights, or of pairs of rows; and what rounding lost
+  bool twice = false;           // that is multiplied too
 
   static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
-    return {arena.take<uint16_t>(kRows * kKeys), smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples)};
+    return {arena.take<uint16_t>(2 * kPart), smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples)};
   }
   // The same, always in two parts.
   WeightedSums exact() const { return {rounded, true}; }
 
-  template <bool Lost>
-  static __m512 part(const float* weights) {
-    const __m512 x = _mm512_loadu_ps(weights);
-    return Lost ? lost(x) : x;
+  // Two times sixteen weights as bfloat16, left ones first, and what that lost, each to `order`ed words.
+  void put_both(__m512 left, __m512 right, __m512i order, uint16_t* target) const {
+    const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(right, left);
+    _mm512_storeu_si512(target, _mm512_permutexvar_epi16(order, bits));
+    if (!twice) return;
+    const __m512 left_lost = lost(left, _mm512_castsi512_si256(bits));
+    const __m512 right_lost = lost(right, _mm512_extracti64x4_epi64(bits, 1));
+    const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(right_lost, left_lost);
+    _mm512_storeu_si512(target + kPart, _mm512_permutexvar_epi16(order, rest));
   }
-  template <bool Lost>
   void round_rows(const Tile& tile, const float* weights) const {
+    const __m512i as_they_are = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13,
+                                                 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const float* row = weights + r * kKeys;
       for (int64_t j = 0; j < tile.keys; j += kPairDepth) {
-        const __m512 right = j + kPairTile < tile.cols ? part<Lost>(row + j + kPairTile) : _mm512_setzero_ps();
-        _mm512_storeu_si512(tile_row(rounded, r, kKeys) + in_tiles(j), (__m512i)_mm512_cvtne2ps_pbh(right, part<Lost>(row + j)));
+        const __m512 right = j + kPairTile < tile.cols ? _mm512_loadu_ps(row + j + kPairTile) : _mm512_setzero_ps();
+        put_both(_mm512_loadu_ps(row + j), right, as_they_are, tile_row(rounded, r, kKeys) + in_tiles(j));
       }
     }
   }
-  template <bool Lost>
   void round_pairs(const Tile& tile, const float* weights) const {
     // word l of a pair's register: word l / 2 of the first row's half, or of the second's
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                  21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t r = 0; r < tiles_deep(tile.rows); r += 2) {
       const float* row = weights + r * kKeys;
       for (int64_t j = 0; j < tile.cols; j += kPairTile) {
-        const __m512 first = r < tile.rows ? part<Lost>(row + j) : _mm512_setzero_ps();
-        const __m512 second = r + 1 < tile.rows ? part<Lost>(row + kKeys + j) : _mm512_setzero_ps();
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-        _mm512_storeu_si512(rounded + j * kRows + r * kPairTile, _mm512_permutexvar_epi16(order, both));
+        const __m512 first = r < tile.rows ? _mm512_loadu_ps(row + j) : _mm512_setzero_ps();
+        const __m512 second = r + 1 < tile.rows ? _mm512_loadu_ps(row + kKeys + j) : _mm512_setzero_ps();
+        put_both(first, second, side_by_side, rounded + j * kRows + r * kPairTile);
       }
     }
   }
 
-  // Weights from column j of row r on, for over_keys_put: rounded at once, or kept where they are multiplied twice. Returns
-  // what they are multiplied as.
-  Vec<float> put(float* weights, int64_t r, int64_t j, Vec<float> weight) const {
-    if (twice) {
-      store(weights + r * kKeys + j, weight);
-      return weight;
-    }
+  // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as.
+  Vec<float> put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight) const {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile_row(rounded, r, kKeys) + in_tiles(j)), bits);
-    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    uint16_t* const target = tile_row(rounded, r, kKeys) + in_tiles(j);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), bits);
+    if (!twice) return widened(bits);
+    const __m256i rest = (__m256i)_mm512_cvtneps_pbh(lost(weight, bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + kPart), rest);
+    return weight;
   }
-  void over_keys_put(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block,
+  void over_keys_put(const Tile& tile, const float* /*weights*/, const PackedKeys<Pairs>& keys, int64_t block,
                      float* sums) const {
-    if (twice) return over_keys(tile, weights, keys, block, sums);
-    if (tile.cols < tiles_deep(tile.keys))
-      for (int64_t r = 0; r < tile.rows; ++r)
-        memset(tile_row(rounded, r, kKeys) + in_tiles(tile.cols), 0, sizeof(uint16_t) * kPairTile);
+    for (int64_t r = 0; tile.cols < tiles_deep(tile.keys) && r < tile.rows; ++r) {
+      uint16_t* const behind = tile_row(rounded, r, kKeys) + in_tiles(tile.cols);
+      memset(behind, 0, sizeof(uint16_t) * kPairTile);
+      memset(behind + kPart, 0, sizeof(uint16_t) * kPairTile);
+    }
     multiply(tile, keys, block, sums);
   }
   void over_keys(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
-    round_rows<false>(tile, weights);
-    multiply(tile, keys, block, sums);
-    if (!twice) return;
-    round_rows<true>(tile, weights);
+    round_rows(tile, weights);
     multiply(tile, keys, block, sums);
   }
   void multiply(const Tile& tile, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
-    gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded, kPairTile * kKeys,
-               keys.natural_block(block), kPairTile * kKeys, sums, padded<float>(keys.width), true);
+    for (int part = 0; part <= twice; ++part)
+      gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded + part * kPart,
+                 kPairTile * kKeys, keys.natural_block(block), kPairTile * kKeys, sums, padded<float>(keys.width), true);
   }
 };
 
@@ -281,20 +279,23 @@ struct KeySums<Pairs> {
   void clear(int64_t blocks) { memset(data, 0, sizeof(float) * blocks * kKeys * tiles_wide(width)); }
   void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
            int64_t block) {
-    const auto multiply = [&] {
-      gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows, by.rounded,
-                 kPairTile * kRows, data + block * kKeys * tiles_wide(width), kKeys, true);
-    };
-    by.round_pairs<false>(tile, weights);
-    multiply();
-    if (!by.twice) return;
-    by.round_pairs<true>(tile, weights);
-    multiply();
+    by.round_pairs(tile, weights);
+    for (int part = 0; part <= by.twice; ++part)
+      gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows,
+                 by.rounded + part * WeightedSums<Pairs>::kPart, kPairTile * kRows,
+                 data + block * kKeys * tiles_wide(width), kKeys, true);
   }
-  const float* of_key(int64_t key, float* row) const {
-    const float* column = data + key / kKeys * kKeys * tiles_wide(width) + key % kKeys;
-    for (int64_t c = 0; c < width; ++c) row[c] = column[c * kKeys];
-    return row;
+  const float* of_keys(int64_t first, float* rows) const {
+    const float* corner = data + first / kKeys * kKeys * tiles_wide(width) + first % kKeys;
+    for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
+      Vec<float> square[kPairTile];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kPairTile; ++i) square[i] = load(corner + (c + i) * kKeys);
+      transpose<float>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kPairTile; ++i) store(rows + i * padded<float>(width) + c, square[i]);
+    }
+    return rows;
   }
 };
 

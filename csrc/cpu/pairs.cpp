@@ -65,17 +65,14 @@ inline void tile_rows(int64_t n, int64_t k, const uint16_t* a, int64_t a_stride,
   if (col < n) tile_block<TwoDown, false>(k, a, a_stride, b, b_stride, c + col, c_stride, accumulate);
 }
 
-// Two rows of tiles where K is two tiles at most: A stays in registers, and is loaded once.
-template <bool TwoDeep>
+// Two rows of tiles where K is two tiles deep: A stays in registers, and is loaded once.
 inline void tile_rows_resident(int64_t n, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
                                float* c, int64_t c_stride, bool accumulate) {
   const int64_t c_bytes = 4 * c_stride;
   _tile_loadd(4, a, 64);
   _tile_loadd(5, a + a_stride, 64);
-  if constexpr (TwoDeep) {
-    _tile_loadd(6, a + kTileElements, 64);
-    _tile_loadd(7, a + a_stride + kTileElements, 64);
-  }
+  _tile_loadd(6, a + kTileElements, 64);
+  _tile_loadd(7, a + a_stride + kTileElements, 64);
   for (int64_t col = 0; col < n; col += kPairTile, b += b_stride) {
     float* const c_low = c + col + kPairTile * c_stride;
     if (accumulate) {
@@ -88,11 +85,9 @@ inline void tile_rows_resident(int64_t n, const uint16_t* a, int64_t a_stride, c
     _tile_loadd(2, b, 64);
     _tile_dpbf16ps(0, 4, 2);
     _tile_dpbf16ps(1, 5, 2);
-    if constexpr (TwoDeep) {
-      _tile_loadd(3, b + kTileElements, 64);
-      _tile_dpbf16ps(0, 6, 3);
-      _tile_dpbf16ps(1, 7, 3);
-    }
+    _tile_loadd(3, b + kTileElements, 64);
+    _tile_dpbf16ps(0, 6, 3);
+    _tile_dpbf16ps(1, 7, 3);
     _tile_stored(0, c + col, c_bytes);
     _tile_stored(1, c_low, c_bytes);
   }
@@ -105,8 +100,7 @@ void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_st
   int64_t row = 0;
   for (; row + 2 * kPairTile <= m; row += 2 * kPairTile, a += 2 * a_stride) {
     float* const c_row = c + row * c_stride;
-    if (k <= kPairDepth) tile_rows_resident<false>(n, a, a_stride, b, b_stride, c_row, c_stride, accumulate);
-    else if (k <= 2 * kPairDepth) tile_rows_resident<true>(n, a, a_stride, b, b_stride, c_row, c_stride, accumulate);
+    if (k == 2 * kPairDepth) tile_rows_resident(n, a, a_stride, b, b_stride, c_row, c_stride, accumulate);
     else tile_rows<true>(n, k, a, a_stride, b, b_stride, c_row, c_stride, accumulate);
   }
   if (row < m) tile_rows<false>(n, k, a, a_stride, b, b_stride, c + row * c_stride, c_stride, accumulate);

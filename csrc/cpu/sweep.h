@@ -98,7 +98,7 @@ struct KeySweepResults {
   WeightedSums<A> sums;
   KeySums<A> grad_k, grad_v;
   T* grad_q;  // [kRows][padded(d)]
-  T* row;
+  T* rows;    // [kLanes][padded(d) or padded(dv)]
   int64_t wide_d;
 
   KeySweepResults(const Params& params, Arena& arena)
@@ -112,7 +112,7 @@ struct KeySweepResults {
         grad_v(KeySums<A>::take(arena, want_v, key_sweep_blocks(params), params.dv)),
         wide_d(padded<T>(params.d)) {
     grad_q = want_q ? arena.take<T>(kRows * wide_d) : nullptr;
-    row = arena.take<T>(larger(p.d, p.dv));
+    rows = arena.take<T>(kLanes<T> * larger(padded<T>(p.d), padded<T>(p.dv)));
   }
 
   void begin_keys(int64_t blocks) {
@@ -161,13 +161,16 @@ struct KeySweepResults {
     }
   }
   void end_keys(int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys) {
-    for (int64_t key = 0; key < keys; ++key) {
-      const int64_t j = s.k0 + key0 + key;
-      if (want_k)
-        store_row(p.grad_k, offset_of(p.grad_k, seq, kv_head, j), p.grad_k.stride[3], p.d, static_cast<T>(p.scale),
-                  grad_k.of_key(key, row));
-      if (want_v)
-        store_row(p.grad_v, offset_of(p.grad_v, seq, kv_head, j), p.grad_v.stride[3], p.dv, T{1}, grad_v.of_key(key, row));
+    if (want_k) store_keys(p.grad_k, grad_k, static_cast<T>(p.scale), seq, kv_head, s.k0 + key0, keys);
+    if (want_v) store_keys(p.grad_v, grad_v, T{1}, seq, kv_head, s.k0 + key0, keys);
+  }
+  void store_keys(const View& view, const KeySums<A>& sums, T factor, int64_t seq, int64_t kv_head, int64_t at,
+                  int64_t keys) {
+    for (int64_t first = 0; first < keys; first += kLanes<T>) {
+      const T* found = sums.of_keys(first, rows);
+      for (int64_t i = 0; i < smaller(kLanes<T>, keys - first); ++i)
+        store_row(view, offset_of(view, seq, kv_head, at + first + i), view.stride[3], sums.width, factor,
+                  found + i * padded<T>(sums.width));
     }
   }
 };
