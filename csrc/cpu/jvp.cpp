@@ -106,7 +106,7 @@ struct Jvp {
       else weigh_row<false>(tile, r);
     }
     if (has_scores) exact_sums.over_keys(tile, t, v, block, acc);
-    if (c) sums.over_keys(tile, s, c, block, acc);
+    if (c) (p.sinks ? exact_sums : sums).over_keys(tile, s, c, block, acc);  // a sink's gradient has Dt alone
   }
 
   // Adds the sink's share, Ps·(σ − base), to the excess, and leaves Ot in acc. Whether too many digits were lost.
