@@ -89,8 +89,10 @@ SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 asan: $(ENVIRONMENT)
 	METATTN_BUILD_EXT=1 METATTN_CUDA=0 CXXFLAGS="-O1 -g $(SANITIZED) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZED)" \
 		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
-	PYTHONPATH=build/asan/lib LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(dir $(PY))pytest -p no:cacheprovider tests/test_native.py tests/test_faults.py -k "not triton and not cuda"
+	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+		$(dir $(PY))pytest -p no:cacheprovider --numprocesses auto tests/test_native.py tests/test_faults.py \
+		-k "not triton and not cuda"
 
 # The CUDA library, whatever torch is installed, and what nvcc made of it.
 cuda-report: $(ENVIRONMENT)

@@ -70,8 +70,18 @@ class BuildError(Exception):
     """Why the extension cannot be built here."""
 
 
-def isas() -> dict[str, list[str]]:
-    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_ISAS
+def isas(compiler: list[str]) -> dict[str, list[str]]:
+    """Those that the compiler has the flags of: gcc 10, for one, knows no AMX."""
+    known = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_ISAS
+
+    def compiles(flags: list[str]) -> bool:
+        command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    missing = [isa for isa, flags in known.items() if isa != "baseline" and not compiles(flags)]
+    if missing:
+        print(f"{compiler[0]} does not compile for {', '.join(missing)}: they are left out")
+    return {isa: flags for isa, flags in known.items() if isa not in missing}
 
 
 def torch_root() -> Path:
@@ -213,6 +223,7 @@ class NinjaBuildExt(build_ext):
         compiler = shlex.split(os.environ.get("CXX", "")) or [found]
         if not compiler[0] or shutil.which(compiler[0]) is None:
             raise BuildError(f"no C++ compiler ({compiler[0] or 'g++, clang++'} is not on the PATH)")
+        built_isas = isas(compiler)
         torch = torch_root()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -233,7 +244,7 @@ class NinjaBuildExt(build_ext):
             f"-isystem{torch / 'include'}",
         ]
         host_flags = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
-        host_flags += [f'-DMETATTN_TORCH_TARGET="{major}.{minor}"', f'-DMETATTN_ISAS="{",".join(isas())}"']
+        host_flags += [f'-DMETATTN_TORCH_TARGET="{major}.{minor}"', f'-DMETATTN_ISAS="{",".join(built_isas)}"']
         if self.with_cuda:
             host_flags.append(f'-DMETATTN_CUDA="{cuda_version()}"')
         link = [*shlex.split(os.environ.get("LDFLAGS", "")), "-shared"]
@@ -258,13 +269,13 @@ class NinjaBuildExt(build_ext):
                 ninja.build([f"{name}.o"], "cxx", [path], variables={"flags": shlex.join(extra)})
                 return f"{name}.o"
 
-            isa_macros = [f"-DMETATTN_HAS_{isa.upper()}" for isa in isas()]
+            isa_macros = [f"-DMETATTN_HAS_{isa.upper()}" for isa in built_isas]
             objects = [
                 compile_object("ops.cpp", "ops", torch_flags),
                 compile_object("cpu/dispatch.cpp", "dispatch", isa_macros),
-                compile_object("cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *isas()["baseline"]]),
+                compile_object("cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *built_isas["baseline"]]),
             ]
-            for isa, isa_flags in isas().items():
+            for isa, isa_flags in built_isas.items():
                 for name in ("pairs" if isa in BFLOAT16_ISAS else "gemm", *MAPS):
                     extra = [f"-DMETATTN_ISA={isa}", *isa_flags]
                     objects.append(compile_object(f"cpu/{name}.cpp", f"{name}_{isa}", extra))

@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names = EXHAUSTIVE if triton.interpreted() else ()
     if emulation.installed():
         names += tuple(name.replace("[triton-", "[cuda-") for name in EXHAUSTIVE)
+        names += ("test_row16_many_heads[cuda-*",)  # of a grid's limits, which the emulation has not
     if names and not config.getoption("--exhaustive"):
         left_out = [item for item in items if any(_matches(item.name, name) for name in names)]
         config.hook.pytest_deselected(items=left_out)

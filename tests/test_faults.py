@@ -743,7 +743,7 @@ def test_row31_autocast_around_both_orders(backend: str) -> None:
         assert torch.equal(t, outside[name]), name
 
 
-def test_row33_a_thousand_repeats_are_bit_equal(backend: str) -> None:
+def test_row33_a_thousand_repeats_are_bit_equal(backend: str, request: pytest.FixtureRequest) -> None:
     """Each map by itself, on two threads, with sums over heads, rows and blocks."""
     shapes = ((1, 2, 70, 8), (1, 1, 67, 8), (1, 1, 67, 8), (70, 67), (2,))
     q, k, v, bias, sinks = (
@@ -755,7 +755,10 @@ def test_row33_a_thousand_repeats_are_bit_equal(backend: str) -> None:
     needs, tangents = (True,) * 5, Primals(*(t.cos() for t in primals if t is not None))
     torch.set_num_threads(2 if backend == "cpu" else 1)
     first: tuple[Tensor, ...] = ()
-    for repeat in range(3 if in_interpreter(backend) else 1000):
+    repeats = 3 if in_interpreter(backend) else 1000
+    if backend == "cuda" and emulation.installed() and not request.config.getoption("--exhaustive"):
+        repeats = 50
+    for repeat in range(repeats):
         out = module.forward(problem, primals, constants)
         gradients = module.vjp(problem, primals, constants, out, out.o, out.lse, needs)
         out_t = module.jvp(problem, primals, constants, out, tangents)

@@ -171,6 +171,53 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
         torch.set_num_threads(before)
 
 
+THREADS = """
+import os, torch, metattn
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def both_orders():
+    q, k, v = (torch.randn(4, 4, 64, 16, requires_grad=True) for _ in range(3))
+    found = torch.autograd.grad(metattn.attention(q, k, v, backend="cpu").sum(), (q, k, v), create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in found), (q, k, v))
+
+class Each(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        before = threads()
+        both_orders()
+        return torch.tensor([torch.get_num_threads(), threads() - before])
+
+if __name__ == "__main__":
+    (torch.randn(512, 512) @ torch.randn(512, 512)).exp()  # torch has its threads then
+    torch.ones(1, requires_grad=True).sum().backward()
+    both_orders()
+    before = threads()
+    for _ in range(3):
+        both_orders()
+    print(torch.get_num_threads(), threads() - before)
+    (worker,) = torch.utils.data.DataLoader(Each(), num_workers=1)
+    print(*worker[0].tolist())
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads where Linux lists them")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_threads_but_torchs(threads: int) -> None:
+    """As many as OMP_NUM_THREADS says, none besides, and one in a DataLoader's worker."""
+    found = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        check=True,
+    )
+    expected = min(threads, os.cpu_count() or 1)
+    assert found.stdout.split() == [str(expected), "0", "1", "0"]
+
+
 def test_exponentials_are_as_exact_as_stated(isa: str) -> None:
     """2^z to 1.7e-7 (docs/backends.md), beside the rounding of z and of the two products that show it."""
     score = -torch.linspace(0, 20, 64)
