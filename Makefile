@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench aot aot-check check-triton race-check asan cuda-report gpu wheel check-wheel clean
+.PHONY: build demo test lint bench aot aot-check check-triton race-check isa-check asan cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -82,6 +82,14 @@ gpu: build
 race-check: build
 	METATTN_BUILD_EXT=1 METATTN_EMULATION=thread $(PY) setup.py build_ext --inplace
 	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libtsan.so) $(PY) tests/race_check.py
+
+# Errors and faults of the CPU's kernels on each instruction set that runs here.
+isa-check: build
+	for isa in $$($(PY) -c 'from metattn import _host; print(*_host.usable_isas())'); do \
+		echo "METATTN_ISA=$$isa"; \
+		METATTN_ISA=$$isa OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto -k cpu tests/test_precision.py \
+			tests/test_faults.py; \
+	done
 
 # Reads and writes out of bounds, and undefined behaviour, in the CPU's kernels, on every instruction set that runs here.
 # torch's and Python's own memory is theirs: leaks are not looked for.
