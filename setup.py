@@ -244,7 +244,10 @@ class NinjaBuildExt(build_ext):
             f"-isystem{torch / 'include'}",
         ]
         host_flags = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
-        host_flags += [f'-DMETATTN_TORCH_TARGET="{major}.{minor}"', f'-DMETATTN_ISAS="{",".join(built_isas)}"']
+        host_flags += [
+            f'-DMETATTN_TORCH_TARGET="{major}.{minor}"',
+            f'-DMETATTN_ISAS="{",".join(built_isas)}"',
+        ]
         if self.with_cuda:
             host_flags.append(f'-DMETATTN_CUDA="{cuda_version()}"')
         link = [*shlex.split(os.environ.get("LDFLAGS", "")), "-shared"]
@@ -273,7 +276,9 @@ class NinjaBuildExt(build_ext):
             objects = [
                 compile_object("ops.cpp", "ops", torch_flags),
                 compile_object("cpu/dispatch.cpp", "dispatch", isa_macros),
-                compile_object("cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *built_isas["baseline"]]),
+                compile_object(
+                    "cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *built_isas["baseline"]]
+                ),
             ]
             for isa, isa_flags in built_isas.items():
                 for name in ("pairs" if isa in BFLOAT16_ISAS else "gemm", *MAPS):
