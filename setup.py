@@ -76,7 +76,7 @@ def isas(compiler: list[str]) -> dict[str, list[str]]:
 
     def compiles(flags: list[str]) -> bool:
         command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
     missing = [isa for isa, flags in known.items() if isa != "baseline" and not compiles(flags)]
     if missing:
