@@ -27,9 +27,9 @@ from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K, Σ Pt∘dP + P∘E)."""
+    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K)."""
     PRECISION: tl.constexpr = FORM[4]
-    excess, ot, dq, pk, dots = state
+    excess, ot, dq, pk = state
     call, guessed = block.call, rowstats.as_column(block.statistics)
     tile, k, b, v, c = row_tiles.all_of(block, start, MASKED, FORM)
     seen = tile.seen
@@ -41,10 +41,10 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     dq = products.add_product(dq, dr, products.without(b, unseen), PRECISION)
     slope = scores.shown(call, seen.s, scores.slope_of(seen.bend) * seen.p, MASKED)
     pk = products.add_product(pk, slope, k, PRECISION)
-    ot = products.add_product(ot, scores.times(pt, seen.z), v, PRECISION)
+    # in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
+    ot = products.add_product(ot, scores.times(pt, seen.z), v, PRECISION, True)
     ot = products.add_product(ot, scores.times(seen.p, seen.z), products.without(c, unseen), PRECISION)
-    dots += tl.sum(scores.shown(call, seen.s, pt * tile.dp + seen.p * tile.e, MASKED), 1)
-    return excess + tl.sum(pt, 1), ot, dq, pk, dots
+    return excess + tl.sum(pt, 1), ot, dq, pk
 
 
 @triton.jit
@@ -116,8 +116,8 @@ def double_rows(
             statistics = Statistics(known.high, known.low, known.d, t, u)
             block = Block(call, given, wanted, place, span, first, held, statistics)
             of_keys = products.zeros(ROWS, HEAD)
-            state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys, zero)
-            excess, ot, dq, pk, dots = tiles.sweep(visit, state, block, span, FORM)
+            state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys)
+            excess, ot, dq, pk = tiles.sweep(visit, state, block, span, FORM)
             if call.sinks is not None:
                 sigma = 0.0
                 if given.sigma is not None:
@@ -131,8 +131,7 @@ def double_rows(
             memory.store_statistic(wanted.lse, at, row_ids, inside, tau)
             # loaded again: what is held over the sweep for use behind it takes registers from it
             again = memory.load_rows(given.do, at, row_ids, inside, idle, VALUE)
-            # not from Ot, whose weights were rounded: it is to cancel with what was not
-            dt = tl.where(seen, dots - excess * products.row_dots(again, o), 0.0)
+            dt = tl.where(seen, products.row_dots(again, ot), 0.0)
             further = tl.where(seen, dt - u, 0.0)
             dq = products.minus(products.scaled(dq, call.scale), (further * call.scale)[:, None], pk)
             first_dq = memory.load_in_two(given.dq, None, at, row_ids, inside, HEAD)
