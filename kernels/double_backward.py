@@ -9,9 +9,9 @@ them,
 
 where O and dQ are those of the first two maps. The guesses are means over one block of keys. Bad ones cost
 digits. Weights are rounded to two bytes before they are multiplied: those of Ot are as large as if T had
-spread by τ − t too, those of dQt as if (dP − D)∘(T − t) + E had by Dt − u. And dQ was rounded. A block of
-queries whose guesses are off by more than the spreads themselves, or whose last term exceeds dQt, is swept
-once more, with the τ and Dt that the first sweep found.
+spread by τ − t too, those of dQt as if (dP − D)∘(T − t) + E had by Dt − u. And dQ was rounded, and the weights
+of O. A block of queries whose guesses are off by more than the spreads themselves, or whose last term exceeds dQt
+or Ot, is swept once more, with the τ and Dt that the first sweep found.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ def double_rows(
             excess = tl.where(seen, excess, 0.0)
             o = memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE)
             ot = products.where_rows(seen == 0, 0.0, products.minus(ot, excess[:, None], o))
+            # O's weights were rounded: an error that its multiple carries into Ot
+            much_o = total_of_squares(o, excess) > total_of_squares(ot, seen.to(tl.float32))
             memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, ot, VALUE)
             tau = tl.where(seen, t.to(tl.float64) + excess.to(tl.float64), 0.0)
             memory.store_statistic(wanted.lse, at, row_ids, inside, tau)
@@ -147,5 +149,5 @@ def double_rows(
             far_u = tl.sum(further * further, 0) > spread_u
             left = total_of_squares(dq, seen.to(tl.float32))
             much = total_of_squares(first_dq, excess) > left
-            if (sweep == 1) & (far_t | far_u | much):
+            if (sweep == 1) & (far_t | far_u | much | much_o):
                 sweeps, t, u = 2, found.tau, dt
