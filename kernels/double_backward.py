@@ -8,10 +8,10 @@ them,
     dQt = scale·[(s1∘W + s2∘TR∘dS)K + dR·B − (Dt − u)·(s1∘P)K] − (τ − t)·dQ
 
 where O and dQ are those of the first two maps. The guesses are means over one block of keys. Bad ones cost
-digits. Weights are rounded to two bytes before they are multiplied: those of Ot are as large as if T had
-spread by τ − t too, those of dQt as if (dP − D)∘(T − t) + E had by Dt − u. And dQ was rounded, and the weights
-of O. A block of queries whose guesses are off by more than the spreads themselves, or whose last term exceeds dQt
-or Ot, is swept once more, with the τ and Dt that the first sweep found.
+digits. Weights are rounded to two bytes before they are multiplied: those of Ot are as large as if T
+had spread by τ − t too, those of dQt as if (dP − D)∘(T − t) + E had by Dt − u. And dQ was rounded, and
+the weights of O. A block of queries whose guesses are off by more than the spreads themselves, or whose
+last term exceeds dQt or Ot, is swept once more, with the τ and Dt that the first sweep found.
 """
 
 from __future__ import annotations
