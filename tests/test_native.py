@@ -16,6 +16,7 @@ import torch
 from four_maps import OPTIONS, SHORT_LENGTHS, Call, Outputs, assert_close, four_maps
 from torch import Tensor
 
+import metattn
 from metattn.backends import native, reference
 from metattn.problem import Constants, Primals, Problem, Results
 
@@ -153,6 +154,30 @@ def test_double_backward_leaves_out_what_is_not_asked_for() -> None:
         right_moved, right = native.double_backward(*given, zeros, needs)
         for mine, other in zip((*moved[:2], *found[:3]), (*right_moved[:2], *right[:3]), strict=True):
             assert (mine - other).norm() <= 1e-12 * (1 + other.norm()), name
+
+
+@pytest.mark.parametrize("tangents", ["v", "qkv"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("n", [100, 200])
+def test_rows_of_nearly_one_key(isa: str, n: int, dropout_p: float, tangents: str) -> None:
+    """What is left of dP − D and E − Dt there must not drown in the rounding of weights to bfloat16."""
+    torch.manual_seed(0)
+    q = torch.eye(n)[None, None].bfloat16()
+    v, do, *moved = (torch.randn(1, 1, n, size).bfloat16() for size in (64, 64, n, n, 64))
+    given = [moved[index] if name in tangents else None for index, name in enumerate("qkv")]
+    options = dict(scale=float(torch.tensor(n / 0.0015).log()), dropout_p=dropout_p, dropout_seed=1)
+
+    def both_orders(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, q, v)]
+        o = metattn.attention(*leaves, backend=backend, **options)
+        first = torch.autograd.grad(o, leaves, do.to(dtype), create_graph=True)
+        wanted = [(f, t.to(dtype)) for f, t in zip(first, given, strict=True) if t is not None]
+        second = torch.autograd.grad([f for f, _ in wanted], leaves[:2], [t for _, t in wanted])
+        return [*first[:2], *second]
+
+    found, right = both_orders("cpu", torch.bfloat16), both_orders("reference", torch.float64)
+    for index, (x, y) in enumerate(zip(found, right, strict=True)):
+        assert (x.double() - y).norm() <= 0.02 * y.norm(), index
 
 
 @pytest.mark.parametrize("name", ["many-chunks", "everything", "packed-everything", "bias-0010"])

@@ -87,11 +87,9 @@ struct DoubleBackward : SecondOrder<A> {
     this->multiply(tile, block);
     if (this->p.softcap != 0) differentiate_rows<true>(tile);
     else differentiate_rows<false>(tile);
-    // what is to cancel: a sink's gradient has rowsum(dO∘Ot), and a peaked row of few keys averages nothing out
-    const auto exact = this->results.sums.exact(), of_output = this->p.sinks ? exact : this->results.sums;
-    of_output.over_keys(tile, this->d_p, this->v, block, acc);
-    if (this->c) of_output.over_keys(tile, this->e, this->c, block, acc);
-    this->add(tile, block, exact);
+    this->results.sums.over_keys(tile, this->d_p, this->v, block, acc);
+    if (this->c) this->results.sums.over_keys(tile, this->e, this->c, block, acc);
+    this->add(tile, block, this->results.sums.in_two_parts());  // a peaked row of few keys averages nothing out
   }
 
   void end(const Tile& tile, int64_t chunk, bool visited) {

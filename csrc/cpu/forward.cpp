@@ -119,7 +119,8 @@ struct Forward {
       const bool dead = total == 0;
       if (dead) memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
       // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V
-      const T weight = total + sum<T>(load(added + r * kLanes<T>));
+      const T kept = z != nullptr && p.dropout_keep_scale > 0 ? static_cast<T>(p.dropout_keep_scale) : 1;
+      const T weight = total + sum<T>(load(added + r * kLanes<T>)) / kept;
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
                        offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / weight, o, row);
       const double log_total = __builtin_log(static_cast<double>(total));

@@ -19,8 +19,7 @@ struct Jvp {
   T* row;
   PackedRows<A> q, a;
   PackedKeys<A> k, b, v, c;
-  WeightedSums<A> sums;
-  WeightedSums<A> exact_sums;  // of Pt: Dt = rowsum(Ot∘dO) is to cancel with what is not rounded
+  WeightedSums<A> sums;  // in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
   T *s, *tanh_tile, *z, *t, *scratch_row;
   T* acc;  // [kRows][padded(dv)]
   T base[kRows];        // t
@@ -40,8 +39,7 @@ struct Jvp {
     b = PackedKeys<A>::take(arena, p.t_k, p.d, blocks, false, true);
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, has_scores, false);
     c = PackedKeys<A>::take(arena, p.t_v, p.dv, blocks, true, false);
-    sums = WeightedSums<A>::take(arena, p);
-    exact_sums = sums.exact();
+    sums = WeightedSums<A>::take(arena, p).in_two_parts();
     s = arena.take<T>(kRows * kKeys);
     tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
@@ -105,8 +103,8 @@ struct Jvp {
       if (p.softcap != 0) weigh_row<true>(tile, r);
       else weigh_row<false>(tile, r);
     }
-    if (has_scores) exact_sums.over_keys(tile, t, v, block, acc);
-    if (c) (p.sinks ? exact_sums : sums).over_keys(tile, s, c, block, acc);  // a sink's gradient has Dt alone
+    if (has_scores) sums.over_keys(tile, t, v, block, acc);
+    if (c) sums.over_keys(tile, s, c, block, acc);
   }
 
   // Adds the sink's share, Ps·(σ − base), to the excess, and leaves Ot in acc. Whether too many digits were lost.

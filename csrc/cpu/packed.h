@@ -152,7 +152,7 @@ template <class T>
 struct WeightedSums {
   // output: the sums are O.
   static WeightedSums take(Arena&, const Params&, bool /*output*/ = false) { return {}; }
-  WeightedSums exact() const { return {}; }
+  WeightedSums in_two_parts() const { return {}; }
 
   // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as.
   Vec<T> put(T* weights, int64_t r, int64_t j, Vec<T> weight) const {

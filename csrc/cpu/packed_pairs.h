@@ -199,8 +199,7 @@ struct WeightedSums<Pairs> {
   static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
     return {arena.take<uint16_t>(2 * kPart), smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples)};
   }
-  // The same, always in two parts.
-  WeightedSums exact() const { return {rounded, true}; }
+  WeightedSums in_two_parts() const { return {rounded, true}; }
 
   // Two times sixteen weights as bfloat16, left ones first, and what that lost, each to `order`ed words.
   void put_both(__m512 left, __m512 right, __m512i order, uint16_t* target) const {
@@ -237,7 +236,8 @@ struct WeightedSums<Pairs> {
     }
   }
 
-  // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as.
+  // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as, or
+  // themselves where two parts hold nearly all of them.
   Vec<float> put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight) const {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
     uint16_t* const target = tile_row(rounded, r, kKeys) + in_tiles(j);

@@ -200,7 +200,7 @@ static inline V rounded(V x) {
 }
 
 // 2^z for z below 128 (1024 in double): what probabilities are made of. Exact at 0; relative error below 1.7e-7 in float
-// (a minimax polynomial), 2 ulp in double (Taylor's); results below the least normal number are rounded or 0; NaN stays.
+// (a minimax polynomial), 2 ulp in double (Taylor's); results below the least normal number are 0; NaN stays.
 static inline Vec<float> exp2_near_zero(Vec<float> r) {
   Vec<float> y = splat(1.326472730e-3f);
   y = y * r + 9.671512991e-3f;

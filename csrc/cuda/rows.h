@@ -319,11 +319,11 @@ struct JvpRows {
       METATTN_EACH_LANE(slot, lane)
         METATTN_UNROLL for (int h = 0; h < 2; ++h) excess.x[slot][h] += sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, t);
-      add_weighted(acc, t, at.v, first, true);  // Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
+      add_weighted(acc, t, at.v, first, true);  // in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
     }
     if (at.c) {
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
-      add_weighted(acc, s, at.c, first, p.twice);
+      add_weighted(acc, s, at.c, first, true);
     }
   }
 
