@@ -87,7 +87,7 @@ class TestPeakedSoftmax:
         ],
     )
     def test_scale(self, option: str, length: int, scale: float, dtype: torch.dtype, backend: str) -> None:
-        """Of 35 keys a CPU's block holds all; of 202 it does not, and Triton sweeps once, or twice for a bias."""
+        """Of 35 keys a CPU's block holds all; of 202 not; Triton sweeps twice for a bias."""
         call = make_call((option,), replace(SHAPE, n=length, m=length + 2, d=8), dtype)
         call.constants["scale"] = scale
         check(call, backend, dtype)
