@@ -331,3 +331,22 @@ def test_wrong_cuda_settings_are_errors(tree: Path, changes: dict[str, str], sai
     done = run(sys.executable, "setup.py", "build_ext", cwd=tree, check=False, **settings)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_a_compiler_without_an_instruction_sets_flags_leaves_it_out(tmp_path: Path) -> None:
+    """gcc 10 knows no -mamx-tile: bfloat16 is then left to the next instruction set."""
+    compiler = tmp_path / "old-c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx-*) exit 1;; esac\nexit 0\n')
+    compiler.chmod(0o755)
+    show = (
+        "import runpy, sys\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "isas = runpy.run_path('setup.py')['isas']\n"
+        "print(*isas([{!r}]), sep=',')"
+    )
+    listed = (
+        run(sys.executable, "-c", show.format(str(compiler)), cwd=ROOT).stdout.splitlines()[-1].split(",")
+    )
+    every = run(sys.executable, "-c", show.format("true"), cwd=ROOT).stdout.splitlines()[-1].split(",")
+    assert listed == [isa for isa in every if isa != "amx"]
+    assert "baseline" in listed

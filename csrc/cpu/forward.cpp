@@ -99,7 +99,7 @@ struct Forward {
         Vec<T> weight = large[r] ? x : exp2((x - reference[r]) * exponents.factor);
         total += weight;
         if (z != nullptr) weight *= load(z + r * kKeys + j);
-        more += sums.put(s, r, j, weight) - weight;
+        sums.put(s, r, j, weight, more);
       }
       store(totals + r * kLanes<T>, total);
       store(added + r * kLanes<T>, more);

@@ -154,11 +154,8 @@ struct WeightedSums {
   static WeightedSums take(Arena&, const Params&, bool /*output*/ = false) { return {}; }
   WeightedSums in_two_parts() const { return {}; }
 
-  // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as.
-  Vec<T> put(T* weights, int64_t r, int64_t j, Vec<T> weight) const {
-    store(weights + r * kKeys + j, weight);
-    return weight;
-  }
+  // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones.
+  void put(T* weights, int64_t r, int64_t j, Vec<T> weight, Vec<T>& /*added*/) const { store(weights + r * kKeys + j, weight); }
   void over_keys_put(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
     over_keys(tile, weights, keys, block, sums);
   }

@@ -47,7 +47,7 @@ static inline void copy_row(const View& view, int64_t offset, int64_t count, int
   for (int64_t c = 0; c < deep; c += kPairDepth) {
     if (stride == 1) __builtin_prefetch(source + kRowsAhead * view.stride[2] + c);
     const int64_t left = count - c;
-    const __mmask32 kept = left >= kPairDepth ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+    const __mmask32 kept = left >= kPairDepth ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
     uint16_t* const target = row + c * kPairTile;
     if (stride != 1)
       for (int64_t i = 0; i < smaller(left, kPairDepth); ++i) target[i] = source[(c + i) * stride];
@@ -201,58 +201,63 @@ struct WeightedSums<Pairs> {
   }
   WeightedSums in_two_parts() const { return {rounded, true}; }
 
-  // Two times sixteen weights as bfloat16, left ones first, and what that lost, each to `order`ed words.
-  void put_both(__m512 left, __m512 right, __m512i order, uint16_t* target) const {
-    const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(right, left);
-    _mm512_storeu_si512(target, _mm512_permutexvar_epi16(order, bits));
+  // Words of sixteen weights and of sixteen more: one after the other, or side by side.
+  template <bool SideBySide>
+  static __m512i placed(__m512i words) {
+    if constexpr (!SideBySide) return words;
+    // word l of the result: word l / 2 of the first half, or of the second
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, words);
+  }
+  // Two times sixteen weights as bfloat16, and what that lost.
+  template <bool SideBySide>
+  void put_both(__m512 first, __m512 second, uint16_t* target) const {
+    const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    _mm512_storeu_si512(target, placed<SideBySide>(bits));
     if (!twice) return;
-    const __m512 left_lost = lost(left, _mm512_castsi512_si256(bits));
-    const __m512 right_lost = lost(right, _mm512_extracti64x4_epi64(bits, 1));
-    const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(right_lost, left_lost);
-    _mm512_storeu_si512(target + kPart, _mm512_permutexvar_epi16(order, rest));
+    const __m512 first_lost = lost(first, _mm512_castsi512_si256(bits));
+    const __m512 second_lost = lost(second, _mm512_extracti64x4_epi64(bits, 1));
+    _mm512_storeu_si512(target + kPart, placed<SideBySide>((__m512i)_mm512_cvtne2ps_pbh(second_lost, first_lost)));
   }
   void round_rows(const Tile& tile, const float* weights) const {
-    const __m512i as_they_are = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13,
-                                                 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const float* row = weights + r * kKeys;
       for (int64_t j = 0; j < tile.keys; j += kPairDepth) {
         const __m512 right = j + kPairTile < tile.cols ? _mm512_loadu_ps(row + j + kPairTile) : _mm512_setzero_ps();
-        put_both(_mm512_loadu_ps(row + j), right, as_they_are, tile_row(rounded, r, kKeys) + in_tiles(j));
+        put_both<false>(_mm512_loadu_ps(row + j), right, tile_row(rounded, r, kKeys) + in_tiles(j));
       }
     }
   }
   void round_pairs(const Tile& tile, const float* weights) const {
-    // word l of a pair's register: word l / 2 of the first row's half, or of the second's
-    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                                  21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t r = 0; r < tiles_deep(tile.rows); r += 2) {
       const float* row = weights + r * kKeys;
       for (int64_t j = 0; j < tile.cols; j += kPairTile) {
         const __m512 first = r < tile.rows ? _mm512_loadu_ps(row + j) : _mm512_setzero_ps();
         const __m512 second = r + 1 < tile.rows ? _mm512_loadu_ps(row + kKeys + j) : _mm512_setzero_ps();
-        put_both(first, second, side_by_side, rounded + j * kRows + r * kPairTile);
+        put_both<true>(first, second, rounded + j * kRows + r * kPairTile);
       }
     }
   }
 
-  // Weights from column j of row r on, for over_keys_put. Returns what they are multiplied as, or
-  // themselves where two parts hold nearly all of them.
-  Vec<float> put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight) const {
+  // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones,
+  // where they are in one part.
+  void put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight, Vec<float>& added) const {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
     uint16_t* const target = tile_row(rounded, r, kKeys) + in_tiles(j);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), bits);
-    if (!twice) return widened(bits);
-    const __m256i rest = (__m256i)_mm512_cvtneps_pbh(lost(weight, bits));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + kPart), rest);
-    return weight;
+    if (twice) {
+      const __m256i rest = (__m256i)_mm512_cvtneps_pbh(lost(weight, bits));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + kPart), rest);
+    } else {
+      added += widened(bits) - weight;
+    }
   }
   void over_keys_put(const Tile& tile, const float* /*weights*/, const PackedKeys<Pairs>& keys, int64_t block,
                      float* sums) const {
     for (int64_t r = 0; tile.cols < tiles_deep(tile.keys) && r < tile.rows; ++r) {
-      uint16_t* const behind = tile_row(rounded, r, kKeys) + in_tiles(tile.cols);
-      memset(behind, 0, sizeof(uint16_t) * kPairTile);
-      memset(behind + kPart, 0, sizeof(uint16_t) * kPairTile);
+      for (int part = 0; part <= twice; ++part)
+        memset(tile_row(rounded + part * kPart, r, kKeys) + in_tiles(tile.cols), 0, sizeof(uint16_t) * kPairTile);
     }
     multiply(tile, keys, block, sums);
   }

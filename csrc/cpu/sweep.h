@@ -175,6 +175,70 @@ struct KeySweepResults {
   }
 };
 
+// A key sweep that makes gradients: what it packs, its tiles and statistics of rows.
+template <class A>
+struct GradientSweep {
+  using T = Compute<A>;
+  const Params& p;
+  const Exponents<T> exponents;
+  Scope<A> scope;
+  Arena arena;
+  KeySweepResults<A> results;
+  const bool gains;  // dP is wanted: there is a dO, and somebody needs dS
+  T* row;
+  PackedRows<A> q, d_o;
+  PackedKeys<A> k, v;
+  T *s, *tanh_tile, *z, *d_p;  // tiles
+  T* scratch_row;
+  LogSumExp<T> lse;
+  T D[kRows];
+
+  // sums_values: products sum over the keys of v too.
+  GradientSweep(const Params& params, char* scratch, bool sums_values)
+      : p(params),
+        exponents(params),
+        arena{scratch},
+        results(params, arena),
+        gains((results.want_q || results.want_k || results.want_bias) && params.d_o) {
+    const int64_t blocks = key_sweep_blocks(p);
+    row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
+    q = PackedRows<A>::take(arena, p.q, p.d, results.want_k);
+    d_o = PackedRows<A>::take(arena, p.d_o, p.dv, results.want_v);
+    k = PackedKeys<A>::take(arena, p.k, p.d, blocks, results.want_q, true);
+    v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, sums_values, gains);
+    s = arena.take<T>(kRows * kKeys);
+    tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
+    z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
+    d_p = arena.take<T>(kRows * kKeys);
+    scratch_row = arena.take<T>(padded<T>(p.dv));
+  }
+
+  void begin_keys(int64_t blocks) { results.begin_keys(blocks); }
+  void end_keys(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys) {
+    results.end_keys(seq, kv_head, at, key0, keys);
+  }
+  void begin(const Tile& tile) {
+    lse.load(p, exponents, tile);
+    q.pack(p, p.q, tile, lse.dead, row);
+    if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
+    row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
+    results.begin_rows(tile);
+  }
+
+  // s = scores, d_p = dO Vᵀ, z.
+  void multiply(const Tile& tile, int64_t block) {
+    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
+    if (z != nullptr) dropout_tile(p, tile, z);
+    if (gains) multiply_scores(tile, d_o, v, block, d_p, false);
+  }
+  // s = P in a row.
+  void probabilities(const Tile& tile, int64_t r) { lse.probabilities(exponents, tile, r, s + r * kKeys); }
+
+  // Vectors from column j on of the row that begins at `at`.
+  Vec<T> kept(int64_t at, int64_t j) const { return z != nullptr ? load(z + at + j) : splat<T>(1); }
+  Vec<T> d_p_kept(int64_t at, int64_t j) const { return gains ? load(d_p + at + j) * kept(at, j) : Vec<T>{}; }
+};
+
 // The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
 #define METATTN_MAP_KERNEL(Map, sweep, A)                                  \
   {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },          \
