@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 
 import metattn
-from metattn.meta import AttentionMetaLearner, adapt, maml_loss
+from metattn.meta import SGD, AttentionMetaLearner, adapt, maml_loss
 
 TASKS, POINTS = 3, 6
 Samples = tuple[Tensor, Tensor]
@@ -76,15 +76,17 @@ def meta_gradient(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, values, materialize_grads=True), strict=True))
 
 
-@pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
+@pytest.mark.parametrize("kind", ["reverse", "mixed", "first-order"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("pooling", [None, "attention"])
-def test_maml_against_unrolled_autograd(pooling: str | None, steps: int, first_order: bool) -> None:
+def test_maml_against_unrolled_autograd(pooling: str | None, steps: int, kind: str) -> None:
     model = learner(pooling)
     plain = with_torch_attention(model)
     support, query = task_batch(pooling)
     params = dict(model.named_parameters())
-    loss = maml_loss(model, params, mse_loss, support, query, steps=steps, lr=0.1, first_order=first_order)
+    loss = maml_loss(
+        model, params, mse_loss, support, query, steps=steps, optimizer=SGD(0.1), meta_gradient=kind
+    )
     with sdpa_kernel(SDPBackend.MATH):
         per_task = [
             unrolled(
@@ -92,7 +94,7 @@ def test_maml_against_unrolled_autograd(pooling: str | None, steps: int, first_o
                 (support[0][i], support[1][i]),
                 (query[0][i], query[1][i]),
                 steps=steps,
-                first_order=first_order,
+                first_order=kind == "first-order",
             )
             for i in range(TASKS)
         ]
@@ -134,8 +136,9 @@ class Encoder(nn.Module):
         return output
 
 
+@pytest.mark.parametrize("way", ["reverse", "mixed"])
 @pytest.mark.parametrize("kind", [Norms, Encoder])
-def test_maml_of_models_with_normalisation(kind: type[nn.Module]) -> None:
+def test_maml_of_models_with_normalisation(kind: type[nn.Module], way: str) -> None:
     torch.manual_seed(0)
     model = kind().double()
     for parameter in model.parameters():  # weights of 1 and biases of 0 hide mistakes
@@ -143,7 +146,16 @@ def test_maml_of_models_with_normalisation(kind: type[nn.Module]) -> None:
     plain = copy.deepcopy(model)
     metattn.replace_attention(model)
     support, query = task_batch(None)
-    loss = maml_loss(model, dict(model.named_parameters()), mse_loss, support, query, steps=2, lr=0.1)
+    loss = maml_loss(
+        model,
+        dict(model.named_parameters()),
+        mse_loss,
+        support,
+        query,
+        steps=2,
+        optimizer=SGD(0.1),
+        meta_gradient=way,
+    )
     with sdpa_kernel(SDPBackend.MATH):
         per_task = [
             unrolled(plain, (support[0][i], support[1][i]), (query[0][i], query[1][i]), steps=2)
@@ -175,9 +187,13 @@ def test_the_second_order_term_is_there() -> None:
 
     samples = torch.ones(1, 2, dtype=torch.float64), curvature.unsqueeze(0)
     shrunk = 1 - lr * curvature
-    for first_order, term in ((False, shrunk), (True, torch.ones_like(shrunk))):
+    for kind, term in (
+        ("reverse", shrunk),
+        ("mixed", shrunk),
+        ("first-order", torch.ones_like(shrunk)),
+    ):
         loss = maml_loss(
-            model, params, half_square, samples, samples, steps=1, lr=lr, first_order=first_order
+            model, params, half_square, samples, samples, steps=1, optimizer=SGD(lr), meta_gradient=kind
         )
         (gradient,) = torch.autograd.grad(loss, [model.weight])
         torch.testing.assert_close(gradient, term * curvature * shrunk * model.weight.detach())
@@ -191,9 +207,12 @@ def test_first_order_differs_from_exact_in_every_attention_parameter(pooling: st
     params = dict(model.named_parameters())
     exact, truncated = (
         meta_gradient(
-            maml_loss(model, params, mse_loss, support, query, steps=2, lr=0.1, first_order=flag), model
+            maml_loss(
+                model, params, mse_loss, support, query, steps=2, optimizer=SGD(0.1), meta_gradient=kind
+            ),
+            model,
         )
-        for flag in (False, True)
+        for kind in ("mixed", "first-order")
     )
     names = ["attention.in_proj_weight", "attention.out_proj.weight"] + (
         ["pooling.score.weight"] if pooling else []
@@ -208,10 +227,14 @@ def test_functional_gradient_and_chunks_agree_with_backward() -> None:
     params = {name: value.detach() for name, value in model.named_parameters()}
 
     def loss(params: dict[str, Tensor], chunk_size: int | None = None) -> Tensor:
-        return maml_loss(model, params, mse_loss, support, query, steps=2, lr=0.1, chunk_size=chunk_size)
+        return maml_loss(
+            model, params, mse_loss, support, query, steps=2, optimizer=SGD(0.1), chunk_size=chunk_size
+        )
 
     own = dict(model.named_parameters())
-    expected = meta_gradient(maml_loss(model, own, mse_loss, support, query, steps=2, lr=0.1), model)
+    expected = meta_gradient(
+        maml_loss(model, own, mse_loss, support, query, steps=2, optimizer=SGD(0.1)), model
+    )
     for gradient in (torch.func.grad(loss)(params), torch.func.grad(loss)(params, 2)):
         for name, value in gradient.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
@@ -224,11 +247,11 @@ def test_learned_step_sizes() -> None:
     params = {name: value.detach() for name, value in model.named_parameters()}
 
     def loss(lr: Tensor) -> Tensor:
-        return maml_loss(model, params, mse_loss, support, query, steps=2, lr=lr)
+        return maml_loss(model, params, mse_loss, support, query, steps=2, optimizer=SGD(lr))
 
     def loss_by_name(*rates: Tensor) -> Tensor:
         by_name = dict(zip(params, rates, strict=True))
-        return maml_loss(model, params, mse_loss, support, query, steps=2, lr=by_name)
+        return maml_loss(model, params, mse_loss, support, query, steps=2, optimizer=SGD(by_name))
 
     rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (rate,))
@@ -242,7 +265,7 @@ def test_only_the_named_parameters_are_adapted() -> None:
     support, _ = task_batch(None)
     before = {name: value.clone() for name, value in model.named_parameters()}
     one_task = support[0][0], support[1][0]
-    adapted = adapt(model, decoder, mse_loss, one_task, steps=2, lr=0.1)
+    adapted = adapt(model, decoder, mse_loss, one_task, steps=2, optimizer=SGD(0.1))
     assert adapted.keys() == decoder.keys()
     assert all(not torch.equal(adapted[name], before[name]) for name in adapted)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
@@ -253,7 +276,9 @@ def test_adaptation_lowers_the_loss_and_records_nothing_without_grad() -> None:
     support, _ = task_batch(None)
     one_task = support[0][0], support[1][0]
     with torch.no_grad():
-        adapted = adapt(model, dict(model.named_parameters()), mse_loss, one_task, steps=20, lr=0.1)
+        adapted = adapt(
+            model, dict(model.named_parameters()), mse_loss, one_task, steps=20, optimizer=SGD(0.1)
+        )
         after = mse_loss(functional_call(model, adapted, (one_task[0],)), one_task[1])
         before = mse_loss(model(one_task[0]), one_task[1])
     assert not any(value.requires_grad for value in adapted.values())
@@ -274,7 +299,9 @@ def test_randomness_of_tasks() -> None:
         """Of each task: the derivative of their mean in a factor of the task's own."""
         task_weights = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
         samples = inputs, task_weights
-        loss = maml_loss(model, params, weighted, samples, samples, steps=0, lr=0.1, randomness=randomness)
+        loss = maml_loss(
+            model, params, weighted, samples, samples, steps=0, optimizer=SGD(0.1), randomness=randomness
+        )
         (per_task,) = torch.autograd.grad(loss, task_weights)
         return 4 * per_task.flatten()
 
@@ -291,7 +318,13 @@ def test_randomness_of_tasks() -> None:
         ({"steps": -1}, "steps: expected an integer of 0 or more, got -1"),
         ({"steps": 1.5}, "steps: expected an integer of 0 or more, got 1.5"),
         ({"params": {"nothing": torch.zeros(1)}}, "params: expected names of AttentionMetaLearner's"),
-        ({"lr": {"decoder.1.bias": 0.1}}, "lr: expected a step size for every name in params, got none for"),
+        (
+            {"optimizer": SGD({"decoder.1.bias": 0.1})},
+            "lr: expected a value for every name in params, got none",
+        ),
+        ({"meta_gradient": "exact"}, "meta_gradient: expected one of reverse, mixed, first-order, implicit"),
+        ({"tasks": "threads"}, 'tasks: expected "vmap" or "loop", got \'threads\''),
+        ({"support": [(torch.zeros(3, 1, 5, 2), torch.zeros(3, 1, 5, 3))] * 2}, "support: expected one pair"),
         ({"query": (torch.zeros(2, 1, 5, 2), torch.zeros(3, 1, 5, 3))}, "support, query: expected"),
         ({"query": (torch.zeros(()), torch.zeros(()))}, "support, query: expected"),
     ],
@@ -304,7 +337,7 @@ def test_refusals(change: dict[str, object], match: str) -> None:
         "support": support,
         "query": query,
         "steps": 1,
-        "lr": 0.1,
+        "optimizer": SGD(0.1),
     }
     with pytest.raises(ValueError, match=match):
         maml_loss(model, loss_fn=mse_loss, **{**arguments, **change})  # type: ignore[arg-type]
@@ -406,7 +439,7 @@ class TestSecondDerivativeOfTheMetaLoss:
         plain = nn.Sequential(model[0], model[1], ElementaryNorm(model[2], dims), model[3])
         support, query = task_batch(None)
         params = dict(model.named_parameters())
-        loss = maml_loss(model, params, mse_loss, support, query, steps=steps, lr=0.1)
+        loss = maml_loss(model, params, mse_loss, support, query, steps=steps, optimizer=SGD(0.1))
         per_task = [
             unrolled(plain, (support[0][i], support[1][i]), (query[0][i], query[1][i]), steps=steps)
             for i in range(TASKS)
@@ -426,9 +459,11 @@ class TestSecondDerivativeOfTheMetaLoss:
         model(torch.randn(20, 2, dtype=torch.float64))
         x, y = torch.randn(2, 5, 2, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
         params = dict(model.eval().named_parameters())
-        loss = maml_loss(model, params, mse_loss, (x, y), (x, y), steps=0, lr=0.1)
+        loss = maml_loss(model, params, mse_loss, (x, y), (x, y), steps=0, optimizer=SGD(0.1))
         torch.testing.assert_close(loss, mse_loss(model(x.flatten(0, 1)), y.flatten(0, 1)))
         single = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)).double()
         one = x[:, :1], x[:, :1]
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            maml_loss(single, dict(single.named_parameters()), mse_loss, one, one, steps=1, lr=0.1)
+            maml_loss(
+                single, dict(single.named_parameters()), mse_loss, one, one, steps=1, optimizer=SGD(0.1)
+            )

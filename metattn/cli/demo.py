@@ -25,7 +25,7 @@ from metattn.cli._cases import Case, make_inputs
 from metattn.cli._contestants import MATH, Contestant, make_step
 from metattn.cli._measure import in_fresh_process, interleave, machine
 from metattn.cli.tasks import Samples, Sinusoids, handwritten_digits, nearest_centroid, rows
-from metattn.meta import AttentionMetaLearner, adapt, maml_loss
+from metattn.meta import SGD, AttentionMetaLearner, adapt, maml_loss
 
 EXTRAS = ("matplotlib", "numpy", "rich", "sklearn")
 SHOTS = 10  # points of a sinusoid to learn it from: the paper's K
@@ -158,7 +158,7 @@ def sinusoids(
             tasks.points(SHOTS, generator),
             tasks.points(SHOTS, generator),
             steps=SINUSOID_STEPS,
-            lr=SINUSOID_RATE,
+            optimizer=SGD(SINUSOID_RATE),
         )
 
     iterations = meta_train(
@@ -196,7 +196,9 @@ def adapted_scores(
         current = {name: value.expand(len(support[0]), *value.shape) for name, value in params.items()}
         for step in range(max(SHOWN_STEPS) + 1):
             if step:
-                current = vmap(lambda p, s: adapt(model, p, loss_fn, s, steps=1, lr=lr))(current, support)
+                current = vmap(lambda p, s: adapt(model, p, loss_fn, s, steps=1, optimizer=SGD(lr)))(
+                    current, support
+                )
             by_task = vmap(lambda p, q: score(functional_call(model, p, (q[0],)), q[1]))(current, query)
             scores.append(by_task.mean().item())
     return scores
@@ -214,7 +216,7 @@ def curves(
         one = Sinusoids(tasks.amplitude[index : index + 1], tasks.phase[index : index + 1])
         points = support[0][index], support[1][index]
         with torch.no_grad():
-            adapted = adapt(model, params, mse_loss, points, steps=10, lr=SINUSOID_RATE)
+            adapted = adapt(model, params, mse_loss, points, steps=10, optimizer=SGD(SINUSOID_RATE))
             before, after = (functional_call(model, dict(p), (grid,)) for p in (params, adapted))
         found.append(
             {
@@ -261,7 +263,9 @@ def digits(size: Size, seed: int, seconds: float, advance: Advance) -> dict[str,
     def loss() -> Tensor:
         drawn = training.draw(4, generator, queries=DIGIT_SHOTS, **task)
         points = [(rows(images), labels) for images, labels in drawn]
-        return maml_loss(learner, params, cross_entropy, points[0], points[1], steps=DIGIT_STEPS, lr=rates())
+        return maml_loss(
+            learner, params, cross_entropy, points[0], points[1], steps=DIGIT_STEPS, optimizer=SGD(rates())
+        )
 
     untrained = accuracies()
     iterations = meta_train(
@@ -308,7 +312,13 @@ def agreement(learner: AttentionMetaLearner, seed: int) -> dict[str, float]:
         with context:
             params = dict(model.named_parameters())
             loss = maml_loss(
-                model, params, mse_loss, samples[0], samples[1], steps=SINUSOID_STEPS, lr=SINUSOID_RATE
+                model,
+                params,
+                mse_loss,
+                samples[0],
+                samples[1],
+                steps=SINUSOID_STEPS,
+                optimizer=SGD(SINUSOID_RATE),
             )
             gradients = torch.autograd.grad(loss, list(params.values()))
         return torch.cat([g.flatten().double() for g in gradients])

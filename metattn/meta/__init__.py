@@ -1,6 +1,24 @@
 """Meta-learners and inner loops, built on torch.func."""
 
+from metattn.meta.adapt import adapt
+from metattn.meta.implicit import Implicit
+from metattn.meta.inner import FirstOrder, Reverse
 from metattn.meta.learner import AttentionMetaLearner
-from metattn.meta.maml import adapt, maml_loss
+from metattn.meta.mixed import Mixed
+from metattn.meta.optimizers import SGD, Adam, InnerOptimizer, MetaSGD
+from metattn.meta.tasks import maml_loss, reptile_loss
 
-__all__ = ["AttentionMetaLearner", "adapt", "maml_loss"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AttentionMetaLearner",
+    "FirstOrder",
+    "Implicit",
+    "InnerOptimizer",
+    "MetaSGD",
+    "Mixed",
+    "Reverse",
+    "adapt",
+    "maml_loss",
+    "reptile_loss",
+]

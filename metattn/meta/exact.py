@@ -1,0 +1,116 @@
+"""torch functions whose higher derivatives are wrong or missing, made of operations that have them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import (
+    batch_norm,
+    huber_loss,
+    instance_norm,
+    layer_norm,
+    mse_loss,
+    soft_margin_loss,
+    softplus,
+)
+from torch.overrides import TorchFunctionMode
+
+
+class ExactDerivatives(TorchFunctionMode):
+    """Within it these functions have exact derivatives of any order, in reverse and forward mode.
+
+    * layer_norm, batch_norm, instance_norm: torch's backward takes the saved mean and variance for constants:
+      under vmap with a weight for every task their second derivative is silently wrong
+      (pytorch/functorch#534), the third is everywhere.
+    * mse_loss, huber_loss, soft_margin_loss: forward mode over their backward raises.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (layer_norm, batch_norm, instance_norm):
+            return _normalised(func, args, kwargs or {})
+        if func in _LOSSES:
+            return _reduced(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    options = _bound(func, args, kwargs)
+    weight, bias = options.pop("weight"), options.pop("bias")
+    if func is layer_norm:
+        dims = tuple(range(-len(options["normalized_shape"]), 0))
+    else:
+        rest = range(2, options["input"].dim())
+        dims = (0, *rest) if func is batch_norm else tuple(rest)
+    output: Tensor
+    if options.get("training", options.get("use_input_stats", True)):
+        with torch.no_grad():  # its refusals, its dtype, and what it does to running statistics
+            dtype = func(**options).dtype
+        x = options["input"]
+        x = x if x.dtype == torch.float64 else x.float()
+        centred = x - x.mean(dims, keepdim=True)
+        variance = centred.square().mean(dims, keepdim=True)
+        output = (centred * torch.rsqrt(variance + options["eps"])).to(dtype)
+    else:
+        output = func(**options)
+    channels = (-1,) + (1,) * (output.dim() - 2)  # dimension 1 of batch_norm and instance_norm
+    for combine, tensor in ((torch.mul, weight), (torch.add, bias)):
+        if tensor is not None:
+            output = combine(output, tensor if func is layer_norm else tensor.view(channels))
+    return output
+
+
+def _squared(input: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+    return (input - target).square()
+
+
+def _huber(input: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+    delta, distance = options["delta"], (input - target).abs()
+    return torch.where(distance < delta, 0.5 * distance * distance, delta * (distance - 0.5 * delta))
+
+
+def _soft_margin(input: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
+    return softplus(-target * input)
+
+
+_LOSSES = {mse_loss: _squared, huber_loss: _huber, soft_margin_loss: _soft_margin}
+
+
+def _reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    options = _bound(func, args, kwargs)
+    if options.get("size_average") is not None or options.get("reduce") is not None:
+        result: Tensor = func(*args, **kwargs)  # their deprecated meaning is torch's to know
+        return result
+    with torch.no_grad():  # its refusals, its warnings and its dtype
+        dtype = func(*args, **kwargs).dtype
+    elements = _LOSSES[func](options["input"], options["target"], options)
+    weight, reduction = options.get("weight"), options["reduction"]
+    total = 1.0 if weight is None else weight.expand_as(elements).sum()
+    if weight is not None:
+        elements = elements * weight
+    if reduction == "mean":
+        elements = elements.mean() if weight is None else elements.sum() / total
+    elif reduction == "sum":
+        elements = elements.sum()
+    return elements.to(dtype)
+
+
+def _bound(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = _signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+@functools.cache
+def _signature(func: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(func)

@@ -1,0 +1,91 @@
+"""A call of an inner loop as a flat list of tensors, which an autograd Function can be differentiated in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from metattn.meta.inner import InnerLoop
+from metattn.meta.optimizers import Params
+from metattn.meta.replay import Replay
+
+
+class Call:
+    """One call: the loop, what is no tensor among its arguments, and how to repeat what it computes.
+
+    The tensors are those of (params, others, hyper), in this order.
+    """
+
+    def __init__(self, loop: InnerLoop, params: Params, others: Any) -> None:
+        self.loop = loop
+        self._leaves, self._spec = tree_flatten((params, others, loop.fields()))
+        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.count = len(params)
+        self._first_hyper = self.count + sum(isinstance(leaf, Tensor) for leaf in tree_leaves(others))
+        self.replay = Replay(self.tensors)
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Params, Any, dict[str, Any]]:
+        """(params, others, hyper) made of these tensors."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        params, others, hyper = tree_unflatten(leaves, self._spec)
+        return params, others, hyper
+
+    def replaced(
+        self, tensors: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor]
+    ) -> tuple[Params, Any, dict[str, Any]]:
+        """The same with other tensors in some places."""
+        by_place = dict(zip(places, values, strict=True))
+        return self.arguments([by_place.get(place, x) for place, x in enumerate(tensors)])
+
+    def learned(self, needed: Sequence[bool]) -> list[int]:
+        """Places of tensors of `others` that need a gradient."""
+        return [place for place in range(self.count, self._first_hyper) if needed[place]]
+
+    def tuned(self, needed: Sequence[bool]) -> list[int]:
+        """Places of tensors of `hyper` that need one."""
+        return [place for place in range(self._first_hyper, len(needed)) if needed[place]]
+
+    def first_gradient(self, tensors: Sequence[Tensor]) -> Params:
+        """The inner gradient at θ_0. ValueError where it depends on a tensor that is none of these."""
+        with (
+            torch.enable_grad()
+        ):  # recorded from constants alone: there is a record if there is another tensor
+            params, others, _ = self.arguments([x.detach() for x in tensors])
+            found = self.loop.gradient(params, others, 0)
+        if any(x.requires_grad for x in found.values()):
+            raise ValueError(
+                'meta_gradient: "mixed" and "implicit" differentiate in params, the model\'s other '
+                "parameters, support, the optimizer's fields and the parameters of a loss_fn that is a "
+                "torch.nn.Module; this loss depends on another tensor that requires a gradient: make it one "
+                'of these, or use "reverse"'
+            )
+        return {name: x.detach() for name, x in found.items()}
+
+    def curvature(
+        self,
+        tensors: Sequence[Tensor],
+        learned: Sequence[int],
+        index: int,
+        params: Params,
+        direction: Params,
+    ) -> tuple[Params, list[Tensor]]:
+        """The derivatives of the inner gradients, in θ and in the learned tensors, along a direction of θ."""
+
+        def gradients(current: Params) -> tuple[Params, list[Tensor]]:
+            def loss(current: Params, values: list[Tensor]) -> Tensor:
+                return self.loop.loss(current, self.replaced(tensors, learned, values)[1], index)
+
+            found: tuple[Params, list[Tensor]] = grad(loss, argnums=(0, 1))(
+                current, [tensors[place] for place in learned]
+            )
+            return found
+
+        with self.replay.again(index):
+            moved: tuple[Params, list[Tensor]] = jvp(gradients, (params,), (direction,))[1]
+        return moved

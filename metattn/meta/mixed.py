@@ -1,0 +1,199 @@
+"""The mixed-mode meta-gradient: exact, with the memory of one inner step and the parameters' trajectory.
+
+A step is θ' = U(θ, s, g), g = ∇θ L(θ, φ). Going back through it, the cotangent of g, call it v, becomes that
+of θ and of φ by the second derivatives of L, which are symmetric:
+
+    (∂g/∂θ)ᵀ v = d/dε ∇θ L(θ + εv, φ),    (∂g/∂φ)ᵀ v = d/dε ∇φ L(θ + εv, φ)
+
+So one derivative in direction v (forward mode) of one gradient of L (reverse mode) is all that a step needs,
+and nothing of it need be kept from the way there but θ, s and g. (MixFlow-MG, arXiv 2505.00793.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from metattn.meta.explicit import Call
+from metattn.meta.inner import InnerLoop
+from metattn.meta.optimizers import Params
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Exact: back through the steps one by one, each by forward mode over reverse mode.
+
+    Memory: parameters, gradients and the optimizer's state of every step, and what a single step needs.
+
+    Arguments: save_every, how many steps apart they are kept; those between are computed again.
+    ``math.isqrt(steps)`` needs the least memory, 1 (the default) the least time.
+
+    Everything that is differentiated must be an argument of :func:`adapt`: ValueError for a loss that
+    depends on another tensor that requires a gradient. Random numbers, autocast, ``use_backend`` and torch's
+    function modes are in the repetition as they were the first time. Operations without a forward-mode
+    derivative raise what torch says.
+    """
+
+    save_every: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.save_every, int) or self.save_every < 1:
+            raise ValueError(f"save_every: expected an integer of 1 or more, got {self.save_every!r}")
+
+    def adapted(self, loop: InnerLoop, params: Params, others: Any) -> Params:
+        if not torch.is_grad_enabled():
+            return loop.run(params, others)
+        run = _Run(loop, params, others, self.save_every)
+        outputs = _Steps.apply(run, *run.tensors)
+        return dict(zip(params, outputs, strict=False))
+
+
+class _Run(Call):
+    """One call, and what is kept of it."""
+
+    def __init__(self, loop: InnerLoop, params: Params, others: Any, every: int) -> None:
+        super().__init__(loop, params, others)
+        self.every = every
+        self.moment: TreeSpec  # the structure of (θ, state)
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The last parameters, then what is kept: each gradient (if every is 1), and moments on the way."""
+        params, others, hyper = self.arguments(tensors)
+        state = self.loop.with_fields(hyper).init(params)
+        gradients: list[Tensor] = []
+        moments: list[Tensor] = []
+        for index in range(self.loop.steps):
+            flat, self.moment = tree_flatten((params, state))
+            if index > 0 and index % self.every == 0:
+                moments += flat
+            self.replay.remember(index)
+            known = index > 0
+            found = self.loop.gradient(params, others, index) if known else self.first_gradient(tensors)
+            if self.every == 1:
+                gradients += found.values()
+            params, state = self.loop.step(index, params, found, state, hyper)
+        return _distinct([*params.values(), *gradients, *moments], tensors)
+
+    def backward(
+        self,
+        tensors: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The cotangents of the arguments that need one."""
+        params, _, hyper = self.arguments(tensors)
+        learned, tuned = self.learned(needed), self.tuned(needed)
+        totals: dict[int, Tensor] = {}
+
+        def add(places: Sequence[int], values: Sequence[Tensor]) -> None:
+            for place, value in zip(places, values, strict=True):
+                totals[place] = totals[place] + value if place in totals else value
+
+        later = tree_map(torch.zeros_like, (params, self.loop.with_fields(hyper).init(params)))
+        later = _plus(later, cotangents[: self.count])
+        for index, moment, gradients, kept in self._backwards(tensors, outputs, cotangents):
+
+            def update(moment: Any, gradients: Params, fields: list[Tensor], index: int = index) -> Any:
+                hyper = self.replaced(tensors, tuned, fields)[2]
+                return self.loop.step(index, moment[0], gradients, moment[1], hyper)
+
+            pull = vjp(update, moment, gradients, [tensors[place] for place in tuned])[1]
+            sooner, direction, of_fields = pull(later)
+            add(tuned, of_fields)
+            direction = _plus(direction, kept.gradients)
+            curved, mixed = self.curvature(tensors, learned, index, moment[0], direction)
+            add(learned, mixed)
+            later = _plus(_plus(sooner, list(curved.values())), kept.moment)
+        add(range(self.count), list(later[0].values()))
+        return [totals.get(place) if needed[place] else None for place in range(len(tensors))]
+
+    def _backwards(
+        self, tensors: Sequence[Tensor], outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> Iterator[tuple[int, Any, Params, _Kept]]:
+        """(index, (θ, state), gradient) of the steps, the last first, with cotangents of what was kept."""
+        params, others, hyper = self.arguments(tensors)
+        names, count, steps = list(params), self.count, self.loop.steps
+        size = self.moment.num_leaves
+        first_moment = count + (count * steps if self.every == 1 else 0)
+
+        def moment_at(start: int) -> tuple[Any, Sequence[Tensor | None]]:
+            if start == 0:
+                return (params, self.loop.with_fields(hyper).init(params)), ()
+            place = first_moment + (start // self.every - 1) * size
+            return tree_unflatten(outputs[place : place + size], self.moment), cotangents[
+                place : place + size
+            ]
+
+        for start in reversed(range(0, steps, self.every)):
+            moment, of_moment = moment_at(start)
+            if self.every == 1:
+                part = slice(count * (start + 1), count * (start + 2))
+                gradients = dict(zip(names, outputs[part], strict=True))
+                yield start, moment, gradients, _Kept(of_moment, cotangents[part])
+                continue
+            passed = []
+            for index in range(start, min(start + self.every, steps)):
+                with self.replay.again(index):
+                    gradients = self.loop.gradient(moment[0], others, index)
+                passed.append((index, moment, gradients))
+                moment = self.loop.step(index, moment[0], gradients, moment[1], hyper)
+            while passed:
+                index, moment, gradients = passed.pop()
+                yield index, moment, gradients, _Kept(of_moment if index == start else ())
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Cotangents of what a step left among the outputs, in the order of leaves; empty where nothing."""
+
+    moment: Sequence[Tensor | None] = ()
+    gradients: Sequence[Tensor | None] = ()
+
+
+class _Steps(torch.autograd.Function):
+    """All steps. What is kept is an output, so that the backward can be differentiated like anything."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run.forward(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.run = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.arguments = len(inputs) - 1
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, outputs = ctx.saved_tensors[: ctx.arguments], ctx.saved_tensors[ctx.arguments :]
+        needed = ctx.needs_input_grad[1:]
+        return (None, *ctx.run.backward(tensors, outputs, cotangents, needed))
+
+
+def _plus(tree: Any, terms: Sequence[Tensor | None]) -> Any:
+    """The tree with terms added to its first leaves; None adds nothing."""
+    leaves, spec = tree_flatten(tree)
+    for place, term in enumerate(terms):
+        if term is not None:
+            leaves[place] = leaves[place] + term
+    return tree_unflatten(leaves, spec)
+
+
+def _distinct(outputs: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """An optimizer may hand a tensor on, but no output of a Function may be an input or another output."""
+    seen = {id(x) for x in inputs}
+    for place, output in enumerate(outputs):
+        if id(output) in seen:
+            outputs[place] = output.clone()
+        seen.add(id(output))
+    return outputs
