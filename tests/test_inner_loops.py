@@ -1,8 +1,7 @@
-"""Inner loops: every optimizer, algorithm and way to differentiate, against autograd through an unrolled loop."""
+"""Inner loops: every optimizer, algorithm and way to differentiate, against autograd of the unrolled loop."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, huber_loss, layer_norm, mse_loss, soft_margin_loss
+from torch.nn.functional import huber_loss, mse_loss, soft_margin_loss
 
 import metattn
 from metattn.meta import (
@@ -64,8 +63,14 @@ def plain_sgd(
     def step(values: list[Tensor], gradients: list[Tensor], state: Any, index: int) -> Any:
         gradients = [g + decay * x for g, x in zip(gradients, values, strict=True)]
         if momentum:
-            state = gradients if state is None else [momentum * b + g for b, g in zip(state, gradients)]
-            directions = [g + momentum * b for g, b in zip(gradients, state)] if nesterov else state
+            state = (
+                gradients
+                if state is None
+                else [momentum * b + g for b, g in zip(state, gradients, strict=True)]
+            )
+            directions = (
+                [g + momentum * b for g, b in zip(gradients, state, strict=True)] if nesterov else state
+            )
         else:
             directions = gradients
         return [x - lr * d for x, d in zip(values, directions, strict=True)], state
@@ -314,7 +319,7 @@ def test_meta_sgd(kind: Any) -> None:
 
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
 def test_reptile(tasks: str) -> None:
-    """Its gradient is θ − mean φ, so that a step of size 1 arrives at the mean of what the tasks adapted to."""
+    """Its gradient is θ − mean φ, so that a step of size 1 arrives at the mean of adapted ones."""
     model, support = model_of(), samples_of(2, 1)
     params = dict(model.named_parameters())
     options = {"optimizer": Adam(0.03), "steps": 4}
@@ -338,7 +343,7 @@ class Quadratic(nn.Module):
 
 
 def test_implicit_gradient_of_a_quadratic() -> None:
-    """min ½ wᵀAw − bᵀw + λ/2·‖w − w_0‖² has (A + λ)w = b + λ·w_0, so dw/dw_0 = λ(A + λ)⁻¹ and dw/db = (A + λ)⁻¹."""
+    """min ½ wᵀAw − bᵀw + λ/2·‖w − w_0‖² has (A + λ)w = b + λ·w_0: dw/dw_0 = λ(A + λ)⁻¹, dw/db = (A + λ)⁻¹."""
     torch.manual_seed(0)
     root = torch.randn(4, 4, dtype=torch.float64)
     curvature, strength = root @ root.T, 2.0
@@ -367,7 +372,7 @@ def test_implicit_gradient_of_a_quadratic() -> None:
 
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
 def test_implicit_gradient_is_that_of_long_unrolling(tasks: str) -> None:
-    """Of a loss with a pull towards θ_0: autograd through 60 steps that converge, on a network with attention."""
+    """Of a loss with a pull towards θ_0: autograd through 60 steps that converge, with attention inside."""
     model, support, query = model_of(), samples_of(2, 1, tasks=2), samples_of(4, 2, tasks=2)
     params = dict(model.named_parameters())
     strength = 10.0
@@ -401,3 +406,406 @@ def test_implicit_gradient_is_that_of_long_unrolling(tasks: str) -> None:
     exact = gradient_of(expected, params)
     for name, value in gradient_of(loss, params).items():
         torch.testing.assert_close(value, exact[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Mixed(), Mixed(2), Implicit(1.0)], ids=str)
+@pytest.mark.parametrize("transform", ["none", "grad", "vmap", "vmap of grad", "grad of grad"])
+def test_a_captured_tensor_is_refused(kind: Any, transform: str) -> None:
+    """Its gradient would be lost without a word."""
+    model, support, query = model_of(), samples_of(2, 1), samples_of(4, 2)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def query_loss(factor: Tensor, support: Samples, query: Samples) -> Tensor:
+        adapted = adapt(
+            model,
+            params,
+            lambda outputs, targets: factor * mse_loss(outputs, targets),
+            support,
+            optimizer=SGD(0.1),
+            steps=2,
+            meta_gradient=kind,
+        )
+        return mse_loss(functional_call(model, adapted, (query[0],)), query[1])
+
+    one = of_task(support, 0), of_task(query, 0)
+    call: dict[str, Callable[[], Any]] = {
+        "none": lambda: query_loss(factor, *one),
+        "grad": lambda: torch.func.grad(query_loss)(factor.detach(), *one),
+        "vmap": lambda: torch.func.vmap(query_loss, in_dims=(None, 0, 0))(factor, support, query),
+        "vmap of grad": lambda: torch.func.vmap(torch.func.grad(query_loss), in_dims=(None, 0, 0))(
+            factor.detach(), support, query
+        ),
+        "grad of grad": lambda: torch.func.grad(torch.func.grad(query_loss))(factor.detach(), *one),
+    }
+    with pytest.raises(ValueError, match="depends on another tensor that requires a gradient"):
+        call[transform]()
+
+
+@pytest.mark.parametrize("kind", [Mixed(), Mixed(2)], ids=str)
+def test_mixed_under_torch_func(kind: Any) -> None:
+    """grad, grad of vmap, vmap of grad, and the meta-gradient's own derivative, as in reverse mode."""
+    model, support, query = model_of(), samples_of(1, 1), samples_of(1, 2)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(params: Params, meta_gradient: Any, i: int = 0) -> Tensor:
+        adapted = adapt(
+            model,
+            params,
+            mse_loss,
+            of_task(support, i),
+            optimizer=SGD(0.1, momentum=0.5),
+            steps=3,
+            meta_gradient=meta_gradient,
+        )
+        return mse_loss(functional_call(model, adapted, (query[0][i],)), query[1][i])
+
+    agree(torch.func.grad(loss)(params, kind), torch.func.grad(loss)(params, "reverse"))
+
+    def many(params: Params, meta_gradient: Any) -> Tensor:
+        return maml_loss(
+            model,
+            params,
+            mse_loss,
+            support,
+            query,
+            optimizer=Adam(0.03),
+            steps=3,
+            meta_gradient=meta_gradient,
+        )
+
+    agree(torch.func.grad(many)(params, kind), torch.func.grad(many)(params, "reverse"))
+
+    starts = {name: torch.stack([value, 1.1 * value]) for name, value in params.items()}
+    for way in ("vmap of grad", "grad of grad"):
+        found = []
+        for meta_gradient in (kind, "reverse"):
+            if way == "vmap of grad":
+                each = torch.func.vmap(torch.func.grad(lambda p, m=meta_gradient: loss(p, m)))(starts)
+            else:
+                with pytest.warns(metattn.HigherOrderWarning):
+                    each = torch.func.grad(
+                        lambda p, m=meta_gradient: sum(
+                            g.square().sum() for g in torch.func.grad(loss)(p, m).values()
+                        )
+                    )(params)
+            found.append(each)
+        agree(*found)
+
+
+class Noisy(nn.Module):
+    """With dropout in attention and outside, and a buffer that its forward pass writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 8)
+        self.attention = metattn.nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True)
+        self.drop = nn.Dropout(0.3)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.first(x))
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        output: Tensor = self.last(h)
+        return output
+
+
+@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", [Mixed(), Mixed(2)], ids=str)
+def test_dropout_is_drawn_again_as_it_was(kind: Any, tasks: str) -> None:
+    torch.manual_seed(0)
+    model, support, query = Noisy().double(), samples_of(2, 1), samples_of(4, 2)
+    params = dict(model.named_parameters())
+    found, after = [], []
+    for meta_gradient in ("reverse", kind):
+        torch.manual_seed(5)
+        loss = maml_loss(
+            model,
+            params,
+            mse_loss,
+            support,
+            query,
+            optimizer=SGD(0.1),
+            steps=3,
+            meta_gradient=meta_gradient,
+            tasks=tasks,
+        )
+        torch.rand(7)  # what is drawn in between is of no consequence
+        found.append(gradient_of(loss, params))
+        after.append(torch.rand(3))
+    agree(found[1], found[0])
+    assert torch.equal(*after)  # and the generator goes on as if nothing had been drawn again
+
+
+def test_surroundings_are_the_same_on_the_way_back() -> None:
+    """Autocast, the named backend and torch's function modes, though the backward pass is outside."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), Attending(), nn.Linear(8, 3))
+    x, y = (t.float() for t in of_task(samples_of(2, 1), 0))
+    params = dict(model.named_parameters())
+    seen: list[tuple[Any, Any]] = []
+    model[1].register_forward_hook(
+        lambda module, args, output: seen.append((output.dtype, metattn.backends.named()))
+    )
+    found = []
+    for meta_gradient in ("reverse", "mixed"):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            metattn.use_backend("reference"),
+            metattn.sdpa_override() as override,
+        ):
+            adapted = adapt(
+                model, params, mse_loss, (x, y), optimizer=SGD(0.1), steps=2, meta_gradient=meta_gradient
+            )
+        loss = sum((value.square().sum() for value in adapted.values()), start=torch.zeros(()))
+        found.append(gradient_of(loss, params))
+    assert len(seen) == 2 + 2 + 2  # two steps each, and two again on the way back
+    assert set(seen) == {(torch.bfloat16, "reference")}
+    assert override.calls == 4
+    for name, value in found[1].items():
+        error = (value - found[0][name]).norm() / found[0][name].norm().clamp_min(1e-3)
+        assert error < 0.02, name
+    assert metattn.backends.named() is None
+
+
+class Attending(nn.Module):
+    """Calls torch's own function, which has no second derivative without the override."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]
+
+
+def test_nothing_is_kept_without_grad() -> None:
+    model = model_of()
+    with torch.no_grad():
+        adapted = adapt(
+            model,
+            dict(model.named_parameters()),
+            mse_loss,
+            of_task(samples_of(2, 1), 0),
+            optimizer=Adam(0.1),
+            steps=3,
+            meta_gradient="mixed",
+        )
+    assert all(value.grad_fn is None and not value.requires_grad for value in adapted.values())
+
+
+@pytest.mark.parametrize("kind", ["reverse", "mixed"])
+def test_inputs_of_every_form_and_data_of_every_step(kind: str) -> None:
+    """Positional and keyword arguments, no targets, and a list with a pair for each step."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor, scale: Tensor, shift: float = 0.0) -> dict[str, Tensor]:
+            return {"loss": (self.linear(x) * scale + shift).square().mean()}
+
+    torch.manual_seed(0)
+    model = Two()
+    params = dict(model.named_parameters())
+    x, scale = torch.randn(3, TASKS, 4, 2, dtype=torch.float64), torch.randn(3, TASKS, 3, dtype=torch.float64)
+
+    def loss_fn(outputs: dict[str, Tensor], targets: None) -> Tensor:
+        return outputs["loss"]
+
+    found = []
+    for form in ("tuple", "dict"):
+        steps = [
+            ((x[t], scale[t], 0.5) if form == "tuple" else {"x": x[t], "scale": scale[t], "shift": 0.5}, None)
+            for t in range(3)
+        ]
+        loss = maml_loss(
+            model, params, loss_fn, steps, steps[0], optimizer=SGD(0.1), steps=3, meta_gradient=kind
+        )
+        found.append(gradient_of(loss, params))
+
+    losses = []
+    for i in range(TASKS):
+        values = list(params.values())
+        for t in range(3):
+            now = dict(zip(params, values, strict=True))
+            loss = functional_call(model, now, (x[t, i], scale[t, i], 0.5))["loss"]
+            values = [
+                v - 0.1 * g
+                for v, g in zip(values, torch.autograd.grad(loss, values, create_graph=True), strict=True)
+            ]
+        now = dict(zip(params, values, strict=True))
+        losses.append(functional_call(model, now, (x[0, i], scale[0, i], 0.5))["loss"])
+    expected = gradient_of(torch.stack(losses).mean(), params)
+    for one in found:
+        agree(one, expected)
+
+
+@pytest.mark.parametrize("kind", EXACT, ids=str)
+def test_an_optimizer_of_ones_own_may_hand_tensors_on(kind: Any) -> None:
+    """Sign descent on some parameters; the others, and its memory, it returns as they came."""
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Some:
+        lr: Tensor
+
+        def init(self, params: Params) -> dict[str, Params]:
+            return {"first": dict(params)}
+
+        def step(
+            self, index: int, params: Params, gradients: Params, state: dict[str, Params]
+        ) -> tuple[Params, dict[str, Params]]:
+            moved = {
+                name: value - self.lr * gradients[name] if name.endswith("weight") else value
+                for name, value in params.items()
+            }
+            return moved, state
+
+    model = model_of()
+    params = dict(model.named_parameters())
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    leaves = {**params, "lr": lr}
+    samples = of_task(samples_of(2, 1), 0)
+    found = []
+    for meta_gradient in ("reverse", kind):
+        adapted = adapt(
+            model, params, mse_loss, samples, optimizer=Some(lr), steps=4, meta_gradient=meta_gradient
+        )
+        loss = sum((v.square().sum() for v in adapted.values()), start=torch.zeros((), dtype=torch.float64))
+        found.append(gradient_of(loss, leaves))
+    agree(found[1], found[0])
+
+
+def test_no_steps_give_the_parameters() -> None:
+    model = model_of()
+    params = dict(model.named_parameters())
+    for kind in ("reverse", "mixed", "first-order", "implicit"):
+        adapted = adapt(
+            model,
+            params,
+            mse_loss,
+            of_task(samples_of(2, 1), 0),
+            optimizer=SGD(0.1),
+            steps=0,
+            meta_gradient=kind,
+        )
+        assert all(adapted[name] is value for name, value in params.items())
+
+
+@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", ["reverse", "mixed"])
+def test_running_statistics_are_left_alone(kind: str, tasks: str) -> None:
+    """Batch normalisation goes by the batch, and nothing is written to the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    support, query = (
+        (torch.randn(TASKS, 6, 2, dtype=torch.float64), torch.randn(TASKS, 6, 3, dtype=torch.float64))
+        for _ in range(2)
+    )
+    params = dict(model.named_parameters())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    options: dict[str, Any] = {"optimizer": SGD(0.1), "steps": 3, "meta_gradient": kind, "tasks": tasks}
+    loss = maml_loss(model, params, mse_loss, support, query, **options)
+    found = gradient_of(loss, params)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    expected = torch.stack(
+        [unrolled(model, of_task(support, i), of_task(query, i), plain_sgd(0.1), 3) for i in range(TASKS)]
+    ).mean()
+    agree(found, gradient_of(expected, params))
+
+
+def test_conjugate_gradients_end_where_they_should() -> None:
+    """In as many steps as there are eigenvalues; at negative curvature; and each task of a vmap by itself."""
+    values = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    v = torch.ones(3, dtype=torch.float64)
+
+    def solve(values: Tensor, iterations: int = 3) -> Tensor:
+        return conjugate_gradients(lambda x: [values * x[0]], [v], iterations=iterations, tolerance=1e-12)[0]
+
+    torch.testing.assert_close(solve(values), 1 / values)
+    torch.testing.assert_close(solve(values, 50), 1 / values)
+    assert torch.equal(solve(-values), torch.zeros_like(v))
+    both = torch.func.vmap(lambda values: solve(values, 10))(
+        torch.stack([values, torch.full_like(values, 4)])
+    )
+    torch.testing.assert_close(both, torch.stack([1 / values, torch.full_like(values, 0.25)]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("loss", "weighted"),
+    [(mse_loss, False), (mse_loss, True), (huber_loss, False), (huber_loss, True), (soft_margin_loss, False)],
+)
+def test_exact_losses_are_torchs(loss: Callable[..., Tensor], weighted: bool, reduction: str) -> None:
+    torch.manual_seed(0)
+    x = (2 * torch.randn(4, 3, dtype=torch.float64)).requires_grad_()
+    y = torch.randn(4, 3, dtype=torch.float64)
+    y = y.sign() if loss is soft_margin_loss else y
+    options: dict[str, Any] = {"reduction": reduction}
+    if weighted:
+        options["weight"] = torch.rand(4, 3, dtype=torch.float64)
+    if loss is huber_loss:
+        options["delta"] = 0.8
+    expected = loss(x, y, **options)
+    with ExactDerivatives():
+        found = loss(x, y, **options)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+    def total(x: Tensor) -> Tensor:
+        with ExactDerivatives():
+            return loss(x, y, **options).sin().sum()
+
+    direction = torch.randn_like(x)
+    _, forward = torch.func.jvp(torch.func.grad(total), (x.detach(),), (direction,))
+    (first,) = torch.autograd.grad(total(x), x, create_graph=True)
+    (reverse,) = torch.autograd.grad((first * direction).sum(), x)
+    torch.testing.assert_close(forward, reverse)
+
+
+def test_exact_losses_refuse_what_torch_refuses() -> None:
+    x = torch.randn(2, 3)
+    with ExactDerivatives():
+        with pytest.raises(ValueError, match="not a valid value for reduction"):
+            mse_loss(x, x, reduction="median")
+        with pytest.warns(UserWarning, match="target size"):
+            mse_loss(x, torch.randn(3))
+        with pytest.warns(UserWarning, match="size_average"):
+            torch.testing.assert_close(mse_loss(x, 0 * x, size_average=False), x.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: SGD(0.1, nesterov=True), ValueError, "nesterov: expected a momentum beside it"),
+        (lambda: Adam(0.1, betas=(0.9, 1.0)), ValueError, "betas: expected two numbers of 0 or more"),
+        (lambda: Adam(0.1, eps=0.0), ValueError, "eps: expected a number above 0, got 0.0"),
+        (lambda: Mixed(0), ValueError, "save_every: expected an integer of 1 or more, got 0"),
+        (lambda: Mixed(1.5), ValueError, "save_every: expected an integer of 1 or more, got 1.5"),
+        (lambda: Implicit(0.0), ValueError, "strength: expected a number above 0, got 0.0"),
+        (lambda: Implicit(iterations=0), ValueError, "iterations: expected an integer of 1 or more, got 0"),
+    ],
+)
+def test_refusals_of_options(make: Callable[[], Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_refusals_of_calls() -> None:
+    model, samples = model_of(), of_task(samples_of(2, 1), 0)
+    params = dict(model.named_parameters())
+
+    def call(**change: Any) -> None:
+        options = {"support": samples, "optimizer": SGD(0.1), "steps": 2, **change}
+        adapt(model, params, mse_loss, **options)
+
+    with pytest.raises(TypeError, match="optimizer: expected SGD, Adam or a dataclass like them, got float"):
+        call(optimizer=0.1)
+    with pytest.raises(TypeError, match="got SGD"):
+        call(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"support: expected one pair .* a list of 2, one a step; got 3"):
+        call(support=[samples] * 3)
+    with pytest.raises(
+        ValueError, match='expected one pair of inputs and targets for "implicit", got a list'
+    ):
+        call(support=[samples] * 2, meta_gradient="implicit")
+    with pytest.raises(ValueError, match="optimizer: expected no field that requires a gradient"):
+        call(optimizer=SGD(torch.tensor(0.1, requires_grad=True)), meta_gradient="implicit")

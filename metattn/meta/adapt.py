@@ -41,8 +41,8 @@ def adapt(
     θ_{t+1} = optimizer.step(θ_t, ∇θ loss_fn(model(inputs; θ_t), targets)),  t = 0 … steps−1
 
     Arguments:
-        model: any module; it is called as ``functional_call(model, θ, inputs)``, and of its tensors only
-            buffers are written to, by layers that do so.
+        model: any module; it is called as ``functional_call(model, θ, inputs)`` and never written to: its
+            buffers are copies there, and what a layer writes to them (running statistics) is dropped.
         params: θ_0 by name, all of ``dict(model.named_parameters())`` or a part of it; what is not named
             stays the module's own and is not adapted (ANIL, arXiv 1909.09157, adapts a head alone).
         loss_fn: (outputs, targets) → scalar; a function, or a module, whose parameters are then
@@ -131,7 +131,8 @@ def loss_on(
     else:
         args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
     with ExactDerivatives():
-        outputs = functional_call(model, dict(params), args, kwargs)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        outputs = functional_call(model, {**buffers, **params}, args, kwargs)
         if isinstance(loss_fn, nn.Module):
             value: Tensor = functional_call(loss_fn, dict(loss_params), (outputs, targets))
         else:

@@ -47,6 +47,8 @@ class ExactDerivatives(TorchFunctionMode):
 def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     options = _bound(func, args, kwargs)
     weight, bias = options.pop("weight"), options.pop("bias")
+    if options.get("training", options.get("use_input_stats", False)):
+        options.update(running_mean=None, running_var=None)  # to be written to, in a buffer that is a copy
     if func is layer_norm:
         dims = tuple(range(-len(options["normalized_shape"]), 0))
     else:
@@ -54,7 +56,7 @@ def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         dims = (0, *rest) if func is batch_norm else tuple(rest)
     output: Tensor
     if options.get("training", options.get("use_input_stats", True)):
-        with torch.no_grad():  # its refusals, its dtype, and what it does to running statistics
+        with torch.no_grad():  # its refusals and its dtype
             dtype = func(**options).dtype
         x = options["input"]
         x = x if x.dtype == torch.float64 else x.float()
@@ -95,14 +97,14 @@ def _reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         dtype = func(*args, **kwargs).dtype
     elements = _LOSSES[func](options["input"], options["target"], options)
     weight, reduction = options.get("weight"), options["reduction"]
-    total = 1.0 if weight is None else weight.expand_as(elements).sum()
     if weight is not None:
         elements = elements * weight
+    if reduction == "none":
+        return elements.to(dtype)
+    total = elements.sum()
     if reduction == "mean":
-        elements = elements.mean() if weight is None else elements.sum() / total
-    elif reduction == "sum":
-        elements = elements.sum()
-    return elements.to(dtype)
+        total = total / (weight.sum() if weight is not None and func is mse_loss else elements.numel())
+    return total.to(dtype)
 
 
 def _bound(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.func import grad, jvp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -28,6 +28,8 @@ class Call:
         self.count = len(params)
         self._first_hyper = self.count + sum(isinstance(leaf, Tensor) for leaf in tree_leaves(others))
         self.replay = Replay(self.tensors)
+        self.replay.remember(0)
+        self.first = self._first_gradient()
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Params, Any, dict[str, Any]]:
         """(params, others, hyper) made of these tensors."""
@@ -51,21 +53,21 @@ class Call:
         """Places of tensors of `hyper` that need one."""
         return [place for place in range(self._first_hyper, len(needed)) if needed[place]]
 
-    def first_gradient(self, tensors: Sequence[Tensor]) -> Params:
-        """The inner gradient at θ_0. ValueError where it depends on a tensor that is none of these."""
-        with (
-            torch.enable_grad()
-        ):  # recorded from constants alone: there is a record if there is another tensor
-            params, others, _ = self.arguments([x.detach() for x in tensors])
-            found = self.loop.gradient(params, others, 0)
-        if any(x.requires_grad for x in found.values()):
+    def _first_gradient(self) -> Params:
+        """The inner gradient at θ_0, a constant. ValueError where it depends on a tensor other than these.
+
+        It is found out here, for within a Function tensors of outer transforms are no longer what they are.
+        """
+        params, others, _ = self.arguments([x.detach() for x in self.tensors])
+        found = self.loop.gradient(params, others, 0)
+        if any(_is_recorded(x) for x in found.values()):  # made of constants alone it would not be
             raise ValueError(
                 'meta_gradient: "mixed" and "implicit" differentiate in params, the model\'s other '
                 "parameters, support, the optimizer's fields and the parameters of a loss_fn that is a "
                 "torch.nn.Module; this loss depends on another tensor that requires a gradient: make it one "
                 'of these, or use "reverse"'
             )
-        return {name: x.detach() for name, x in found.items()}
+        return found
 
     def curvature(
         self,
@@ -89,3 +91,12 @@ class Call:
         with self.replay.again(index):
             moved: tuple[Params, list[Tensor]] = jvp(gradients, (params,), (direction,))[1]
         return moved
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether autograd, or a transform of torch.func on any level, has a graph of it."""
+    while not x.requires_grad:
+        if not is_functorch_wrapped_tensor(x):
+            return False
+        x = get_unwrapped(x)
+    return True

@@ -59,18 +59,17 @@ class Implicit:
                 "optimizer: expected no field that requires a gradient, for the implicit one does not depend "
                 "on them"
             )
-        outputs = _Solution.apply(call, self, *call.tensors)
+        outputs = _Solution.apply(call, self, *call.first.values(), *call.tensors)
         return dict(zip(params, outputs, strict=True))
 
-    def steps(self, call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def steps(self, call: Call, first: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parameters after the steps on the inner loss with its pull towards θ_0."""
         begin, others, hyper = call.arguments(tensors)
         params = begin
         state = call.loop.with_fields(hyper).init(params)
         for index in range(call.loop.steps):
             if index == 0:
-                call.replay.remember(index)
-                found = call.first_gradient(tensors)
+                found = dict(zip(params, first, strict=True))
             else:
                 found = call.loop.gradient(params, others, index)
             found = {name: g + self.strength * (params[name] - begin[name]) for name, g in found.items()}
@@ -109,20 +108,23 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, implicit: Implicit, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(implicit.steps(call, tensors))
+        return tuple(implicit.steps(call, tensors[: call.count], tensors[call.count :]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, ctx.implicit = inputs[:2]
-        ctx.save_for_backward(*inputs[2:], *output)
-        ctx.arguments = len(inputs) - 2
+        tensors = inputs[2 + ctx.call.count :]
+        ctx.save_for_backward(*tensors, *output)
+        ctx.arguments = len(tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, solution = ctx.saved_tensors[: ctx.arguments], ctx.saved_tensors[ctx.arguments :]
-        needed = ctx.needs_input_grad[2:]
-        return (None, None, *ctx.implicit.cotangents(ctx.call, tensors, solution, cotangents, needed))
+        before: int = 2 + ctx.call.count  # the call, the options, and the first gradient, which is a constant
+        needed = ctx.needs_input_grad[before:]
+        found = ctx.implicit.cotangents(ctx.call, tensors, solution, cotangents, needed)
+        return (*(None for _ in range(before)), *found)
 
 
 def conjugate_gradients(

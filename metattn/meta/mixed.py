@@ -50,7 +50,7 @@ class Mixed:
         if not torch.is_grad_enabled():
             return loop.run(params, others)
         run = _Run(loop, params, others, self.save_every)
-        outputs = _Steps.apply(run, *run.tensors)
+        outputs = _Steps.apply(run, *run.first.values(), *run.tensors)
         return dict(zip(params, outputs, strict=False))
 
 
@@ -62,7 +62,7 @@ class _Run(Call):
         self.every = every
         self.moment: TreeSpec  # the structure of (θ, state)
 
-    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, first: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """The last parameters, then what is kept: each gradient (if every is 1), and moments on the way."""
         params, others, hyper = self.arguments(tensors)
         state = self.loop.with_fields(hyper).init(params)
@@ -72,13 +72,15 @@ class _Run(Call):
             flat, self.moment = tree_flatten((params, state))
             if index > 0 and index % self.every == 0:
                 moments += flat
-            self.replay.remember(index)
-            known = index > 0
-            found = self.loop.gradient(params, others, index) if known else self.first_gradient(tensors)
+            if index == 0:
+                found = dict(zip(params, first, strict=True))
+            else:
+                self.replay.remember(index)
+                found = self.loop.gradient(params, others, index)
             if self.every == 1:
                 gradients += found.values()
             params, state = self.loop.step(index, params, found, state, hyper)
-        return _distinct([*params.values(), *gradients, *moments], tensors)
+        return _distinct([*params.values(), *gradients, *moments], [*first, *tensors])
 
     def backward(
         self,
@@ -164,20 +166,22 @@ class _Steps(torch.autograd.Function):
 
     @staticmethod
     def forward(run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run.forward(tensors))
+        return tuple(run.forward(tensors[: run.count], tensors[run.count :]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.run = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
-        ctx.arguments = len(inputs) - 1
+        tensors = inputs[1 + ctx.run.count :]
+        ctx.save_for_backward(*tensors, *output)
+        ctx.arguments = len(tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, outputs = ctx.saved_tensors[: ctx.arguments], ctx.saved_tensors[ctx.arguments :]
-        needed = ctx.needs_input_grad[1:]
-        return (None, *ctx.run.backward(tensors, outputs, cotangents, needed))
+        before: int = 1 + ctx.run.count  # the run, and the first gradient, which is a constant
+        found = ctx.run.backward(tensors, outputs, cotangents, ctx.needs_input_grad[before:])
+        return (*(None for _ in range(before)), *found)
 
 
 def _plus(tree: Any, terms: Sequence[Tensor | None]) -> Any:
