@@ -16,6 +16,7 @@ from metattn.meta import (
     SGD,
     Adam,
     AttentionMetaLearner,
+    Checkpointed,
     FirstOrder,
     Implicit,
     InnerOptimizer,
@@ -30,7 +31,7 @@ from metattn.meta.exact import ExactDerivatives
 from metattn.meta.implicit import conjugate_gradients
 
 TASKS, POINTS = 3, 5
-EXACT = [Reverse(), Mixed(), Mixed(2), Mixed(3)]
+EXACT = [Reverse(), Checkpointed(), Checkpointed(2), Mixed(), Mixed(3)]
 Samples = tuple[Any, Any]
 Params = dict[str, Tensor]
 
@@ -259,7 +260,7 @@ def test_anil_adapts_the_head_alone() -> None:
     ).mean()
     own = dict(model.named_parameters())
     exact = gradient_of(expected, own)
-    for kind in ("reverse", "mixed"):
+    for kind in ("reverse", "checkpointed", "mixed"):
         loss = maml_loss(
             model, head, mse_loss, support, query, optimizer=SGD(0.1), steps=3, meta_gradient=kind
         )
@@ -408,7 +409,7 @@ def test_implicit_gradient_is_that_of_long_unrolling(tasks: str) -> None:
         torch.testing.assert_close(value, exact[name], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [Mixed(), Mixed(2), Implicit(1.0)], ids=str)
+@pytest.mark.parametrize("kind", [Checkpointed(), Mixed(2), Implicit(1.0)], ids=str)
 @pytest.mark.parametrize("transform", ["none", "grad", "vmap", "vmap of grad", "grad of grad"])
 def test_a_captured_tensor_is_refused(kind: Any, transform: str) -> None:
     """Its gradient would be lost without a word."""
@@ -442,7 +443,7 @@ def test_a_captured_tensor_is_refused(kind: Any, transform: str) -> None:
         call[transform]()
 
 
-@pytest.mark.parametrize("kind", [Mixed(), Mixed(2)], ids=str)
+@pytest.mark.parametrize("kind", [Checkpointed(), Mixed(2)], ids=str)
 def test_mixed_under_torch_func(kind: Any) -> None:
     """grad, grad of vmap, vmap of grad, and the meta-gradient's own derivative, as in reverse mode."""
     model, support, query = model_of(), samples_of(1, 1), samples_of(1, 2)
@@ -511,7 +512,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
-@pytest.mark.parametrize("kind", [Mixed(), Mixed(2)], ids=str)
+@pytest.mark.parametrize("kind", [Checkpointed(), Mixed(2)], ids=str)
 def test_dropout_is_drawn_again_as_it_was(kind: Any, tasks: str) -> None:
     torch.manual_seed(0)
     model, support, query = Noisy().double(), samples_of(2, 1), samples_of(4, 2)
@@ -548,7 +549,7 @@ def test_surroundings_are_the_same_on_the_way_back() -> None:
         lambda module, args, output: seen.append((output.dtype, metattn.backends.named()))
     )
     found = []
-    for meta_gradient in ("reverse", "mixed"):
+    for meta_gradient in ("reverse", "checkpointed"):
         with (
             torch.autocast("cpu", torch.bfloat16),
             metattn.use_backend("reference"),
@@ -590,7 +591,7 @@ def test_nothing_is_kept_without_grad() -> None:
     assert all(value.grad_fn is None and not value.requires_grad for value in adapted.values())
 
 
-@pytest.mark.parametrize("kind", ["reverse", "mixed"])
+@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "mixed"])
 def test_inputs_of_every_form_and_data_of_every_step(kind: str) -> None:
     """Positional and keyword arguments, no targets, and a list with a pair for each step."""
 
@@ -677,7 +678,7 @@ def test_an_optimizer_of_ones_own_may_hand_tensors_on(kind: Any) -> None:
 def test_no_steps_give_the_parameters() -> None:
     model = model_of()
     params = dict(model.named_parameters())
-    for kind in ("reverse", "mixed", "first-order", "implicit"):
+    for kind in ("reverse", "checkpointed", "mixed", "first-order", "implicit"):
         adapted = adapt(
             model,
             params,
@@ -691,7 +692,7 @@ def test_no_steps_give_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
-@pytest.mark.parametrize("kind", ["reverse", "mixed"])
+@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "mixed"])
 def test_running_statistics_are_left_alone(kind: str, tasks: str) -> None:
     """Batch normalisation goes by the batch, and nothing is written to the model."""
     torch.manual_seed(0)

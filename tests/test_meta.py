@@ -76,7 +76,7 @@ def meta_gradient(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, values, materialize_grads=True), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["reverse", "mixed", "first-order"])
+@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "mixed", "first-order"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("pooling", [None, "attention"])
 def test_maml_against_unrolled_autograd(pooling: str | None, steps: int, kind: str) -> None:
@@ -322,7 +322,10 @@ def test_randomness_of_tasks() -> None:
             {"optimizer": SGD({"decoder.1.bias": 0.1})},
             "lr: expected a value for every name in params, got none",
         ),
-        ({"meta_gradient": "exact"}, "meta_gradient: expected one of reverse, mixed, first-order, implicit"),
+        (
+            {"meta_gradient": "exact"},
+            "meta_gradient: expected one of reverse, checkpointed, mixed, first-order, implicit",
+        ),
         ({"tasks": "threads"}, 'tasks: expected "vmap" or "loop", got \'threads\''),
         ({"support": [(torch.zeros(3, 1, 5, 2), torch.zeros(3, 1, 5, 3))] * 2}, "support: expected one pair"),
         ({"query": (torch.zeros(2, 1, 5, 2), torch.zeros(3, 1, 5, 3))}, "support, query: expected"),

@@ -4,14 +4,15 @@ from metattn.meta.adapt import adapt
 from metattn.meta.implicit import Implicit
 from metattn.meta.inner import FirstOrder, Reverse
 from metattn.meta.learner import AttentionMetaLearner
-from metattn.meta.mixed import Mixed
 from metattn.meta.optimizers import SGD, Adam, InnerOptimizer, MetaSGD
+from metattn.meta.stepwise import Checkpointed, Mixed
 from metattn.meta.tasks import maml_loss, reptile_loss
 
 __all__ = [
     "SGD",
     "Adam",
     "AttentionMetaLearner",
+    "Checkpointed",
     "FirstOrder",
     "Implicit",
     "InnerOptimizer",

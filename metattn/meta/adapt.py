@@ -12,14 +12,15 @@ from torch.func import functional_call
 from metattn.meta.exact import ExactDerivatives
 from metattn.meta.implicit import Implicit
 from metattn.meta.inner import FirstOrder, InnerLoop, MetaGradient, Reverse
-from metattn.meta.mixed import Mixed
 from metattn.meta.optimizers import InnerOptimizer, Params
+from metattn.meta.stepwise import Checkpointed, Mixed
 
 Samples: TypeAlias = tuple[Any, Any]  # (inputs, targets)
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]  # (outputs, targets) → scalar
 
 META_GRADIENTS: dict[str, MetaGradient] = {
     "reverse": Reverse(),
+    "checkpointed": Checkpointed(),
     "mixed": Mixed(),
     "first-order": FirstOrder(),
     "implicit": Implicit(),
@@ -55,16 +56,17 @@ def adapt(
         meta_gradient: how the derivative of the result is taken:
 
             * "reverse": exact, by recording every step.
-            * "mixed", or :class:`Mixed`: exact, step by step in forward-over-reverse mode; memory for one
-              step and the parameters' trajectory.
+            * "checkpointed", or :class:`Checkpointed`: exact, step by step, each computed again; memory for
+              one step and the parameters' trajectory.
+            * "mixed", or :class:`Mixed`: the same in forward mode over reverse mode.
             * "first-order": inner gradients are taken for constants.
             * "implicit", or :class:`Implicit`: of the inner problem's solution, whatever the steps to it.
 
     Returns the adapted parameters, by name: functions of ``params``, of the model's other parameters, of
     tensors in ``support``, ``optimizer`` and ``loss_fn``. Under ``torch.no_grad()`` the steps are taken and
     nothing is recorded.
-    Differentiable: "reverse" and "mixed" as often as the model allows, under autograd, torch.func.grad and
-    vmap; "reverse" in forward mode too.
+    Differentiable: "reverse", "checkpointed" and "mixed" as often as the model allows, under autograd,
+    torch.func.grad and vmap; "reverse" in forward mode too.
     Errors: ValueError for a negative step count, for a name the model lacks, for a step size that is missing,
     for a list of another length than steps, and for a meta_gradient that is none; TypeError for an optimizer
     that is none.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metattn.meta.inner import InnerLoop
@@ -62,14 +62,14 @@ class Call:
         found = self.loop.gradient(params, others, 0)
         if any(_is_recorded(x) for x in found.values()):  # made of constants alone it would not be
             raise ValueError(
-                'meta_gradient: "mixed" and "implicit" differentiate in params, the model\'s other '
+                'meta_gradient: all but "reverse" and "first-order" differentiate in params, other model '
                 "parameters, support, the optimizer's fields and the parameters of a loss_fn that is a "
                 "torch.nn.Module; this loss depends on another tensor that requires a gradient: make it one "
                 'of these, or use "reverse"'
             )
         return found
 
-    def curvature(
+    def moved(
         self,
         tensors: Sequence[Tensor],
         learned: Sequence[int],
@@ -77,7 +77,7 @@ class Call:
         params: Params,
         direction: Params,
     ) -> tuple[Params, list[Tensor]]:
-        """The derivatives of the inner gradients, in θ and in the learned tensors, along a direction of θ."""
+        """How the inner gradients, in θ and in the learned tensors, change along a direction of θ."""
 
         def gradients(current: Params) -> tuple[Params, list[Tensor]]:
             def loss(current: Params, values: list[Tensor]) -> Tensor:
@@ -89,8 +89,20 @@ class Call:
             return found
 
         with self.replay.again(index):
-            moved: tuple[Params, list[Tensor]] = jvp(gradients, (params,), (direction,))[1]
-        return moved
+            change: tuple[Params, list[Tensor]] = jvp(gradients, (params,), (direction,))[1]
+        return change
+
+    def pullback(
+        self, tensors: Sequence[Tensor], learned: Sequence[int], index: int, params: Params
+    ) -> Callable[[Params], tuple[Params, list[Tensor]]]:
+        """The same as a function of the direction, by reverse mode over the inner gradient, computed once."""
+
+        def gradient(current: Params, values: list[Tensor]) -> Params:
+            return self.loop.gradient(current, self.replaced(tensors, learned, values)[1], index)
+
+        with self.replay.again(index):
+            _, pull, *_ = vjp(gradient, params, [tensors[place] for place in learned])
+        return pull
 
 
 def _is_recorded(x: Tensor) -> bool:

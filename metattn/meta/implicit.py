@@ -2,7 +2,8 @@
 
 The solution θ of min L(θ, φ) + λ/2·‖θ − θ_0‖² satisfies ∇θ L + λ(θ − θ_0) = 0. With H = ∂²L/∂θ² and the
 cotangent v of θ, x solves (H + λ)x = v, and the cotangents of θ_0 and φ are λx and −(∂²L/∂θ∂φ)ᵀx (Rajeswaran
-et al. 2019, arXiv 1909.04630, lemma 1). H is met in products with vectors alone, in conjugate gradients.
+et al. 2019, arXiv 1909.04630, lemma 1). H is met in products with vectors alone, in
+conjugate gradients: reverse mode over the inner gradient, which is computed once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Implicit:
         tolerance: they end where the residual's norm is at most so many times that of v.
 
     Not differentiated in the optimizer's fields: the solution does not depend on them. Otherwise as for
-    :class:`Mixed`.
+    :class:`Checkpointed`.
     Errors: ValueError for a strength that is not above 0, for a number of iterations below 1, for an
     optimizer's field that requires a gradient, and for a support that differs from step to step.
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), algorithm 2.
@@ -88,17 +89,18 @@ class Implicit:
         names = list(call.arguments(tensors)[0])
         params = dict(zip(names, solution, strict=True))
         learned = call.learned(needed)
+        pull = call.pullback(tensors, learned, 0, params)
 
         def product(x: list[Tensor]) -> list[Tensor]:
             direction = dict(zip(names, x, strict=True))
-            curved, _ = call.curvature(tensors, [], 0, params, direction)
+            curved, _ = pull(direction)
             return [curved[name] + self.strength * direction[name] for name in names]
 
         v = [torch.zeros_like(x) if g is None else g for x, g in zip(solution, given, strict=True)]
         x = conjugate_gradients(product, v, iterations=self.iterations, tolerance=self.tolerance)
         totals: dict[int, Tensor] = {place: self.strength * value for place, value in enumerate(x)}
         if learned:
-            _, mixed = call.curvature(tensors, learned, 0, params, dict(zip(names, x, strict=True)))
+            _, mixed = pull(dict(zip(names, x, strict=True)))
             totals.update({place: -value for place, value in zip(learned, mixed, strict=True)})
         return [totals.get(place) if needed[place] else None for place in range(len(tensors))]
 

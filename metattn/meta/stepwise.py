@@ -1,12 +1,12 @@
-"""The mixed-mode meta-gradient: exact, with the memory of one inner step and the parameters' trajectory.
+"""Exact meta-gradients with the memory of one inner step and the parameters' trajectory.
 
 A step is θ' = U(θ, s, g), g = ∇θ L(θ, φ). Going back through it, the cotangent of g, call it v, becomes that
 of θ and of φ by the second derivatives of L, which are symmetric:
 
     (∂g/∂θ)ᵀ v = d/dε ∇θ L(θ + εv, φ),    (∂g/∂φ)ᵀ v = d/dε ∇φ L(θ + εv, φ)
 
-So one derivative in direction v (forward mode) of one gradient of L (reverse mode) is all that a step needs,
-and nothing of it need be kept from the way there but θ, s and g. (MixFlow-MG, arXiv 2505.00793.)
+The right sides are one derivative in direction v (forward mode) of one gradient of L (reverse mode), the left
+sides reverse mode twice. Either way nothing need be kept from the way there but θ, s and g.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from metattn.meta.optimizers import Params
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """Exact: back through the steps one by one, each by forward mode over reverse mode.
+class Checkpointed:
+    """Exact: back through the steps one by one, each computed again, by reverse mode over reverse mode.
 
-    Memory: parameters, gradients and the optimizer's state of every step, and what a single step needs.
+    Memory: parameters, gradients and the optimizer's state of every step, and what a single step needs. Time:
+    a gradient more for each step than "reverse".
 
-    Arguments: save_every, how many steps apart they are kept; those between are computed again.
+    Arguments: save_every, how many steps apart they are kept; those between are computed once more.
     ``math.isqrt(steps)`` needs the least memory, 1 (the default) the least time.
 
     Everything that is differentiated must be an argument of :func:`adapt`: ValueError for a loss that
     depends on another tensor that requires a gradient. Random numbers, autocast, ``use_backend`` and torch's
-    function modes are in the repetition as they were the first time. Operations without a forward-mode
-    derivative raise what torch says.
+    function modes are in the repetition as they were the first time.
     """
 
     save_every: int = 1
@@ -49,17 +49,49 @@ class Mixed:
     def adapted(self, loop: InnerLoop, params: Params, others: Any) -> Params:
         if not torch.is_grad_enabled():
             return loop.run(params, others)
-        run = _Run(loop, params, others, self.save_every)
+        run = _Run(loop, params, others, self)
         outputs = _Steps.apply(run, *run.first.values(), *run.tensors)
         return dict(zip(params, outputs, strict=False))
+
+    def moved(
+        self,
+        call: Call,
+        tensors: Sequence[Tensor],
+        learned: Sequence[int],
+        index: int,
+        moment: Any,
+        v: Params,
+    ) -> tuple[Params, list[Tensor]]:
+        """(∂g/∂θ)ᵀ v and (∂g/∂φ)ᵀ v of a step."""
+        return call.pullback(tensors, learned, index, moment[0])(v)
+
+
+@dataclass(frozen=True)
+class Mixed(Checkpointed):
+    """As :class:`Checkpointed`, but each step by forward mode over reverse mode.
+
+    Operations without a forward-mode derivative raise what torch says.
+    Source: MixFlow-MG (arXiv 2505.00793), equation 6.
+    """
+
+    def moved(
+        self,
+        call: Call,
+        tensors: Sequence[Tensor],
+        learned: Sequence[int],
+        index: int,
+        moment: Any,
+        v: Params,
+    ) -> tuple[Params, list[Tensor]]:
+        return call.moved(tensors, learned, index, moment[0], v)
 
 
 class _Run(Call):
     """One call, and what is kept of it."""
 
-    def __init__(self, loop: InnerLoop, params: Params, others: Any, every: int) -> None:
+    def __init__(self, loop: InnerLoop, params: Params, others: Any, way: Checkpointed) -> None:
         super().__init__(loop, params, others)
-        self.every = every
+        self.way, self.every = way, way.save_every
         self.moment: TreeSpec  # the structure of (θ, state)
 
     def forward(self, first: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -110,7 +142,7 @@ class _Run(Call):
             sooner, direction, of_fields = pull(later)
             add(tuned, of_fields)
             direction = _plus(direction, kept.gradients)
-            curved, mixed = self.curvature(tensors, learned, index, moment[0], direction)
+            curved, mixed = self.way.moved(self, tensors, learned, index, moment, direction)
             add(learned, mixed)
             later = _plus(_plus(sooner, list(curved.values())), kept.moment)
         add(range(self.count), list(later[0].values()))
