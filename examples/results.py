@@ -1,0 +1,58 @@
+"""Makes docs/scenarios.md of the results that are kept in examples/results: `python examples/results.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import FORMS, Row, figure_of
+
+KEPT = Path(__file__).resolve().parent / "results"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "scenarios.md"
+HEAD = """# Scenarios
+
+Tasks with published numbers, learned with attention that is differentiated twice where that is called for.
+Each is one command; `--full` follows the source's protocol, `--tiny` takes seconds. What a command writes, a
+JSON file and a picture, is kept in `examples/results`, and this page is made of it by
+`python examples/results.py`.
+"""
+
+
+def kept(folder: Path = KEPT) -> list[dict[str, Any]]:
+    """The results on file, by scenario, the longest form first."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda one: (one["scenario"], -FORMS.index(one["form"])))
+
+
+def page(folder: Path = KEPT) -> str:
+    parts = [HEAD]
+    seen: set[str] = set()
+    for results in kept(folder):
+        name, form = results["scenario"], results["form"]
+        if name not in seen:
+            parts.append(f"## {name}\n")
+            seen.add(name)
+        option = "" if form == "short" else f" --{form}"
+        versions = results["machine"]["versions"]
+        parts.append(
+            f"`python examples/{name}.py{option}`: {results['seconds']:.0f} s on {results['threads']} "
+            f"threads, torch {versions['torch']}, seed {results['seed']}. {results['protocol']}\n"
+        )
+        if results["differs"]:
+            parts.append(f"Unlike the source: {results['differs']}\n")
+        lines = ["| | ours | published | source |", "| --- | ---: | ---: | --- |"]
+        for entry in results["rows"]:
+            row = Row(**entry)
+            of = f" ({row.of})" if row.of else ""
+            lines.append(f"| {row.quantity} | {figure_of(row)}{of} | {row.published or '–'} | {row.source} |")
+        parts.append("\n".join(lines) + "\n")
+        parts.append(f"![{name}, {form} form](../examples/results/{name}-{form}.png)\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
