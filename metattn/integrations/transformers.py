@@ -1,0 +1,242 @@
+"""metattn as an attention implementation of Hugging Face transformers: register() once, then choose it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from metattn.functional import attention, varlen_attention
+from metattn.integrations import _transformers_masks as masks
+from metattn.integrations._transformers_masks import BandMask, mask
+
+NAME = "metattn"
+
+
+def register(name: str = NAME) -> str:
+    """Makes `name` an attention implementation of transformers; returns the name. Again changes nothing.
+
+    A model's attention is metattn's after `model.set_attn_implementation(name)`, or if it was made with
+    attn_implementation=name: forward and gradients of both orders fused, higher ones by the reference, with
+    grouped heads, softcap, sinks, position biases, dropout, windows, padding, packed sequences and caches.
+
+    Raises:
+        TypeError: a name that is no str.
+        ValueError: a name that is taken, or that transformers would take for another implementation's.
+        NotImplementedError: a version of transformers whose masks are not those that metattn knows.
+
+    Source: transformers' AttentionInterface and AttentionMaskInterface.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if not name.isidentifier() or re.search("flash|sdpa|flex|eager", name):
+        raise ValueError(
+            "name: expected an identifier without flash, sdpa, flex or eager, which transformers takes for "
+            f"others, got {name!r}"
+        )
+    for interface, function in ((AttentionInterface(), attend), (AttentionMaskInterface(), mask)):
+        if interface.get(name, function) is not function:
+            raise ValueError(f"name: expected one that is free, got {name!r}, which is {interface[name]!r}")
+    masks.check()
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(softcap(scaling·QKᵀ) + position_bias, masked) V, as transformers' attention functions give it.
+
+    Differentiable in query, key, value, position_bias, s_aux, sinks and a mask of numbers, as attention().
+
+    Args:
+        module: whose `training` says whether dropout applies; whose `is_causal`, unless that is given, says
+            whether a call without a mask is causal.
+        query: [B, Hq, N, d]; a batch of 1 broadcasts.
+        key: [B, Hkv, M, d]
+        value: [B, Hkv, M, dv]
+        attention_mask: [B, 1, N, M] as `mask` gives it; or any that broadcasts, bool, or numbers to add.
+        s_aux: [Hq] attention sinks.
+        sinks: [B, Hq, N, 1] sinks of each query, or as s_aux.
+        position_bias: broadcastable to [B, Hq, N, M], added to the scores.
+        indices: [B, N, any number], the keys that an indexer chose for each query: it sees no others.
+
+    Returns:
+        [B, N, Hq, dv], and None in place of the weights.
+
+    Raises:
+        TypeError, ValueError: as attention(); a mask for other lengths; no mask for a causal call of several
+            queries and another number of keys: which of these they see would be a guess.
+        NotImplementedError: attention weights asked for; blocks chosen by an indexer; sequences packed
+            by cu_seq_lens_q alone.
+    """
+    _check(attention_mask, query, key, kwargs)
+    batch = max(query.shape[0], key.shape[0])
+    query, key, value = (
+        t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (query, key, value)
+    )
+    call = _Call(query, key, value, position_bias, s_aux if sinks is None else sinks)
+    call.options = {
+        "scale": scaling,
+        "softcap": softcap,
+        "dropout_p": float(dropout) if module.training else 0.0,
+    }
+    n, m = query.shape[2], key.shape[2]
+    if indices is not None:
+        chosen = torch.zeros(batch, 1, n, m, dtype=torch.bool, device=query.device)
+        chosen = chosen.scatter(-1, indices.long().unsqueeze(1), True)
+        if isinstance(attention_mask, BandMask):
+            attention_mask = attention_mask.alive()
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = attention_mask & chosen
+        call.options["mask"] = chosen  # beside a mask of numbers, or none
+    if attention_mask is None:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        if is_causal and n > 1:
+            if n != m:
+                raise ValueError(
+                    "attention_mask: expected a mask where a causal call has several queries and another "
+                    f"number of keys, got None for {n} queries and {m} keys"
+                )
+            call.options["causal"] = True
+    elif isinstance(attention_mask, BandMask):
+        if attention_mask.starts is not None and call.can_be_packed(attention_mask):
+            return call.by_sequences(attention_mask), None
+        call.limit(attention_mask)
+    elif attention_mask.dtype == torch.bool:
+        call.options["mask"] = attention_mask
+    else:
+        call.bias = attention_mask if call.bias is None else call.bias + attention_mask
+    return call.attend().transpose(1, 2).contiguous(), None
+
+
+def _check(attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what would come out wrong."""
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "output_attentions: expected False, as metattn computes no attention weights, got True; "
+            "set_attn_implementation('eager') gives them"
+        )
+    if kwargs.get("block_indices") is not None:
+        raise NotImplementedError(
+            "block_indices: expected None, got blocks chosen by an indexer; use 'eager'"
+        )
+    if attention_mask is None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise NotImplementedError(
+                "cu_seq_lens_q: expected it beside an attention_mask, got it alone; 'sdpa' knows continuous "
+                "batching"
+            )
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a Tensor or None, got {type(attention_mask).__name__}")
+    lengths = (query.shape[2], key.shape[2])
+    if isinstance(attention_mask, BandMask) and tuple(attention_mask.shape[2:]) != lengths:
+        raise ValueError(
+            f"attention_mask: expected a mask for {lengths[0]} queries and {lengths[1]} keys, "
+            f"got shape {list(attention_mask.shape)}"
+        )
+
+
+@dataclass
+class _Call:
+    """A call of attention() in the making."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
+    @property
+    def sinks_of_queries(self) -> bool:
+        return self.sinks is not None and self.sinks.numel() != self.q.shape[1]
+
+    def can_be_packed(self, mask: BandMask) -> bool:
+        """Whether nothing is given that has the order of queries and keys, and each query may see itself."""
+        return self.bias is None and not self.sinks_of_queries and (mask.low is None or mask.low <= 0)
+
+    def limit(self, mask: BandMask) -> None:
+        """Sets causal, window and mask, and leaves away keys that no query sees."""
+        n, m = mask.shape[2:]
+        low, high = mask.low, mask.high
+        last = m if high is None else max(min(m, n + high), 0)
+        first = 0 if low is None else min(max(low, 0), last)
+        offset = last - first - n  # of the last query to the last key that is left
+        left = -1 if low is None else offset - (low - first)
+        right = -1 if high is None else (high - first) - offset
+        past_all_keys = (low is not None and left < 0) or (high is not None and right < 0)
+        if mask.entries is not None or mask.starts is not None or past_all_keys:
+            self.options["mask"] = mask.alive()
+            return
+        if last - first < m:
+            self.k, self.v = self.k[:, :, first:last], self.v[:, :, first:last]
+            if self.bias is not None and self.bias.shape[-1] == m:
+                self.bias = self.bias[..., first:last]
+        if right == 0:
+            self.options["causal"] = "bottom-right"
+            right = -1
+        if left >= 0 or right >= 0:
+            self.options["window"] = (left, right)
+        if mask.padded:
+            self.options["mask"] = mask.keys[:, None, None, first:last]
+
+    def attend(self) -> Tensor:
+        """[B, Hq, N, dv]"""
+        if self.sinks is not None and self.sinks_of_queries:
+            # a sink takes exp(sink) of a row's exp(lse) + exp(sink): the rest stays with the keys
+            o, lse = attention(self.q, self.k, self.v, bias=self.bias, return_lse=True, **self.options)
+            kept: Tensor = o * torch.sigmoid(lse.unsqueeze(-1) - self.sinks).to(o.dtype)
+            return kept
+        o = attention(self.q, self.k, self.v, bias=self.bias, sinks=self._sinks, **self.options)
+        assert isinstance(o, Tensor)
+        return o
+
+    @property
+    def _sinks(self) -> Tensor | None:
+        return None if self.sinks is None else self.sinks.reshape(-1)
+
+    def by_sequences(self, mask: BandMask) -> Tensor:
+        """[B, N, Hq, dv] of rows that hold several sequences, each of which attends to itself."""
+        batch, _, n, _ = mask.shape
+        starts, longest = mask.starts, mask.longest
+        assert starts is not None
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (self.q, self.k, self.v))
+        options = dict(self.options)
+        options["window"] = (
+            -1 if mask.low is None else -mask.low,
+            -1 if mask.high is None else mask.high,
+        )
+        if mask.padded:
+            lengths = starts.diff()
+            row = torch.repeat_interleave(lengths)
+            column = torch.arange(batch * n, device=row.device) - starts[row]
+            keys = torch.zeros(len(lengths), longest, dtype=torch.bool, device=row.device)
+            keys[row, column] = mask.keys.expand(batch, n).flatten()
+            options["mask"] = keys[:, None, None, :]
+        o = varlen_attention(q, k, v, starts, starts, longest, longest, sinks=self._sinks, **options)
+        rows: Tensor = o.unflatten(0, (batch, n))
+        return rows
