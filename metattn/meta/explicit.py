@@ -94,8 +94,11 @@ class Call:
 
     def pullback(
         self, tensors: Sequence[Tensor], learned: Sequence[int], index: int, params: Params
-    ) -> Callable[[Params], tuple[Params, list[Tensor]]]:
-        """The same as a function of the direction, by reverse mode over the inner gradient, computed once."""
+    ) -> Callable[..., tuple[Params, list[Tensor]]]:
+        """The same as a function of the direction, by reverse mode over the inner gradient, computed once.
+
+        The function takes retain_graph too, as torch.func.vjp's does.
+        """
 
         def gradient(current: Params, values: list[Tensor]) -> Params:
             return self.loop.gradient(current, self.replaced(tensors, learned, values)[1], index)

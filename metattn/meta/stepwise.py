@@ -63,7 +63,8 @@ class Checkpointed:
         v: Params,
     ) -> tuple[Params, list[Tensor]]:
         """(∂g/∂θ)ᵀ v and (∂g/∂φ)ᵀ v of a step."""
-        return call.pullback(tensors, learned, index, moment[0])(v)
+        pull = call.pullback(tensors, learned, index, moment[0])
+        return pull(v, retain_graph=torch.is_grad_enabled())  # used once: its graph goes as it is passed
 
 
 @dataclass(frozen=True)

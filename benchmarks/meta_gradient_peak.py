@@ -1,0 +1,23 @@
+"""One memory measurement: `python -m benchmarks.meta_gradient_peak` reads a request, and answers, in JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from benchmarks.meta_gradient import Task
+from metattn.cli._measure import peak_memory
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
+    task = Task()
+    task.step(request["way"], 1)()  # threads, code and small buffers exist afterwards
+    print(json.dumps({"bytes": peak_memory(task.step(request["way"], request["steps"]))}))
+
+
+if __name__ == "__main__":
+    main()
