@@ -3,9 +3,9 @@
     python -m benchmarks.meta_gradient [--steps 1 2 5 10 20 50] [--out benchmarks/results/meta-gradient]
 
 A causal transformer with metattn's attention learns sequences in its inner loop; the outer loss is that of
-other sequences. Times are taken in turn, in rounds; memory is the peak of a fresh process beyond its parameters,
-with the allocator told to hand large blocks back (MALLOC_MMAP_THRESHOLD_), so that it is what is needed and not
-what was kept. Every way's gradient is compared with reverse mode's before it is timed.
+other sequences. Times are taken in turn, in rounds; memory is the peak of a fresh process beyond its
+parameters, with the allocator told to hand large blocks back (MALLOC_MMAP_THRESHOLD_), so that it is what is
+needed and not what was kept. Every way's gradient is compared with reverse mode's before it is timed.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def markdown(results: dict[str, Any]) -> str:
     what = results["machine"]
     lines += [
         "",
-        f"* One meta-gradient of a transformer: {LAYERS} layers, width {WIDTH}, {HEADS} heads, {BATCH} sequences "
-        f"of {LENGTH} tokens, {results['parameters']:,} parameters, float32, inner SGD, metattn's attention.",
+        f"* One meta-gradient of a transformer: {LAYERS} layers, width {WIDTH}, {HEADS} heads, {BATCH} "
+        f"sequences of {LENGTH} tokens, {results['parameters']:,} parameters, float32, inner SGD, metattn's attention.",
         "* Times: medians of rounds in turn, and of the ratios in each round, ± half the distance of their "
         "quartiles. Memory: peak beyond the parameters in a fresh process.",
         f"* {what['cpu']}, {what['threads']} threads, load {what['load']:.1f} at the end, torch "
