@@ -166,7 +166,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"* One meta-gradient of a transformer: {LAYERS} layers, width {WIDTH}, {HEADS} heads, {BATCH} "
-        f"sequences of {LENGTH} tokens, {results['parameters']:,} parameters, float32, inner SGD, metattn's attention.",
+        f"sequences of {LENGTH} tokens, {results['parameters']:,} parameters, float32, inner SGD, metattn's "
+        "attention.",
         "* Times: medians of rounds in turn, and of the ratios in each round, ± half the distance of their "
         "quartiles. Memory: peak beyond the parameters in a fresh process.",
         f"* {what['cpu']}, {what['threads']} threads, load {what['load']:.1f} at the end, torch "
