@@ -69,3 +69,14 @@ def test_readme_figures_are_those_of_the_committed_results() -> None:
         assert between == _report.block(json.loads(results.read_text()), readme, results.parent)
     else:
         assert between == "Not measured yet: `make bench` fills this in.\n"
+
+
+def test_training_loop_prints_its_line_and_learns() -> None:
+    options = ["--epochs", "12", "--every", "4", "--sets", "64"]
+    example = [sys.executable, str(ROOT / "examples/training_loop.py"), *options]
+    done = subprocess.run(example, capture_output=True, text=True, check=True)
+    lines = re.findall(
+        r"^Epoch (\d+): Train Loss = (\d+\.\d{4}), Val Loss = (\d+\.\d{4})$", done.stdout, re.MULTILINE
+    )
+    assert [int(line[0]) for line in lines] == 2 * [0, 4, 8, 11]
+    assert float(lines[7][1]) < 0.95 * float(lines[4][1])  # AttentionMetaLearner's, the last and the first
