@@ -43,7 +43,7 @@ class PointByPoint(nn.Module):
 
 
 def make_data(sets: int, generator: torch.Generator, rule: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [sets, POINTS, FEATURES] in pairs with the same key; a target is what a rule makes of the partner."""
+    """Points [sets, POINTS, FEATURES] in pairs with the same key; what a rule makes of each one's partner."""
     keys = 2 * torch.randn(sets, POINTS // 2, 1, KEY, generator=generator).expand(-1, -1, 2, -1)
     contents = torch.randn(sets, POINTS // 2, 2, FEATURES - KEY, generator=generator)
     data = torch.cat([keys, contents], dim=-1).flatten(1, 2)

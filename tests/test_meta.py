@@ -401,9 +401,120 @@ def test_matrix_is_refused_with_the_reason(pooling: str | None) -> None:
         learner(pooling)(torch.zeros(5, 2, dtype=torch.float64))
 
 
-def test_unknown_pooling_is_refused() -> None:
-    with pytest.raises(ValueError, match="pooling: expected None or \"attention\", got 'mean'"):
-        AttentionMetaLearner(2, 8, 3, pooling="mean")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"pooling": "mean"}, "pooling: expected None or \"attention\", got 'mean'"),
+        ({"head": "ranking"}, 'head: expected "regression" or "classification", got \'ranking\''),
+        ({"layers": 0}, "layers: expected an integer of 1 or more, got 0"),
+    ],
+)
+def test_unknown_options_are_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        AttentionMetaLearner(2, 8, 3, **options)
+
+
+def with_context(
+    pooling: str | None = None, layers: int = 2, head: str = "regression"
+) -> AttentionMetaLearner:
+    torch.manual_seed(0)
+    return AttentionMetaLearner(
+        2, 8, 3, 2, context_size=4, layers=layers, pooling=pooling, head=head, dtype=torch.float64
+    )
+
+
+def test_targets_see_the_context_and_not_each_other() -> None:
+    model = with_context()
+    x, context = (
+        torch.randn(2, n, size, dtype=torch.float64, requires_grad=True) for n, size in ((3, 2), (5, 4))
+    )
+    output = model(x, context=context)
+    assert output.shape == (2, 3, 3)
+    of_x, of_context = torch.autograd.grad(output[0, 1].sum(), (x, context))
+    assert (of_x.norm(dim=-1) > 0).tolist() == [[False, True, False], [False, False, False]]
+    assert (of_context.norm(dim=-1) > 0).tolist() == [5 * [True], 5 * [False]]
+    order = torch.randperm(5)
+    torch.testing.assert_close(model(x, context=context[:, order]), output)
+    torch.testing.assert_close(model(x[:, [2, 0, 1]], context=context), output[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("pooling", [None, "attention"])
+def test_contexts_of_several_sizes(pooling: str | None) -> None:
+    """Padding is of no consequence, and an empty context leaves what is known of nothing."""
+    model = with_context(pooling)
+    x, context = (torch.randn(3, n, size, dtype=torch.float64) for n, size in ((4, 2), (5, 4)))
+    counts = torch.tensor([5, 2, 0])
+    mask = torch.arange(5) < counts[:, None]
+    output = model(x, context=context.masked_fill(~mask[..., None], 1e3), context_mask=mask)
+    for i, count in enumerate(counts.tolist()):
+        alone = model(x[i : i + 1], context=context[i : i + 1, :count])
+        torch.testing.assert_close(output[i : i + 1], alone)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_layers_mix_the_set(layers: int) -> None:
+    torch.manual_seed(0)
+    model = AttentionMetaLearner(2, 8, 3, 2, layers=layers, dtype=torch.float64)
+    assert len(model.mixing) == layers - 1
+    x = torch.randn(2, POINTS, 2, dtype=torch.float64)
+    order = torch.randperm(POINTS)
+    torch.testing.assert_close(model(x[:, order]), model(x)[:, order])
+    mask = torch.arange(POINTS) < torch.tensor([[POINTS], [4]])
+    padded = x.clone()
+    padded[1, 4:] = 1e3
+    torch.testing.assert_close(model(padded, mask)[1:, :4], model(x[1:, :4]))
+
+
+@pytest.mark.parametrize("way", ["reverse", "checkpointed", "mixed"])
+def test_maml_of_a_learner_with_context(way: str) -> None:
+    """Gradient steps on top of attending to a context; tasks together and one by one."""
+    model = with_context()
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs, context, targets = draw(TASKS, 1, 4, 2), draw(TASKS, 1, 5, 4), draw(TASKS, 1, 4, 3)
+    samples = {"x": inputs, "context": context}, targets
+    params = dict(model.named_parameters())
+    found = [
+        meta_gradient(
+            maml_loss(
+                model,
+                params,
+                mse_loss,
+                samples,
+                samples,
+                optimizer=SGD(0.05),
+                steps=2,
+                meta_gradient=kind,
+                tasks=tasks,
+            ),
+            model,
+        )
+        for kind, tasks in ((way, "vmap"), ("reverse", "loop"))
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_classifier_begins_without_preference() -> None:
+    model = with_context("attention", head="classification")
+    x, context = (torch.randn(2, n, size, dtype=torch.float64) for n, size in ((3, 2), (5, 4)))
+    assert torch.equal(model(x, context=context), torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_a_context_is_asked_for_or_refused() -> None:
+    x, context = torch.zeros(1, 2, 2, dtype=torch.float64), torch.zeros(1, 2, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="context: expected none, for the learner was made without"):
+        learner()(x, context=context)
+    with pytest.raises(
+        ValueError, match=r"context: expected \[batch, context points, context_size\].*got None"
+    ):
+        with_context()(x)
+    with pytest.raises(ValueError, match=r"context: expected a set .*got a 2-D tensor \[2, 4\]"):
+        with_context()(x, context=context[0])
 
 
 class ElementaryNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""AttentionMetaLearner: encoder → attention → decoder over a set."""
+"""AttentionMetaLearner: encoder → attention → decoder over a set, or from a context to targets."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ from metattn.nn.pooling import require_set
 class AttentionMetaLearner(nn.Module):
     """A small network over sets, made to be meta-learned: every part of it is twice differentiable.
 
-    h = encoder(x);  h = h + attention(h, h, h);  out = decoder(h), or decoder(pooling(h))
+    Over one set:    h = encoder(x);  h = h + attention(h, h, h);  out = decoder(h), or decoder(pooling(h))
+    From a context:  c = context_encoder(context);  h = encoder(x);  h = h + attention(h, c, c);  out likewise
 
     Arguments:
         input_size: features of a point.
         hidden_size: features inside, a multiple of num_heads.
-        output_size: features of an output.
-        num_heads: heads of the attention.
+        output_size: features of an output, or classes.
+        num_heads: heads of every attention.
+        context_size: None for one set whose points attend to each other; or the features of a context point
+            (an input and what is known of it: its value, its label as a unit vector), and points attend to
+            the context alone, each by itself, as in a neural process.
+        layers: attention layers one after the other. The last is the one above; those before it, each with a
+            network for the points behind it, mix the set; with a context there are `layers` to mix that.
         pooling: None for one output a point, "attention" for one output a set by weights
             softmax(Linear(hidden_size, 1)) over the points (:class:`metattn.nn.AttentionPooling`).
+        head: "regression", or "classification": outputs are logits, and all are 0 to begin with, so that no
+            class is preferred before a task is seen.
         device, dtype: those of the parameters.
 
-    The encoder and the decoder work on each point alone, so without positions among the features the outputs
+    The encoders and the decoder work on each point alone, so without positions among the features the outputs
     do not depend on the order of the points.
-    Errors: ValueError for a pooling that is neither, and as :class:`metattn.nn.MultiheadAttention`.
+    Errors: ValueError for a pooling or a head that is neither, for layers below 1, and as
+    :class:`metattn.nn.MultiheadAttention`.
+    Source of the form with a context: Kim et al. 2019 (arXiv 1901.05761), figure 2, its deterministic path.
     """
 
     def __init__(
@@ -35,42 +45,113 @@ class AttentionMetaLearner(nn.Module):
         output_size: int,
         num_heads: int = 4,
         *,
+        context_size: int | None = None,
+        layers: int = 1,
         pooling: str | None = None,
+        head: str = "regression",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if pooling not in (None, "attention"):
             raise ValueError(f'pooling: expected None or "attention", got {pooling!r}')
-        self.encoder = nn.Sequential(
-            nn.Linear(input_size, hidden_size, device=device, dtype=dtype),
-            nn.ReLU(),
-            nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
-            nn.ReLU(),
+        if head not in ("regression", "classification"):
+            raise ValueError(f'head: expected "regression" or "classification", got {head!r}')
+        if not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"layers: expected an integer of 1 or more, got {layers!r}")
+
+        def encoder(size: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(size, hidden_size, device=device, dtype=dtype),
+                nn.ReLU(),
+                nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
+                nn.ReLU(),
+            )
+
+        self.encoder = encoder(input_size)
+        self.context_encoder = None if context_size is None else encoder(context_size)
+        self.mixing = nn.ModuleList(
+            _Mixing(hidden_size, num_heads, device, dtype)
+            for _ in range(layers - 1 if context_size is None else layers)
         )
         self.attention = MultiheadAttention(
             hidden_size, num_heads, batch_first=True, device=device, dtype=dtype
         )
         self.pooling = AttentionPooling(hidden_size, device=device, dtype=dtype) if pooling else None
-        self.decoder = nn.Sequential(
-            nn.LayerNorm(
-                hidden_size, elementwise_affine=False
-            ),  # what follows has weight and bias of its own
-            nn.Linear(hidden_size, output_size, device=device, dtype=dtype),
-        )
+        last = nn.Linear(hidden_size, output_size, device=device, dtype=dtype)
+        if head == "classification":
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        # what follows the norm has weight and bias of its own
+        self.decoder = nn.Sequential(nn.LayerNorm(hidden_size, elementwise_affine=False), last)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
         """x [batch, points, input_size] → [batch, points, output_size], or [batch, output_size] with pooling.
 
         mask: bool [batch, points], True where there is a point (sets of several sizes, padded to one).
-        Errors: ValueError for an x that is not 3-D; the message for a 2-D one says why it cannot work.
+        context: [batch, context points, context_size], where the learner has a context_size; without any
+            point the outputs are those of no knowledge. context_mask: bool [batch, context points].
+        Errors: ValueError for an x or a context that is not 3-D (the message for a 2-D one says why it cannot
+        work), and for a context that is missing or not expected.
         """
         require_set(x, "x")
         hidden = self.encoder(x)
-        padding = None if mask is None else ~mask
-        mixed, _ = self.attention(hidden, hidden, hidden, key_padding_mask=padding, need_weights=False)
-        hidden = hidden + mixed
+        if self.context_encoder is None:
+            if context is not None or context_mask is not None:
+                raise ValueError("context: expected none, for the learner was made without a context_size")
+            seen = hidden = self._mixed(hidden, mask)
+            seen_mask = mask
+        else:
+            if context is None:
+                raise ValueError(
+                    "context: expected [batch, context points, context_size], for the learner has a "
+                    "context_size; got None"
+                )
+            require_set(context, "context")
+            seen, seen_mask = self._mixed(self.context_encoder(context), context_mask), context_mask
+        hidden = hidden + _attend(self.attention, hidden, seen, seen_mask)
         if self.pooling is not None:
             hidden = self.pooling(hidden, mask)
         decoded: Tensor = self.decoder(hidden)
         return decoded
+
+    def _mixed(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        for layer in self.mixing:
+            hidden = layer(hidden, mask)
+        return hidden
+
+
+class _Mixing(nn.Module):
+    """h + attention of the normalised set with itself, then h + a network of each normalised point."""
+
+    def __init__(
+        self, size: int, num_heads: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(size, device=device, dtype=dtype)
+        self.attention = MultiheadAttention(size, num_heads, batch_first=True, device=device, dtype=dtype)
+        self.network = nn.Sequential(
+            nn.LayerNorm(size, device=device, dtype=dtype),
+            nn.Linear(size, 2 * size, device=device, dtype=dtype),
+            nn.ReLU(),
+            nn.Linear(2 * size, size, device=device, dtype=dtype),
+        )
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        normal = self.attention_norm(hidden)
+        hidden = hidden + _attend(self.attention, normal, normal, mask)
+        mixed: Tensor = hidden + self.network(hidden)
+        return mixed
+
+
+def _attend(attention: MultiheadAttention, queries: Tensor, points: Tensor, mask: Tensor | None) -> Tensor:
+    padding = None if mask is None else ~mask
+    mixed: Tensor = attention(queries, points, points, key_padding_mask=padding, need_weights=False)[0]
+    return mixed
