@@ -1,7 +1,18 @@
 """Drop-in modules: their own parameters, metattn's attention inside."""
 
+from metattn.nn.blocks import ISAB, MAB, PMA, SAB, CausalBlock, CrossAttentionBlock
 from metattn.nn.multihead import MultiheadAttention
 from metattn.nn.pooling import AttentionPooling
 from metattn.nn.replace import replace_attention
 
-__all__ = ["AttentionPooling", "MultiheadAttention", "replace_attention"]
+__all__ = [
+    "ISAB",
+    "MAB",
+    "PMA",
+    "SAB",
+    "AttentionPooling",
+    "CausalBlock",
+    "CrossAttentionBlock",
+    "MultiheadAttention",
+    "replace_attention",
+]

@@ -1,0 +1,216 @@
+"""The blocks against their formulas written out in torch, to second order; order, masks and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from metattn.meta.exact import ExactDerivatives
+from metattn.nn import ISAB, MAB, PMA, SAB, CausalBlock, CrossAttentionBlock
+
+DIM, HEADS, BATCH, N, M = 8, 2, 2, 5, 4
+Weights = dict[str, Tensor]
+
+
+def make(kind: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    block: nn.Module = {
+        "mab": lambda: MAB(DIM, HEADS, dtype=torch.float64, **options),  # type: ignore[arg-type]
+        "mab, no norm": lambda: MAB(DIM, HEADS, layer_norm=False, dtype=torch.float64),
+        "sab": lambda: SAB(DIM, HEADS, dtype=torch.float64),
+        "isab": lambda: ISAB(DIM, HEADS, 3, dtype=torch.float64),
+        "pma": lambda: PMA(DIM, HEADS, 2, dtype=torch.float64),
+        "cross": lambda: CrossAttentionBlock(DIM, HEADS, context_dim=6, dtype=torch.float64),
+        "causal": lambda: CausalBlock(DIM, HEADS, dtype=torch.float64),
+        "causal, window": lambda: CausalBlock(DIM, HEADS, window=2, hidden_dim=5, dtype=torch.float64),
+    }[kind]()
+    for parameter in block.parameters():  # weights of 1 and biases of 0 hide mistakes
+        nn.init.normal_(parameter, std=0.4)
+    return block
+
+
+KINDS = ("mab", "mab, no norm", "sab", "isab", "pma", "cross", "causal", "causal, window")
+SETS = ("sab", "isab", "pma")
+
+
+def inputs_of(kind: str) -> list[Tensor]:
+    torch.manual_seed(1)
+    second = {"mab": (BATCH, M, DIM), "mab, no norm": (BATCH, M, DIM), "cross": (BATCH, M, 6)}
+    shapes = [(BATCH, N, DIM)] + ([second[kind]] if kind in second else [])
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+# The formulas.
+
+
+def norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Heads side by side in the last dimension; seen [n, m] or [batch, 1, m]."""
+    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if seen is not None:
+        scores = scores.masked_fill(~(seen if seen.dim() == 2 else seen[:, None]), -torch.inf)
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
+
+
+def multihead(w: Weights, name: str, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    if f"{name}.in_proj_weight" in w:
+        matrices = w[f"{name}.in_proj_weight"].chunk(3)
+    else:
+        matrices = tuple(w[f"{name}.{letter}_proj_weight"] for letter in "qkv")
+    biases = w[f"{name}.in_proj_bias"].chunk(3)
+    q, k, v = (z @ a.T + b for z, a, b in zip((x, y, y), matrices, biases, strict=True))
+    seen = None if mask is None else mask[:, None, :]
+    return linear(w, f"{name}.out_proj", softmax_attention(q, k, v, seen))
+
+
+def mab(w: Weights, x: Tensor, y: Tensor, mask: Tensor | None = None, prefix: str = "") -> Tensor:
+    normed = f"{prefix}attention_norm.weight" in w
+    hidden = x + multihead(w, f"{prefix}attention", x, y, mask)
+    hidden = norm(w, f"{prefix}attention_norm", hidden) if normed else hidden
+    hidden = hidden + torch.relu(linear(w, f"{prefix}feed_forward.0", hidden))
+    return norm(w, f"{prefix}feed_forward_norm", hidden) if normed else hidden
+
+
+def mlp(w: Weights, x: Tensor) -> Tensor:
+    hidden = linear(w, "mlp.1", norm(w, "mlp.0", x))
+    return linear(w, "mlp.3", 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)))
+
+
+def written_out(kind: str, w: Weights, xs: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    x = xs[0]
+    if kind.startswith("mab"):
+        return mab(w, x, xs[1], mask)
+    if kind == "sab":
+        return mab(w, x, x, mask)
+    if kind == "isab":
+        inducing = w["inducing"].expand(len(x), -1, -1)
+        return mab(w, x, mab(w, inducing, x, mask, "inducing_block."), None, "point_block.")
+    if kind == "pma":
+        seeds = w["seeds"].expand(len(x), -1, -1)
+        return mab(w, seeds, torch.relu(linear(w, "feed_forward.0", x)), mask, "block.")
+    if kind == "cross":
+        seen = norm(w, "context_norm", xs[1])
+        hidden = x + multihead(w, "attention", norm(w, "norm", x), seen, mask)
+        return hidden + mlp(w, hidden)
+    q, k, v = linear(w, "qkv", norm(w, "norm", x)).chunk(3, -1)
+    distance = torch.arange(N)[:, None] - torch.arange(N)
+    seen = (distance >= 0) & (distance <= (2 if kind == "causal, window" else N))
+    hidden = x + linear(w, "project", softmax_attention(q, k, v, seen))
+    return hidden + mlp(w, hidden)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_to_second_order(kind: str, masked: bool) -> None:
+    if masked and kind.startswith("causal"):
+        with pytest.raises(TypeError):
+            make(kind)(*inputs_of(kind), torch.ones(BATCH, N, dtype=torch.bool))
+        return
+    block, xs = make(kind), inputs_of(kind)
+    mask = torch.arange(xs[-1].shape[1]) < torch.tensor([[xs[-1].shape[1]], [2]]) if masked else None
+    weights = dict(block.named_parameters())
+    leaves = [*xs, *weights.values()]
+    results = []
+    for output in (block(*xs, mask) if masked else block(*xs), written_out(kind, weights, xs, mask)):
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore[arg-type]
+        results.append([output, *first, *second])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_torch_func(kind: str) -> None:
+    """vmap over weights of grad, and jvp of grad, as meta-learning takes them."""
+    block, xs = make(kind), [x.detach() for x in inputs_of(kind)]
+    weights = {name: value.detach() for name, value in block.named_parameters()}
+    many = {name: torch.stack([value, 0.7 * value]) for name, value in weights.items()}
+    direction = {name: torch.randn_like(value) for name, value in weights.items()}
+
+    def loss(weights: Weights) -> Tensor:
+        with ExactDerivatives():
+            output: Tensor = functional_call(block, weights, tuple(xs))
+        return output.sin().sum()
+
+    def plain(weights: Weights) -> Tensor:
+        return written_out(kind, weights, xs).sin().sum()
+
+    both: list[Callable[[Weights], Tensor]] = [loss, plain]
+    found = [jvp(grad(each), (weights,), (direction,)) for each in both]
+    for values in zip(*((*each[0].values(), *each[1].values()) for each in found), strict=True):
+        torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+    for values in zip(*(vmap(grad(each))(many).values() for each in both), strict=True):
+        torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_order_of_points(kind: str) -> None:
+    block, (x,) = make(kind), inputs_of(kind)
+    order = torch.randperm(N)
+    output = block(x)
+    torch.testing.assert_close(block(x[:, order]), output if kind == "pma" else output[:, order])
+
+
+@pytest.mark.parametrize("kind", [*SETS, "mab", "cross"])
+def test_sets_of_several_sizes(kind: str) -> None:
+    """What stands in the padding is of no consequence, NaN included; an empty set gives finite outputs."""
+    block = make(kind)
+    *others, last = (x.detach() for x in inputs_of(kind))
+    size = last.shape[1]
+    mask = torch.arange(size) < torch.tensor([[3], [0]])
+    output = block(*others, last, mask)
+    worse = last.masked_fill(~mask[..., None], torch.nan if kind in ("mab", "cross") else 1e6)
+    padded = block(*others, worse, mask)
+    alone = block(*(x[:1] for x in others), last[:1, :3])
+    rows = slice(None) if kind in ("pma", "mab", "cross") else slice(3)
+    torch.testing.assert_close(output[:1, rows], alone)
+    torch.testing.assert_close(padded[:1, rows], alone)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [None, 0, 2])
+def test_causal(window: int | None) -> None:
+    torch.manual_seed(0)
+    block = CausalBlock(DIM, HEADS, window=window, dtype=torch.float64)
+    (x,) = inputs_of("causal")
+    output = block(x)
+    for position in range(N):
+        (gradient,) = torch.autograd.grad(output[0, position].sum(), x, retain_graph=True)
+        seen = [0 <= position - j <= (N if window is None else window) for j in range(N)]
+        assert (gradient[0].norm(dim=-1) > 0).tolist() == seen
+        assert not gradient[1].any()
+
+
+def test_refusals() -> None:
+    x = torch.zeros(3, DIM)
+    for kind in SETS:
+        with pytest.raises(ValueError, match="x: expected a set"):
+            make(kind)(x.double())
+    with pytest.raises(ValueError, match="y: expected a set"):
+        MAB(DIM, HEADS)(x[None], x)
+    with pytest.raises(ValueError, match="context: expected a set"):
+        CrossAttentionBlock(DIM, HEADS)(x[None], x)
+    with pytest.raises(ValueError, match="num_inducing: expected an integer of 1 or more, got 0"):
+        ISAB(DIM, HEADS, 0)
+    with pytest.raises(ValueError, match=r"num_seeds: expected an integer of 1 or more, got 1\.5"):
+        PMA(DIM, HEADS, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="embed_dim: expected a multiple of num_heads=3"):
+        SAB(DIM, 3)
+    with pytest.raises(ValueError, match="dim: expected a multiple of num_heads=3, got dim=8"):
+        CausalBlock(DIM, 3)
+    with pytest.raises(ValueError, match="window: expected None or an integer of 0 or more, got -1"):
+        CausalBlock(DIM, HEADS, window=-1)
