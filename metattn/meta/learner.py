@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metattn.nn import AttentionPooling, MultiheadAttention
+from metattn.nn import AttentionPooling, CrossAttentionBlock, MultiheadAttention
 from metattn.nn.pooling import require_set
 
 
@@ -23,8 +23,8 @@ class AttentionMetaLearner(nn.Module):
         context_size: None for one set whose points attend to each other; or the features of a context point
             (an input and what is known of it: its value, its label as a unit vector), and points attend to
             the context alone, each by itself, as in a neural process.
-        layers: attention layers one after the other. The last is the one above; those before it, each with a
-            network for the points behind it, mix the set; with a context there are `layers` to mix that.
+        layers: attention layers one after the other. The last is the one above; those before it
+            (:class:`metattn.nn.CrossAttentionBlock`) mix the set; with a context there are `layers` to mix that.
         pooling: None for one output a point, "attention" for one output a set by weights
             softmax(Linear(hidden_size, 1)) over the points (:class:`metattn.nn.AttentionPooling`).
         head: "regression", or "classification": outputs are logits, and all are 0 to begin with, so that no
@@ -71,7 +71,9 @@ class AttentionMetaLearner(nn.Module):
         self.encoder = encoder(input_size)
         self.context_encoder = None if context_size is None else encoder(context_size)
         self.mixing = nn.ModuleList(
-            _Mixing(hidden_size, num_heads, device, dtype)
+            CrossAttentionBlock(
+                hidden_size, num_heads, hidden_dim=2 * hidden_size, device=device, dtype=dtype
+            )
             for _ in range(layers - 1 if context_size is None else layers)
         )
         self.attention = MultiheadAttention(
@@ -116,7 +118,8 @@ class AttentionMetaLearner(nn.Module):
                 )
             require_set(context, "context")
             seen, seen_mask = self._mixed(self.context_encoder(context), context_mask), context_mask
-        hidden = hidden + _attend(self.attention, hidden, seen, seen_mask)
+        padding = None if seen_mask is None else ~seen_mask
+        hidden = hidden + self.attention(hidden, seen, seen, key_padding_mask=padding, need_weights=False)[0]
         if self.pooling is not None:
             hidden = self.pooling(hidden, mask)
         decoded: Tensor = self.decoder(hidden)
@@ -124,34 +127,5 @@ class AttentionMetaLearner(nn.Module):
 
     def _mixed(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.mixing:
-            hidden = layer(hidden, mask)
+            hidden = layer(hidden, hidden, mask)
         return hidden
-
-
-class _Mixing(nn.Module):
-    """h + attention of the normalised set with itself, then h + a network of each normalised point."""
-
-    def __init__(
-        self, size: int, num_heads: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(size, device=device, dtype=dtype)
-        self.attention = MultiheadAttention(size, num_heads, batch_first=True, device=device, dtype=dtype)
-        self.network = nn.Sequential(
-            nn.LayerNorm(size, device=device, dtype=dtype),
-            nn.Linear(size, 2 * size, device=device, dtype=dtype),
-            nn.ReLU(),
-            nn.Linear(2 * size, size, device=device, dtype=dtype),
-        )
-
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        normal = self.attention_norm(hidden)
-        hidden = hidden + _attend(self.attention, normal, normal, mask)
-        mixed: Tensor = hidden + self.network(hidden)
-        return mixed
-
-
-def _attend(attention: MultiheadAttention, queries: Tensor, points: Tensor, mask: Tensor | None) -> Tensor:
-    padding = None if mask is None else ~mask
-    mixed: Tensor = attention(queries, points, points, key_padding_mask=padding, need_weights=False)[0]
-    return mixed
