@@ -24,7 +24,8 @@ class AttentionMetaLearner(nn.Module):
             (an input and what is known of it: its value, its label as a unit vector), and points attend to
             the context alone, each by itself, as in a neural process.
         layers: attention layers one after the other. The last is the one above; those before it
-            (:class:`metattn.nn.CrossAttentionBlock`) mix the set; with a context there are `layers` to mix that.
+            (:class:`metattn.nn.CrossAttentionBlock`) mix the set; with a context there are `layers` of them,
+            which mix that.
         pooling: None for one output a point, "attention" for one output a set by weights
             softmax(Linear(hidden_size, 1)) over the points (:class:`metattn.nn.AttentionPooling`).
         head: "regression", or "classification": outputs are logits, and all are 0 to begin with, so that no
