@@ -12,7 +12,7 @@ from metattn.integrations.sdpa import sdpa_override
 
 if TYPE_CHECKING:
     from metattn import meta, nn
-    from metattn.nn import replace_attention
+    from metattn.nn import replace_attention, restore_attention
     from metattn.tuning import tune
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "meta",
     "nn",
     "replace_attention",
+    "restore_attention",
     "scaled_dot_product_attention",
     "sdpa_override",
     "tune",
@@ -34,8 +35,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("meta", "nn"):
         return importlib.import_module(f"metattn.{name}")
-    if name == "replace_attention":
-        return importlib.import_module("metattn.nn").replace_attention
+    if name in ("replace_attention", "restore_attention"):
+        return getattr(importlib.import_module("metattn.nn"), name)
     if name == "tune":
         return importlib.import_module("metattn.tuning").tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

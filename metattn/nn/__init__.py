@@ -3,7 +3,7 @@
 from metattn.nn.blocks import ISAB, MAB, PMA, SAB, CausalBlock, CrossAttentionBlock
 from metattn.nn.multihead import MultiheadAttention
 from metattn.nn.pooling import AttentionPooling
-from metattn.nn.replace import replace_attention
+from metattn.nn.replace import replace_attention, restore_attention
 
 __all__ = [
     "ISAB",
@@ -15,4 +15,5 @@ __all__ = [
     "CrossAttentionBlock",
     "MultiheadAttention",
     "replace_attention",
+    "restore_attention",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own abbreviation)
@@ -102,13 +104,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is no tensor or not strided, inputs of another dtype than the module's (outside autocast), and a mask
         that is neither bool nor float.
         """
+        arguments: dict[str, Any] = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        if isinstance(query, torch.fx.Proxy):  # a leaf of the graph, as torch.nn's modules are
+            path = query.tracer.path_of_module(self)
+            leaf: Any = query.tracer.create_proxy("call_module", path, (query, key, value), arguments)
+            return leaf  # type: ignore[no-any-return]
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if query.is_nested or key.is_nested or value.is_nested:
-            nested: tuple[Tensor, Tensor | None] = super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+            nested: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **arguments)
             return nested
         self._check(
             query, key, value, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal
@@ -128,7 +139,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         # [B, L|S, E] → [B, H, L|S, E/H], a view
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
 
         # torch reads the hint only where no masks have to be merged and no weights are asked for
         causal = is_causal and key_padding_mask is None and not need_weights
@@ -148,6 +159,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not batched:
             output, weights = output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output, weights
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks for a module in this one's place, and would leave it there in the model."""
+        raise NotImplementedError(
+            "torch.jit.script: expected a torch.nn.MultiheadAttention, got a metattn.nn.MultiheadAttention, "
+            "whose derivatives TorchScript has no words for. Call metattn.restore_attention on a copy of the "
+            "model and script that, or take torch.export or torch.compile"
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projected query, key and value; one product for those that are the same tensor."""
@@ -178,6 +197,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> None:
         """Refuse what does not fit together, before anything is computed."""
+        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim={self.embed_dim}, got {self.num_heads}"
+            )
+        if (self.bias_k is None) != (self.bias_v is None):
+            given, missing = ("bias_k", "bias_v") if self.bias_v is None else ("bias_v", "bias_k")
+            raise ValueError(f"{missing}: expected a parameter beside {given}, got None")
         dtype, device = self.out_proj.weight.dtype, query.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         for name, tensor in (("query", query), ("key", key), ("value", value)):

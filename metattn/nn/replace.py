@@ -1,10 +1,11 @@
-"""replace_attention: every torch.nn.MultiheadAttention of a model becomes metattn's, in place."""
+"""replace_attention, restore_attention: a model's attention modules become metattn's, or torch.nn's again."""
 
 from __future__ import annotations
 
 import warnings
 
 import torch
+from torch.nn.utils import parametrize
 
 from metattn.nn.multihead import MultiheadAttention
 
@@ -14,10 +15,12 @@ def replace_attention(model: torch.nn.Module) -> int:
 
     The module objects stay the ones they were and only change their class, so that everything is kept: the
     very Parameter objects (an optimizer goes on as it was), device, dtype, training mode, requires_grad,
-    hooks and their handles, and modules that several parents share. A second call returns 0.
+    hooks and their handles, parametrizations, and modules that several parents share. A second call returns
+    0; :func:`restore_attention` undoes it.
 
-    A subclass of torch.nn.MultiheadAttention, or one whose ``forward`` was replaced on the instance, has a
-    behaviour of its own that would be lost: it is left as it is, with a warning that names it.
+    A subclass of torch.nn.MultiheadAttention (torch.ao's quantizable one, say), or one whose ``forward`` was
+    replaced on the instance, has a behaviour of its own that would be lost: it is left as it is, with a
+    warning that names it.
 
     In evaluation without gradients torch.nn.TransformerEncoderLayer computes everything, attention included,
     in one fused call of its own and asks no attention module; nothing is to be differentiated then. Only
@@ -26,19 +29,52 @@ def replace_attention(model: torch.nn.Module) -> int:
 
     Errors: TypeError for what is no torch.nn.Module.
     """
+    return _exchange(model, torch.nn.MultiheadAttention, MultiheadAttention, "replace_attention")
+
+
+def restore_attention(model: torch.nn.Module) -> int:
+    """Make every metattn.nn.MultiheadAttention in a model torch.nn's; returns how many.
+
+    The way back from :func:`replace_attention`, which keeps as much: for a model that is pickled whole and
+    loaded where there is no metattn, or handed to a tool that looks for torch's class, as torch.ao's
+    quantization does. Modules that were built as metattn's are exchanged too; dropout draws torch's masks
+    again. What has a behaviour of its own is left as there, with a warning.
+
+    Errors: TypeError for what is no torch.nn.Module.
+    """
+    return _exchange(model, MultiheadAttention, torch.nn.MultiheadAttention, "restore_attention")
+
+
+def _exchange(
+    model: torch.nn.Module,
+    old: type[torch.nn.MultiheadAttention],
+    new: type[torch.nn.MultiheadAttention],
+    caller: str,
+) -> int:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    swapped = 0
+    exchanged = 0
     for name, module in model.named_modules():
-        if isinstance(module, MultiheadAttention) or not isinstance(module, torch.nn.MultiheadAttention):
+        if not isinstance(module, torch.nn.MultiheadAttention):
             continue
-        if type(module) is torch.nn.MultiheadAttention and "forward" not in vars(module):
-            module.__class__ = MultiheadAttention
-            swapped += 1
+        if isinstance(module, MultiheadAttention) != (old is MultiheadAttention):
+            continue
+        if parametrize.type_before_parametrizations(module) is old and "forward" not in vars(module):
+            _set_class(module, new)
+            exchanged += 1
         else:
+            package = "metattn" if old is MultiheadAttention else "torch"
             warnings.warn(
-                f"replace_attention: {name or 'the model'} ({type(module).__name__}) is a subclass of "
-                "torch.nn.MultiheadAttention or has its forward replaced, and was left as it is",
-                stacklevel=2,
+                f"{caller}: {name or 'the model'} ({type(module).__name__}) is a subclass of "
+                f"{package}.nn.MultiheadAttention or has its forward replaced, and was left as it is",
+                stacklevel=3,
             )
-    return swapped
+    return exchanged
+
+
+def _set_class(module: torch.nn.Module, new: type[torch.nn.MultiheadAttention]) -> None:
+    """Also where torch.nn.utils.parametrize gave the module a class of its own, with properties."""
+    if parametrize.is_parametrized(module):
+        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        new = type(type(module).__name__, (new,), own)
+    module.__class__ = new
