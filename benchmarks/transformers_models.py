@@ -2,11 +2,12 @@
 
     python -m benchmarks.transformers_models [--models llama …] [--out benchmarks/results/transformers]
 
-Every model is small and has random weights. Errors are those of logits, of the gradient of a sum of them and of
-a Hessian-vector product, in the input and in all parameters together, in float32 beside the model's own
-attention ("eager") in float64, which `widened` makes float64 throughout. Times are those of one second-order
-step: forward, gradient with a graph, and the gradient of that gradient's product with a direction. Memory is the
-peak of one such step at a greater length, in a fresh process for each attention and length.
+Every model is small and has random weights. Errors are those of logits, of the gradient of a random sum of
+them and of a Hessian-vector product, in float32 beside the model's own attention ("eager") in float64, which
+`widened` makes float64 throughout. Times are those of one second-order step: forward, gradient with a graph,
+and the gradient of that gradient's square. Memory is the peak of such a step, in a fresh process for each
+attention and length. One thread, unless told otherwise: with as many as there are cores, whoever else works
+on them is in every figure.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ OURS, THEIRS = "metattn", "eager"
 VOCABULARY = 64
 LENGTH = 512  # of what is timed
 LONG = (1024, 2048)  # of what memory is taken of
-IMAGE = 16  # a patch's pixels, 4×4
+ENCODERS = ("bert", "modernbert", "vit")
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def _vit(s: Size) -> PreTrainedModel:
 
 def _gpt2(s: Size) -> PreTrainedModel:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=s.width, n_layer=s.layers, n_head=s.heads, n_positions=max(2 * s.length, 64),
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY, n_embd=s.width, n_layer=s.layers, n_head=s.heads,
+        n_positions=max(2 * s.length, 64), bos_token_id=1, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -106,9 +107,7 @@ def _llama(s: Size) -> PreTrainedModel:
 
 
 def _mistral(s: Size) -> PreTrainedModel:
-    return transformers.MistralForCausalLM(
-        transformers.MistralConfig(**s.decoder(sliding_window=s.window))
-    )
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**s.decoder(sliding_window=s.window)))
 
 
 def _qwen3(s: Size) -> PreTrainedModel:
@@ -138,7 +137,7 @@ def _gpt_oss(s: Size) -> PreTrainedModel:
         num_local_experts=2,
         num_experts_per_tok=2,
     )
-    config._experts_implementation = "eager"  # torch's grouped product has no second derivative
+    config._experts_implementation = "eager"  # torch's grouped product has no float64
     return transformers.GptOssForCausalLM(config)
 
 
@@ -172,11 +171,12 @@ def _bart(s: Size) -> PreTrainedModel:
 
 def _whisper(s: Size) -> PreTrainedModel:
     config = transformers.WhisperConfig(
-        vocab_size=VOCABULARY, num_mel_bins=8, d_model=s.width, encoder_layers=s.layers, decoder_layers=s.layers,
-        encoder_attention_heads=s.heads, decoder_attention_heads=s.heads, encoder_ffn_dim=2 * s.width,
-        decoder_ffn_dim=2 * s.width, max_source_positions=s.length, max_target_positions=max(2 * s.length, 64),
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
-        begin_suppress_tokens=None, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        vocab_size=VOCABULARY, num_mel_bins=8, d_model=s.width, encoder_layers=s.layers,
+        decoder_layers=s.layers, encoder_attention_heads=s.heads, decoder_attention_heads=s.heads,
+        encoder_ffn_dim=2 * s.width, decoder_ffn_dim=2 * s.width, max_source_positions=s.length,
+        max_target_positions=max(2 * s.length, 64), pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None, dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0,
     )  # fmt: skip
     return transformers.WhisperForConditionalGeneration(config)
 
@@ -200,7 +200,7 @@ MODELS: dict[str, tuple[str, Callable[[Size], PreTrainedModel]]] = {
 
 
 def make(name: str, size: Size = SMALL, seed: int = 0) -> PreTrainedModel:
-    """The model in evaluation, in float32, with weights large enough that rows of attention are far from even."""
+    """The model in evaluation, in float32, with weights so large that rows of attention are far from even."""
     torch.manual_seed(seed)
     model = MODELS[name][1](size).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -236,9 +236,9 @@ def make_inputs(name: str, size: Size = SMALL, batch: int = 2, seed: int = 1) ->
 
 
 class widened(TorchFunctionMode):  # noqa: N801, a context manager that reads as a word
-    """In it models in float64 compute in float64 what they compute in float32 otherwise: norms, softmax, routing.
+    """In it models in float64 compute all in float64, norms and softmax and routing too.
 
-    Their code says float32 where it means more than bfloat16.
+    Their code says float32 there, where it means more than bfloat16.
     """
 
     def __torch_function__(
@@ -255,10 +255,8 @@ class widened(TorchFunctionMode):  # noqa: N801, a context manager that reads as
 
 def call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """The logits."""
-    masks = {"use_cache": False} if "pixel_values" not in inputs else {}
-    if isinstance(model, (transformers.BertForMaskedLM, transformers.ModernBertForMaskedLM)):
-        masks = {}
-    logits = model(**masks, **inputs).logits
+    without_cache = {} if model.config.model_type in ENCODERS else {"use_cache": False}
+    logits = model(**without_cache, **inputs).logits
     assert isinstance(logits, Tensor)
     return logits
 
@@ -344,20 +342,9 @@ def memory(name: str, length: int) -> dict[str, Any]:
     """Peak bytes of a step of each attention, in fresh processes."""
     found: dict[str, Any] = {"model": name, "length": length}
     for who in (OURS, THEIRS):
-        request = {"model": name, "length": length, "implementation": who, "threads": torch.get_num_threads()}
-        found[who] = _measure.in_fresh_process("benchmarks.transformers_models", request)["bytes"]
+        request = {"model": name, "length": length, "attention": who, "threads": torch.get_num_threads()}
+        found[who] = _measure.in_fresh_process("benchmarks.transformers_peak", request)["bytes"]
     return found
-
-
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """In the fresh process: what one step needs beyond model and inputs."""
-    torch.set_num_threads(request["threads"])
-    name, who = request["model"], request["implementation"]
-    size = Size(width=LARGE.width, heads=LARGE.heads, window=LARGE.window, length=request["length"])
-    small = Size(width=LARGE.width, heads=LARGE.heads, window=LARGE.window, length=32)
-    model, inputs = make(name, size), make_inputs(name, size, batch=1)
-    step(model, make_inputs(name, small, batch=1), who)()
-    return {"bytes": _measure.peak_memory(step(model, inputs, who))}
 
 
 # Report.
@@ -378,10 +365,10 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# transformers' models with metattn",
         "",
-        "Relative errors in float32, metattn / eager, beside eager in float64; the largest of input and parameters. "
-        "Time of a second-order step in float32.",
+        "Relative errors in float32, metattn / eager, beside eager in float64; the larger one of inputs' and "
+        "parameters'. Time of a second-order step in float32.",
         "",
-        "| model |  | logits | gradient | Hessian-vector product | metattn, ms | eager, ms | eager / metattn |",
+        "| model |  | logits | gradient | Hessian-vector product | metattn, ms | eager, ms | eager / ours |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
@@ -401,12 +388,12 @@ def table(results: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"* Times: width {size['width']}, {size['heads']} heads, {size['layers']} layers, windows of "
-        f"{size['window']}, length {size['length']} (memory: as said), batch 1; median ± half the distance between "
-        "the quartiles; the two take turns, and ratios are taken in each round. Errors: width "
+        f"{size['window']}, length {size['length']} (memory: as said), batch 1; median ± half the distance "
+        "between the quartiles; the two take turns, and ratios are taken in each round. Errors: width "
         f"{SMALL.width}, {SMALL.heads} heads, {SMALL.layers} layers, length {SMALL.length}, batch 2.",
         "* Memory: the peak of resident memory beyond weights and inputs, in a fresh process.",
-        f"* {said['cpu']}, {said['threads']} of {said['cores']} cores used, load {said['load']:.1f} at the start, "
-        f"torch {said['versions']['torch']}, transformers {results['transformers']}, "
+        f"* {said['cpu']}, {said['threads']} of {said['cores']} cores used, load {said['load']:.1f} at the "
+        f"start, torch {said['versions']['torch']}, transformers {results['transformers']}, "
         f"Python {said['versions']['python']}, commit {said['commit']}.",
         "",
         "Written by `python -m benchmarks.transformers_models --out benchmarks/results/transformers`.",
@@ -424,14 +411,15 @@ def wrong(row: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    if not sys.argv[1:] and not sys.stdin.isatty() and (text := sys.stdin.read().strip()):
-        print(json.dumps(answer(json.loads(text))))
-        return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=4.0, help="of rounds for each model")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     machine = _measure.machine()
     rows = []
     for name in arguments.models:

@@ -5,6 +5,7 @@ The truth is a model's own ("eager") attention in float64, with all that its cod
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -417,6 +418,33 @@ def test_a_static_cache_gives_entries_for_steps_and_a_description_for_the_prompt
         assert torch.equal(found + 0.0, expected)
 
 
+def test_keys_that_no_query_sees_are_left_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unused tail of a static cache, and what a step's window has passed; with their bias and padding."""
+    calls: list[Any] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        calls.append((k.shape[2], options))
+        return metattn.attention(q, k, v, **options)
+
+    monkeypatch.setattr("metattn.integrations.transformers.attention", spy)
+    window = masking_utils.sliding_window_causal_mask_function(3)
+    layer = Layer(is_causal=True)
+    q, k, bias = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 9, 4), torch.randn(1, 2, 4, 9)
+    attend(layer, q, k, k, mask(2, 4, 9), position_bias=bias)
+    attend(
+        layer, q, k, k, mask(2, 4, 9, q_offset=5, mask_function=window, attention_mask=padding("right", 9))
+    )
+    attend(layer, q[:, :, :1], k, k, mask(2, 1, 9, q_offset=8, mask_function=window))
+    (first, options), (second, others), (third, least) = calls
+    assert (first, second, third) == (4, 6, 3)
+    assert options["causal"] == others["causal"] == "bottom-right"
+    assert options["bias"].shape == (1, 2, 4, 4)
+    assert "mask" not in options
+    assert others["window"] == (2, -1)
+    assert others["mask"].shape == (2, 1, 1, 6)
+    assert not {"mask", "window"} & least.keys()
+
+
 def test_a_description_is_a_tensor_to_others() -> None:
     keep = padding("left", 6).bool()
     found = mask(2, 6, 6, attention_mask=keep, dtype=torch.bfloat16)
@@ -426,10 +454,14 @@ def test_a_description_is_a_tensor_to_others() -> None:
     assert found.device == expected.device
     assert torch.equal(found[:, :, -2:], expected[:, :, -2:])
     assert torch.equal(torch.cat([found, found], -1), torch.cat([expected, expected], -1))
-    assert torch.equal(found.to(torch.float32), expected.to(torch.float32))
-    for same in (found.to("cpu"), found.detach(), found.contiguous()):
+    assert torch.equal(found.bool(), expected.bool())
+    for same in (found.to("cpu"), found.detach(), found.contiguous(), copy.deepcopy(found)):
         assert isinstance(same, BandMask)
         assert torch.equal(same.dense(), expected)
+    wider = found.to(torch.float32)
+    assert isinstance(wider, BandMask)
+    assert torch.equal(wider + 0.0, masking_utils.eager_mask(2, 6, 6, attention_mask=keep))
+    assert found.to("meta").keys.device.type == "meta"
     assert repr(found) == "BandMask([2, 1, 6, 6], None ≤ j − i ≤ 0, padded=True)"
 
 
@@ -552,7 +584,7 @@ def test_checkpointed_layers(reentrant: bool) -> None:
         return {"gradient": text.grad}
 
     plain = run()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     close(run(), plain, 1e-12)
 
 

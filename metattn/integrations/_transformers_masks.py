@@ -217,18 +217,20 @@ class BandMask(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         aten = torch.ops.aten
-        if func in (aten.detach.default, aten.alias.default):
-            return args[0]._with(lambda t: t)
-        if func is aten._to_copy.default and set(kwargs) <= {"device", "non_blocking"}:
-            return args[0]._with(lambda t: t.to(kwargs["device"]))
+        if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+            return args[0]._to(args[0].device, args[0].dtype)
+        if func is aten._to_copy.default and set(kwargs) <= {"device", "dtype", "layout", "non_blocking"}:
+            dtype = kwargs.get("dtype") or args[0].dtype
+            if dtype.is_floating_point:
+                return args[0]._to(kwargs.get("device") or args[0].device, dtype)
         args, kwargs = torch.utils._pytree.tree_map_only(BandMask, BandMask.dense, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> BandMask:
-        """The same with its tensors changed."""
+    def _to(self, device: torch.device, dtype: torch.dtype) -> BandMask:
         names, context = self.__tensor_flatten__()
-        inner = {name: change(getattr(self, name)) for name in names}
-        return self.__tensor_unflatten__(inner, context, tuple(self.shape), None)
+        inner = {name: getattr(self, name).to(device) for name in names}
+        context = tuple({**dict(context), "dtype": dtype}.items())
+        return self.__tensor_unflatten__(inner, context, self.shape, None)
 
     # What torch.compile takes apart when a mask was made outside of what it compiles.
 
@@ -289,8 +291,8 @@ def describe(
         keys,
         shape,
         dtype,
-        low=None if low is None or low <= 1 - n else low,  # what excludes nothing is no limit
-        high=None if high is None or high >= m - 1 else high,
+        low=low,
+        high=high,
         padded=padded,
         sequences=sequences,
         starts=starts,

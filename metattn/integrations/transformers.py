@@ -182,13 +182,14 @@ class _Call:
     def limit(self, mask: BandMask) -> None:
         """Sets causal, window and mask, and leaves away keys that no query sees."""
         n, m = mask.shape[2:]
-        low, high = mask.low, mask.high
-        last = m if high is None else max(min(m, n + high), 0)
-        first = 0 if low is None else min(max(low, 0), last)
+        last = m if mask.high is None else max(min(m, n + mask.high), 0)
+        first = 0 if mask.low is None else min(max(mask.low, 0), last)
+        low, high = (None if side is None else side - first for side in (mask.low, mask.high))
         offset = last - first - n  # of the last query to the last key that is left
-        left = -1 if low is None else offset - (low - first)
-        right = -1 if high is None else (high - first) - offset
-        past_all_keys = (low is not None and left < 0) or (high is not None and right < 0)
+        # a limit that excludes nothing is none
+        left = None if low is None or low <= 1 - n else offset - low
+        right = None if high is None or high >= last - first - 1 else high - offset
+        past_all_keys = any(side is not None and side < 0 for side in (left, right))
         if mask.entries is not None or mask.starts is not None or past_all_keys:
             self.options["mask"] = mask.alive()
             return
@@ -198,9 +199,9 @@ class _Call:
                 self.bias = self.bias[..., first:last]
         if right == 0:
             self.options["causal"] = "bottom-right"
-            right = -1
-        if left >= 0 or right >= 0:
-            self.options["window"] = (left, right)
+            right = None
+        if left is not None or right is not None:
+            self.options["window"] = tuple(-1 if side is None else side for side in (left, right))
         if mask.padded:
             self.options["mask"] = mask.keys[:, None, None, first:last]
 
