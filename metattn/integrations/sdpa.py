@@ -14,28 +14,41 @@ from torch.overrides import TorchFunctionMode
 from metattn.functional import scaled_dot_product_attention
 
 
-class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that reads as a function
+class sdpa_override:  # noqa: N801, a context manager that reads as a function
     """Context manager: F.scaled_dot_product_attention is metattn's in this thread; `calls` counts them.
 
     So is the one inside torch.nn.MultiheadAttention (when it need not return weights) and torch's Transformer
-    layers. Inside a `sdpa_kernel(...)` entered within the override torch's own runs: a kernel was asked for.
-    So it does for nested tensors, which metattn does not take.
-    Derivatives may be taken outside. Raises what metattn.scaled_dot_product_attention raises.
+    layers, which then leave out their fused call for evaluation. Inside a `sdpa_kernel(...)` entered within
+    the override torch's own runs: a kernel was asked for. So it does for nested tensors, which metattn does
+    not take, and for what does not pass through torch's function: torch.ops.aten's, a ScriptModule's.
+    Derivatives may be taken outside; what is computed again there (torch.utils.checkpoint) is torch's, unless
+    the override is entered there too. One object may be entered again, and in several threads, and counts
+    them all. Raises what metattn.scaled_dot_product_attention raises.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.calls = 0
-        self._kernels: list[tuple[bool, ...]] = []  # enabled when entered, one for each level of re-entry
+        self._entered: list[_Override] = []
 
     def __enter__(self) -> sdpa_override:
-        self._kernels.append(_enabled_kernels())
-        super().__enter__()
+        mode = _Override(self)
+        mode.__enter__()
+        self._entered.append(mode)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._kernels.pop()
+        self._entered.pop().__exit__(
+            *error
+        )  # whichever it is: a mode's exit takes this thread's last one away
+
+
+class _Override(TorchFunctionMode):
+    """One entry of an override: torch's stack of modes is a thread's, and goes with it where autograd does."""
+
+    def __init__(self, owner: sdpa_override) -> None:
+        super().__init__()
+        self._owner = owner
+        self._kernels = _enabled_kernels()
 
     def __torch_function__(
         self,
@@ -51,9 +64,9 @@ class sdpa_override(TorchFunctionMode):  # noqa: N801, a context manager that re
         return func(*args, **(kwargs or {}))
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        if _enabled_kernels() != self._kernels[-1] or _any_nested(*args, **kwargs):
+        if _enabled_kernels() != self._kernels or _any_nested(*args, **kwargs):
             return F.scaled_dot_product_attention(*args, **kwargs)
-        self.calls += 1
+        self._owner.calls += 1
         return scaled_dot_product_attention(*args, **kwargs)
 
     def _multi_head_attention(self) -> Callable[..., Any]:
