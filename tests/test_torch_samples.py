@@ -1,7 +1,7 @@
 """torch's own samples (ModuleInfo, OpInfo) of its attention modules and function, run through ours.
 
 Values and both orders of derivatives are compared with torch's on all of them, in float64. gradcheck and
-gradgradcheck are of all with `--exhaustive`, otherwise of MultiheadAttention's in training and the function's.
+gradgradcheck are of all with `--exhaustive`, otherwise of a part.
 `python tests/test_torch_samples.py` prints the counts.
 """
 
@@ -139,7 +139,7 @@ def module_differences(name: str, training: bool, *, derivatives: bool) -> tuple
 
 
 def function_differences(*, derivatives: bool) -> tuple[int, dict[int, str]]:
-    """The same of scaled_dot_product_attention. With dropout values are not compared: the masks are others."""
+    """The same of scaled_dot_product_attention. With dropout no values are compared: the masks are others."""
     differ = {}
     torch.manual_seed(0)
     samples = list(FUNCTION.reference_inputs("cpu", torch.float64, requires_grad=True))
