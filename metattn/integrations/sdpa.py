@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812, the name everybody knows
@@ -43,7 +43,7 @@ class sdpa_override:  # noqa: N801, a context manager that reads as a function
 
 
 class _Override(TorchFunctionMode):
-    """One entry of an override: torch's stack of modes is a thread's, and goes with it where autograd does."""
+    """One entry of an override, on the stack of modes that torch keeps for each thread."""
 
     def __init__(self, owner: sdpa_override) -> None:
         super().__init__()
@@ -60,7 +60,11 @@ class _Override(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             func = self._attend
         elif func is F.multi_head_attention_forward:
-            func = self._multi_head_attention()
+            func = _with_names(func, scaled_dot_product_attention=self._attend)
+        elif func is torch.autograd.grad or func is torch.autograd.backward:
+            func = _with_names(func, _engine_run_backward=self._run_backward)
+        elif func is Tensor.backward:
+            func = self._backward
         return func(*args, **(kwargs or {}))
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,13 +73,23 @@ class _Override(TorchFunctionMode):
         self._owner.calls += 1
         return scaled_dot_product_attention(*args, **kwargs)
 
-    def _multi_head_attention(self) -> Callable[..., Any]:
-        """torch's function with our attention among its globals: a mode is off while it handles one."""
-        original = F.multi_head_attention_forward
-        names = {**vars(F), "scaled_dot_product_attention": self._attend}
-        bound = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
-        names[original.__name__] = bound  # what the function hands to the next mode, if any
-        return bound
+    def _run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """A backward pass may attend too: checkpointed layers, autograd Functions."""
+        with self:
+            return torch.autograd.graph._engine_run_backward(*args, **kwargs)
+
+    def _backward(self, tensor: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        backward = _with_names(torch.autograd.backward, _engine_run_backward=self._run_backward)
+        backward(tensor, gradient, *args, **kwargs)
+
+
+def _with_names(function: Callable[..., Any], **replaced: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's function with ours among its globals: a mode is off while it handles a function."""
+    original = cast(FunctionType, function)
+    names = {**original.__globals__, **replaced}
+    bound = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+    names[original.__name__] = bound  # what the function hands to the next mode, if any
+    return bound
 
 
 def _any_nested(*args: Any, **kwargs: Any) -> bool:
