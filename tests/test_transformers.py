@@ -370,7 +370,7 @@ def test_every_mask_is_transformers_own(
     torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, numbers), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3, 0])
 @pytest.mark.parametrize("extra", ["nothing", "bias", "sinks", "sinks of queries", "padding"])
 def test_sequences_of_a_row(window: int | None, extra: str) -> None:
     """Packed by positions, with what does and what does not go to varlen_attention."""
@@ -400,11 +400,12 @@ def test_sequences_of_a_row(window: int | None, extra: str) -> None:
 
 def test_one_sequence_a_row_is_no_packing() -> None:
     u = masking_utils
-    function = u.chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.int64))
-    found = mask(2, 8, 8, mask_function=function)
-    assert isinstance(found, BandMask)
-    assert found.starts is None
-    assert found.high == 0
+    for first, starts in (((0, 0), None), ((0, 5), [0, 8, 13, 16])):
+        function = u.chunked_causal_mask_function(8, torch.tensor(first))
+        found = mask(2, 8, 8, mask_function=function)
+        assert isinstance(found, BandMask)
+        assert (None if found.starts is None else found.starts.tolist()) == starts
+        assert found.high == 0
 
 
 def test_a_static_cache_gives_entries_for_steps_and_a_description_for_the_prompt() -> None:
@@ -665,14 +666,17 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_masks_than_those_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version in which a window means one more, or is written otherwise."""
+    """Versions in which a window means one more, is written otherwise, is missing, or is asked for otherwise."""
     code = masking_utils.sliding_window_overlay(1).__code__
-    others = {"one more": lambda named: masks.Pattern(low=-named["sliding_window"]), "unknown": None}
-    for other in others.values():
+    changes: list[Callable[[pytest.MonkeyPatch], None]] = [
+        lambda p: p.setitem(masks._READERS, code, lambda named: masks.Pattern(low=-named["sliding_window"])),
+        lambda p: p.delitem(masks._READERS, code),
+        lambda p: p.delattr(masking_utils, "sliding_window_bidirectional_mask_function"),
+        lambda p: p.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None),
+    ]
+    for change in changes:
         with monkeypatch.context() as patch:
-            patch.setitem(masks._READERS, code, other)
-            if other is None:
-                patch.delitem(masks._READERS, code)
+            change(patch)
             with pytest.raises(NotImplementedError, match="transformers: expected a version"):
                 register()
     register()

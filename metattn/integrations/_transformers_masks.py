@@ -8,6 +8,7 @@ of keys, a BandMask, where others fill in N×M entries.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -111,12 +112,27 @@ def check() -> None:
 
     Raises NotImplementedError.
     """
+    try:
+        same = "q_offset" in inspect.signature(masking_utils.sdpa_mask).parameters and all(
+            _means_what_is_read(function, length) for function, length in _examples().items()
+        )
+    except AttributeError:  # a function that there was not
+        same = False
+    if not same:
+        raise NotImplementedError(
+            "transformers: expected a version whose masks metattn knows, 5.20 or later, "
+            f"got {transformers.__version__}"
+        )
+
+
+def _examples() -> dict[MaskFunction, int]:
+    """One of each sort, and a number of keys to try it on."""
     known = masking_utils
     ids, positions = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     packed = known.sliding_window_causal_mask_function(2)
     if hasattr(known, "remap_positions_for_packed_sequence"):
         packed = known.remap_positions_for_packed_sequence(packed, positions)
-    functions = {
+    return {
         known.causal_mask_function: 9,
         known.bidirectional_mask_function: 9,
         known.sliding_window_causal_mask_function(3): 9,
@@ -124,16 +140,14 @@ def check() -> None:
         known.chunked_causal_mask_function(3, torch.tensor([1])): 7,
         known.and_masks(packed, known.packed_sequence_mask_function(ids)): 7,
     }
+
+
+def _means_what_is_read(function: MaskFunction, length: int) -> bool:
+    pattern = read(function)
+    said = None if pattern is None else describe(pattern, (1, 1, 7, length))
     zero = torch.tensor(0)
-    for function, length in functions.items():
-        pattern = read(function)
-        said = None if pattern is None else describe(pattern, (1, 1, 7, length))
-        meant = function(zero, zero, torch.arange(7)[:, None], torch.arange(length)).expand(7, length)
-        if said is None or not torch.equal(said.alive()[0, 0], meant):
-            raise NotImplementedError(
-                "transformers: expected a version whose masks metattn knows, 5.24 for one, "
-                f"got {transformers.__version__}"
-            )
+    meant = function(zero, zero, torch.arange(7)[:, None], torch.arange(length)).expand(7, length)
+    return said is not None and torch.equal(said.alive()[0, 0], meant)
 
 
 class BandMask(Tensor):
