@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import huber_loss, mse_loss, soft_margin_loss
 
 import metattn
@@ -642,7 +646,6 @@ def test_inputs_of_every_form_and_data_of_every_step(kind: str) -> None:
 @pytest.mark.parametrize("kind", EXACT, ids=str)
 def test_an_optimizer_of_ones_own_may_hand_tensors_on(kind: Any) -> None:
     """Sign descent on some parameters; the others, and its memory, it returns as they came."""
-    import dataclasses
 
     @dataclasses.dataclass(frozen=True)
     class Some:
@@ -783,6 +786,10 @@ def test_exact_losses_refuse_what_torch_refuses() -> None:
         (lambda: Mixed(1.5), ValueError, "save_every: expected an integer of 1 or more, got 1.5"),
         (lambda: Implicit(0.0), ValueError, "strength: expected a number above 0, got 0.0"),
         (lambda: Implicit(iterations=0), ValueError, "iterations: expected an integer of 1 or more, got 0"),
+        (lambda: Implicit(tolerance=-1.0), ValueError, "tolerance: expected a number of 0 or more, got -1.0"),
+        (lambda: Implicit(torch.ones(())), ValueError, "strength: expected a number above 0"),
+        (lambda: SGD("0.1"), TypeError, "lr: expected a number, a tensor or a dict of them by name, got str"),
+        (lambda: Adam(nn.ParameterDict()), TypeError, "lr: expected a number.*got ParameterDict"),
     ],
 )
 def test_refusals_of_options(make: Callable[[], Any], error: type[Exception], match: str) -> None:
@@ -798,15 +805,348 @@ def test_refusals_of_calls() -> None:
         options = {"support": samples, "optimizer": SGD(0.1), "steps": 2, **change}
         adapt(model, params, mse_loss, **options)
 
-    with pytest.raises(TypeError, match="optimizer: expected SGD, Adam or a dataclass like them, got float"):
+    with pytest.raises(TypeError, match=r"optimizer: expected SGD\(…\), Adam.*, got float"):
         call(optimizer=0.1)
     with pytest.raises(TypeError, match="got SGD"):
         call(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"support: expected one pair .* a list of 2, one a step; got 3"):
+    with pytest.raises(TypeError, match="got SGD"):
+        call(optimizer=SGD)
+    with pytest.raises(TypeError, match=r"expected what MetaSGD's optimizer\(\) returns"):
+        call(optimizer=MetaSGD(params, 0.1))
+    with pytest.raises(
+        ValueError, match=r"support: expected one pair .* a list of 2 pairs, one a step; got 3"
+    ):
         call(support=[samples] * 3)
+    with pytest.raises(ValueError, match=r"support: expected a pair \(inputs, targets\), got Tensor"):
+        call(support=list(samples))
+    with pytest.raises(ValueError, match=r"support: expected a pair \(inputs, targets\), got 3 of them"):
+        call(support=(*samples, samples[1]))
     with pytest.raises(
         ValueError, match='expected one pair of inputs and targets for "implicit", got a list'
     ):
         call(support=[samples] * 2, meta_gradient="implicit")
     with pytest.raises(ValueError, match="optimizer: expected no field that requires a gradient"):
         call(optimizer=SGD(torch.tensor(0.1, requires_grad=True)), meta_gradient="implicit")
+    for way in (None, Mixed, "exact"):
+        with pytest.raises(ValueError, match="meta_gradient: expected one of reverse, checkpointed, mixed"):
+            call(meta_gradient=way)
+    with pytest.raises(TypeError, match="params: expected tensors by name"):
+        adapt(model, model.parameters(), mse_loss, samples, optimizer=SGD(0.1), steps=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"optimizer: expected a step to leave encoder.0.weight \[8, 2\]"):
+        call(optimizer=SGD(torch.full((3, 1, 1), 0.1, dtype=torch.float64)))
+
+    tasks = samples_of(2, 1)
+    options: dict[str, Any] = {"optimizer": SGD(0.1), "steps": 1}
+    with pytest.raises(ValueError, match=r"query: expected a pair \(inputs, targets\), got 1 of them"):
+        maml_loss(model, params, mse_loss, tasks, tasks[:1], **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='randomness, chunk_size: expected "different" and None beside'):
+        maml_loss(model, params, mse_loss, tasks, tasks, tasks="loop", chunk_size=2, **options)
+    with pytest.raises(TypeError, match=r"support, query: expected tensors, numbers.*got SimpleNamespace"):
+        maml_loss(model, params, mse_loss, (SimpleNamespace(x=tasks[0]), tasks[1]), tasks, **options)
+
+
+LATER = [Checkpointed(), Checkpointed(2), Mixed(), Implicit(1.0)]
+
+
+@pytest.mark.parametrize("kind", LATER, ids=str)
+def test_an_optimizers_captured_tensor_is_refused(kind: Any) -> None:
+    """A module among the fields is no tensor and no dict of tensors: what it holds would be cut off."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Learned:
+        net: nn.Module
+
+        def init(self, params: Params) -> dict[str, Params]:
+            return {}
+
+        def step(self, index: int, params: Params, gradients: Params, state: Any) -> tuple[Params, Any]:
+            gain = self.net(torch.ones(1, dtype=torch.float64))
+            return {name: value - 0.1 * gain * gradients[name] for name, value in params.items()}, state
+
+    model = model_of()
+    optimizer = Learned(nn.Linear(1, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the optimizer depends on another tensor that requires a gradient"):
+        adapt(
+            model,
+            dict(model.named_parameters()),
+            mse_loss,
+            of_task(samples_of(2, 1), 0),
+            optimizer=optimizer,
+            steps=2,
+            meta_gradient=kind,
+        )
+
+
+@pytest.mark.parametrize("kind", [Checkpointed(), Mixed(2)], ids=str)
+def test_a_tensor_captured_at_a_later_step_is_refused(kind: Any) -> None:
+    model, samples = model_of(), of_task(samples_of(2, 1), 0)
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    support = [(samples[0], ("plain", samples[1])), (samples[0], ("weighted", samples[1]))]
+
+    def loss_fn(outputs: Tensor, targets: tuple[str, Tensor]) -> Tensor:
+        return mse_loss(outputs, targets[1]) * (factor if targets[0] == "weighted" else 1.0)
+
+    with pytest.raises(ValueError, match="the loss depends on another tensor"):
+        adapt(
+            model,
+            dict(model.named_parameters()),
+            loss_fn,
+            support,
+            optimizer=SGD(0.1),
+            steps=2,
+            meta_gradient=kind,
+        )
+
+
+@pytest.mark.parametrize("kind", [Reverse(), *LATER], ids=str)
+def test_an_optimizers_own_order_and_dicts(kind: Any) -> None:
+    """Names may come back in any order, and a dict among the fields need not be by parameter."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Sorted:
+        options: dict[str, Tensor]
+
+        def init(self, params: Params) -> dict[str, Params]:
+            return {}
+
+        def step(self, index: int, params: Params, gradients: Params, state: Any) -> tuple[Params, Any]:
+            return {n: params[n] - self.options["rate"] * gradients[n] for n in sorted(params)}, state
+
+    model, samples = model_of(), of_task(samples_of(2, 1), 0)
+    params = dict(reversed(list(model.named_parameters())))
+    found = []
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    for optimizer in (Sorted({"rate": rate}), SGD(0.1)):
+        adapted = adapt(model, params, mse_loss, samples, optimizer=optimizer, steps=3, meta_gradient=kind)
+        loss = mse_loss(functional_call(model, adapted, (samples[0],)), samples[1])
+        found.append({"loss": loss, **gradient_of(loss, params)})
+    agree(*found)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "mixed", "first-order", "implicit"])
+def test_a_step_that_loses_a_parameter_is_refused(kind: str) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Some:
+        def init(self, params: Params) -> dict[str, Params]:
+            return {}
+
+        def step(self, index: int, params: Params, gradients: Params, state: Any) -> tuple[Params, Any]:
+            return {n: x for n, x in params.items() if n.endswith("weight")}, state
+
+    model = model_of()
+    with pytest.raises(ValueError, match=r"optimizer: expected a step to leave encoder.0.bias .*; got none"):
+        adapt(
+            model,
+            dict(model.named_parameters()),
+            mse_loss,
+            of_task(samples_of(2, 1), 0),
+            optimizer=Some(),
+            steps=2,
+            meta_gradient=kind,
+        )
+
+
+def test_a_state_that_changes_is_for_reverse_mode_alone() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Lazy:
+        def init(self, params: Params) -> dict[str, Params]:
+            return {}
+
+        def step(self, index: int, params: Params, gradients: Params, state: Any) -> tuple[Params, Any]:
+            return {n: x - 0.1 * gradients[n] for n, x in params.items()}, {"last": gradients}
+
+    model = model_of()
+    params, samples = dict(model.named_parameters()), of_task(samples_of(2, 1), 0)
+    options: dict[str, Any] = {"optimizer": Lazy(), "steps": 2}
+    adapt(model, params, mse_loss, samples, meta_gradient="reverse", **options)
+    for kind in ("checkpointed", "mixed"):
+        with pytest.raises(
+            ValueError, match="expected a state of floating-point tensors whose structure never"
+        ):
+            adapt(model, params, mse_loss, samples, meta_gradient=kind, **options)
+
+
+@pytest.mark.parametrize("kind", EXACT, ids=str)
+@pytest.mark.parametrize("as_module", [False, True], ids=["function", "module"])
+def test_a_penalty_on_the_models_parameters_is_on_those_of_the_step(as_module: bool, kind: Any) -> None:
+    model, samples = model_of(), of_task(samples_of(2, 1), 0)
+    params = dict(model.named_parameters())
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        return mse_loss(outputs, targets) + 0.5 * sum(p.square().sum() for p in model.parameters())
+
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return penalised(outputs, targets)
+
+    found = []
+    for loss_fn, optimizer in (
+        (Penalised() if as_module else penalised, SGD(0.1)),
+        (mse_loss, SGD(0.1, weight_decay=1.0)),
+    ):
+        adapted = adapt(model, params, loss_fn, samples, optimizer=optimizer, steps=3, meta_gradient=kind)
+        loss = mse_loss(functional_call(model, adapted, (samples[0],)), samples[1])
+        found.append({"loss": loss, **gradient_of(loss, params)})
+    agree(*found)
+
+
+@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "mixed"])
+def test_buffers_of_a_loss_are_copies_and_inputs_may_be_any_mapping(kind: str, tasks: str) -> None:
+    class Running(nn.Module):
+        mean: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            loss = mse_loss(outputs, targets)
+            self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+            return loss
+
+    model, loss_fn = model_of(), Running()
+    support, query = samples_of(2, 1), samples_of(4, 2)
+    params = dict(model.named_parameters())
+    options: dict[str, Any] = {"optimizer": SGD(0.1), "steps": 2, "meta_gradient": kind, "tasks": tasks}
+    found = [
+        gradient_of(maml_loss(model, params, loss, each, query, **options), params)
+        for loss, each in ((loss_fn, (UserDict(x=support[0]), support[1])), (mse_loss, support))
+    ]
+    agree(*found)
+    assert torch.equal(loss_fn.mean, torch.zeros((), dtype=torch.float64))
+
+
+def test_what_changes_before_the_way_back() -> None:
+    """Training flags are as they were; buffers and frozen parameters changed in place raise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().eval()
+    model[0].weight.requires_grad_(False)
+    with torch.no_grad():
+        model[1].running_mean.normal_()
+    samples = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    params = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(kind: str) -> Tensor:
+        adapted = adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=kind)
+        return sum((x.square().sum() for x in adapted.values()), start=torch.zeros((), dtype=torch.float64))
+
+    expected = gradient_of(loss("reverse"), params)
+    for kind in ("checkpointed", "mixed"):
+        value = loss(kind)
+        model.train()
+        agree(gradient_of(value, params), expected)
+        assert all(module.training for module in model.modules())
+        model.eval()
+        for changed in (model[1].running_mean, model[0].weight):
+            value = loss(kind)
+            with torch.no_grad():
+                changed.mul_(1.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                gradient_of(value, params)
+
+
+def test_torchs_own_attention_with_its_formula_asked_for() -> None:
+    """sdpa_kernel is open again on the way back, where torch's fused kernel would have no derivative."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), Attending(), nn.Linear(8, 3))
+    params = dict(model.named_parameters())
+    samples = tuple(t.float() for t in of_task(samples_of(2, 1), 0))
+    found = []
+    for kind in ("reverse", "checkpointed"):
+        with sdpa_kernel(SDPBackend.MATH):
+            adapted = adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=kind)
+        loss = sum((x.square().sum() for x in adapted.values()), start=torch.zeros(()))
+        found.append(gradient_of(loss, params))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+@pytest.mark.parametrize("norm", [torch.layer_norm, torch.batch_norm, torch.instance_norm])
+def test_norms_by_torchs_own_names(norm: Callable[..., Tensor]) -> None:
+    """Under vmap with weights of every task, against one task after the other."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64))
+            self.bias = nn.Parameter(torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if norm is torch.layer_norm:
+                return norm(x, (3,), self.weight, self.bias, 1e-5, False)
+            return norm(x.mT, self.weight, self.bias, None, None, True, 0.1, 1e-5, False).mT
+
+    model = Normed()
+    generator = torch.Generator().manual_seed(2)
+    support, query = (
+        tuple(torch.randn(TASKS, 4, 5, 3, generator=generator, dtype=torch.float64) for _ in "xy")
+        for _ in range(2)
+    )
+    params = dict(model.named_parameters())
+    options: dict[str, Any] = {"optimizer": SGD(0.3), "steps": 2}
+    expected = torch.stack(
+        [unrolled(model, of_task(support, i), of_task(query, i), plain_sgd(0.3), 2) for i in range(TASKS)]
+    ).mean()
+    found = maml_loss(model, params, mse_loss, support, query, **options)
+    agree(gradient_of(found, params), gradient_of(expected, params))
+    with ExactDerivatives(), pytest.raises(NotImplementedError, match="native_layer_norm: its higher"):
+        torch.native_layer_norm(support[0], (3,), None, None, 1e-5)
+
+
+def test_forward_mode_says_where_it_is() -> None:
+    model = model_of()
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(params: Params, kind: str) -> Tensor:
+        adapted = adapt(
+            model,
+            params,
+            mse_loss,
+            of_task(samples_of(2, 1), 0),
+            optimizer=SGD(0.1),
+            steps=1,
+            meta_gradient=kind,
+        )
+        return sum((x.square().sum() for x in adapted.values()), start=torch.zeros((), dtype=torch.float64))
+
+    for kind in ("checkpointed", "mixed", "implicit"):
+        with pytest.raises(NotImplementedError, match='use "reverse"'):
+            torch.func.jvp(lambda p, kind=kind: loss(p, kind), (params,), (params,))
+
+
+def test_implicit_leaves_learned_rates_alone_where_nothing_is_recorded() -> None:
+    model, samples = model_of(), samples_of(2, 1)
+    params = dict(model.named_parameters())
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        adapt(
+            model,
+            params,
+            mse_loss,
+            of_task(samples, 0),
+            optimizer=SGD(lr),
+            steps=1,
+            meta_gradient="implicit",
+        )
+
+    def loss(lr: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        adapted = adapt(model, params, mse_loss, (x, y), optimizer=SGD(lr), steps=1, meta_gradient="implicit")
+        return sum((v.square().sum() for v in adapted.values()), start=torch.zeros((), dtype=torch.float64))
+
+    with pytest.raises(ValueError, match="optimizer: expected no field that requires a gradient"):
+        torch.func.vmap(loss)(lr.expand(TASKS), *samples)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1e-23), (torch.float32, 1e23), (torch.float16, 1e3)], ids=str
+)
+def test_conjugate_gradients_of_tiny_and_huge_numbers(dtype: torch.dtype, factor: float) -> None:
+    values = torch.tensor([1.0, 2.0, 5.0], dtype=dtype)
+    v = [torch.full((3,), factor, dtype=dtype)]
+    (x,) = conjugate_gradients(lambda x: [values * x[0]], v, iterations=10, tolerance=1e-6)
+    torch.testing.assert_close(x, v[0] / values, rtol=1e-2 if dtype == torch.float16 else 1e-5, atol=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from metattn.meta.exact import ExactDerivatives
 from metattn.meta.implicit import Implicit
 from metattn.meta.inner import FirstOrder, InnerLoop, MetaGradient, Reverse
-from metattn.meta.optimizers import InnerOptimizer, Params
+from metattn.meta.optimizers import SGD, Adam, InnerOptimizer, MetaSGD, Params
 from metattn.meta.stepwise import Checkpointed, Mixed
 
 Samples: TypeAlias = tuple[Any, Any]  # (inputs, targets)
@@ -42,16 +43,18 @@ def adapt(
     θ_{t+1} = optimizer.step(θ_t, ∇θ loss_fn(model(inputs; θ_t), targets)),  t = 0 … steps−1
 
     Arguments:
-        model: any module; it is called as ``functional_call(model, θ, inputs)`` and never written to: its
-            buffers are copies there, and what a layer writes to them (running statistics) is dropped.
-        params: θ_0 by name, all of ``dict(model.named_parameters())`` or a part of it; what is not named
-            stays the module's own and is not adapted (ANIL, arXiv 1909.09157, adapts a head alone).
+        model: any module; it is called by ``torch.func.functional_call`` with θ for its parameters, so that
+            one thread at a time may use it. Its buffers are copies there, and what a layer writes to them
+            (running statistics) is dropped.
+        params: θ_0 by name, all of ``dict(model.named_parameters())`` or a part of it, adapted whether they
+            require a gradient or not; what is not named stays the module's own (ANIL, arXiv 1909.09157,
+            adapts a head alone).
         loss_fn: (outputs, targets) → scalar; a function, or a module, whose parameters are then
-            differentiated too (a learned loss).
-        support: (inputs, targets) of the task, or a list of them, one for each step. Inputs are a tensor, a
-            tuple of positional arguments or a dict of keyword arguments of the model; targets are what
-            loss_fn makes of them.
-        optimizer: :class:`SGD`, :class:`Adam`, or your own (:class:`InnerOptimizer`).
+            differentiated too (a learned loss). ``model.parameters()`` inside of it are θ.
+        support: a pair, (inputs, targets) of the task, or a list of pairs, one for each step. Inputs are a
+            tensor, a tuple of positional arguments or a dict of keyword arguments of the model; targets are
+            what loss_fn makes of them.
+        optimizer: :class:`SGD`, :class:`Adam`, or a dataclass of your own (:class:`InnerOptimizer`).
         steps: how many steps, 0 or more.
         meta_gradient: how the derivative of the result is taken:
 
@@ -62,81 +65,138 @@ def adapt(
             * "first-order": inner gradients are taken for constants.
             * "implicit", or :class:`Implicit`: of the inner problem's solution, whatever the steps to it.
 
-    Returns the adapted parameters, by name: functions of ``params``, of the model's other parameters, of
-    tensors in ``support``, ``optimizer`` and ``loss_fn``. Under ``torch.no_grad()`` the steps are taken and
-    nothing is recorded.
+    Returns the adapted parameters, by name: functions of ``params``, of the model's and loss_fn's other
+    parameters and buffers, and of tensors in ``support`` and ``optimizer``. Under ``torch.no_grad()`` the
+    steps are taken and nothing is recorded.
     Differentiable: "reverse", "checkpointed" and "mixed" as often as the model allows, under autograd,
     torch.func.grad and vmap; "reverse" in forward mode too.
     Errors: ValueError for a negative step count, for a name the model lacks, for a step size that is missing,
-    for a list of another length than steps, and for a meta_gradient that is none; TypeError for an optimizer
-    that is none.
+    for a support that is no pair or a list of another length than steps, for a meta_gradient that is none,
+    and for an optimizer whose step changes names, shapes or dtypes of parameters; TypeError for params
+    without names and for an optimizer that is none.
     Source: Finn, Abbeel and Levine 2017 (arXiv 1703.03400), algorithm 1, line 6.
     """
-    if isinstance(meta_gradient, str):
-        if meta_gradient not in META_GRADIENTS:
+    way, steps = _way_of(meta_gradient), _count_of(steps)
+    _check_optimizer(optimizer, params)
+    whole = Whole(model, loss_fn)
+    whole.check_names(params)
+    if isinstance(support, list):
+        support = [pair_of(each, "support") for each in support]
+        if len(support) != steps:
             raise ValueError(
-                f"meta_gradient: expected one of {', '.join(META_GRADIENTS)}, got {meta_gradient!r}"
+                f"support: expected one pair of inputs and targets, or a list of {steps} pairs, one a step; "
+                f"got {len(support)}"
             )
-        meta_gradient = META_GRADIENTS[meta_gradient]
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected an integer of 0 or more, got {steps!r}")
-    if not (isinstance(optimizer, InnerOptimizer) and dataclasses.is_dataclass(optimizer)):
-        raise TypeError(
-            f"optimizer: expected SGD, Adam or a dataclass like them, got {type(optimizer).__name__}"
-        )
-    own = dict(model.named_parameters())
-    unknown = sorted(params.keys() - own.keys())
-    if unknown:
-        raise ValueError(f"params: expected names of {type(model).__name__}'s parameters, got also {unknown}")
-    loop = InnerLoop(_loss_of(model, loss_fn), optimizer, steps)
-    for field, value in loop.fields().items():
-        missing = sorted(params.keys() - value.keys()) if isinstance(value, dict) else []
-        if missing:
-            raise ValueError(f"{field}: expected a value for every name in params, got none for {missing}")
-    if isinstance(support, list) and len(support) != steps:
-        raise ValueError(
-            f"support: expected one pair of inputs and targets, or a list of {steps}, one a step; "
-            f"got {len(support)}"
-        )
-    others = {
-        "rest": {name: value for name, value in own.items() if name not in params and value.requires_grad},
-        "loss": dict(loss_fn.named_parameters()) if isinstance(loss_fn, nn.Module) else {},
-        "support": support,
-    }
-    if steps == 0:
-        return dict(params)
-    return meta_gradient.adapted(loop, dict(params), others)
+    else:
+        support = pair_of(support, "support")
 
-
-def _loss_of(
-    model: nn.Module, loss_fn: LossFunction | nn.Module
-) -> Callable[[Mapping[str, Tensor], Any, int], Tensor]:
-    def loss(params: Mapping[str, Tensor], others: Any, index: int) -> Tensor:
+    def loss(current: Mapping[str, Tensor], others: Any, index: int) -> Tensor:
         samples = others["support"]
         inputs, targets = samples[index] if isinstance(samples, list) else samples
-        return loss_on(model, {**params, **others["rest"]}, loss_fn, others["loss"], inputs, targets)
+        return whole.loss(current, others["rest"], inputs, targets)
 
-    return loss
+    if steps == 0:
+        return dict(params)
+    others = {"rest": whole.rest(params), "support": support}
+    return way.adapted(InnerLoop(loss, optimizer, steps, (whole,)), dict(params), others)
 
 
-def loss_on(
-    model: nn.Module,
-    params: Mapping[str, Tensor],
-    loss_fn: LossFunction | nn.Module,
-    loss_params: Mapping[str, Tensor],
-    inputs: Any,
-    targets: Any,
-) -> Tensor:
-    """loss_fn(model(inputs; params), targets), of which derivatives of any order are right."""
-    if isinstance(inputs, Mapping):
-        args, kwargs = (), dict(inputs)
-    else:
-        args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
-    with ExactDerivatives():
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        outputs = functional_call(model, {**buffers, **params}, args, kwargs)
-        if isinstance(loss_fn, nn.Module):
-            value: Tensor = functional_call(loss_fn, dict(loss_params), (outputs, targets))
+class Whole(nn.Module):
+    """A model and its loss as one module: what either holds can be replaced for a call of both.
+
+    So a loss that looks at the model's parameters (a penalty) sees those of the call.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction | nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Tensor:
+        value: Tensor = self.loss_fn(self.model(*args, **kwargs), targets)
+        return value
+
+    def check_names(self, params: Mapping[str, Tensor]) -> None:
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                "params: expected tensors by name, as dict(model.named_parameters()), got "
+                f"{type(params).__name__}"
+            )
+        kind, own = type(self.model).__name__, dict(self.model.named_parameters())
+        unknown = sorted(params.keys() - own.keys())
+        if unknown:
+            raise ValueError(
+                f"params: expected names of {kind}'s parameters, as named_parameters() has them (of a tied "
+                f"one the first), got also {unknown}"
+            )
+
+    def rest(self, params: Mapping[str, Tensor]) -> Params:
+        """All other parameters and buffers, of the model and of the loss."""
+        given = {f"model.{name}" for name in params}
+        everything = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: value for name, value in everything.items() if name not in given}
+
+    def loss(
+        self, params: Mapping[str, Tensor], rest: Mapping[str, Tensor], inputs: Any, targets: Any
+    ) -> Tensor:
+        """loss_fn(model(inputs), targets) with these tensors, of which derivatives of any order are right."""
+        if isinstance(inputs, Mapping):
+            args, kwargs = (), dict(inputs)
         else:
-            value = loss_fn(outputs, targets)
-    return value
+            args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+        written = dict(self.named_buffers())
+        values = {
+            **{name: value.clone() if name in written else value for name, value in rest.items()},
+            **{f"model.{name}": value for name, value in params.items()},
+        }
+        with ExactDerivatives():
+            found: Tensor = functional_call(self, values, (args, kwargs, targets))
+        return found
+
+
+def pair_of(samples: Any, name: str) -> Samples:
+    """(inputs, targets), mappings as dicts."""
+    if not isinstance(samples, (tuple, list)) or len(samples) != 2:
+        got = f"{len(samples)} of them" if isinstance(samples, (tuple, list)) else type(samples).__name__
+        raise ValueError(f"{name}: expected a pair (inputs, targets), got {got}")
+    inputs, targets = (dict(part) if isinstance(part, Mapping) else part for part in samples)
+    return inputs, targets
+
+
+def _way_of(meta_gradient: str | MetaGradient) -> MetaGradient:
+    if isinstance(meta_gradient, str) and meta_gradient in META_GRADIENTS:
+        return META_GRADIENTS[meta_gradient]
+    if isinstance(meta_gradient, (str, type)) or not hasattr(meta_gradient, "adapted"):
+        raise ValueError(
+            f"meta_gradient: expected one of {', '.join(META_GRADIENTS)}, or an object such as "
+            f"Checkpointed(save_every=4), got {meta_gradient!r}"
+        )
+    return meta_gradient
+
+
+def _count_of(steps: int) -> int:
+    try:
+        count = operator.index(steps)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"steps: expected an integer of 0 or more, got {steps!r}")
+    return count
+
+
+def _check_optimizer(optimizer: InnerOptimizer, params: Mapping[str, Tensor]) -> None:
+    if isinstance(optimizer, MetaSGD):
+        raise TypeError("optimizer: expected what MetaSGD's optimizer() returns, got the MetaSGD itself")
+    if (
+        isinstance(optimizer, type)
+        or not isinstance(optimizer, InnerOptimizer)
+        or not dataclasses.is_dataclass(optimizer)
+    ):
+        got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(
+            "optimizer: expected SGD(…), Adam(…) or an object of a dataclass with init and step like them, "
+            f"got {got}"
+        )
+    rates = optimizer.lr if isinstance(optimizer, (SGD, Adam)) else None
+    missing = sorted(params.keys() - rates.keys()) if isinstance(rates, Mapping) else []
+    if missing:
+        raise ValueError(f"lr: expected a value for every name in params, got none for {missing}")

@@ -37,6 +37,15 @@ class ExactDerivatives(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func in _NAMED_OTHERWISE:
+            named, places = _NAMED_OTHERWISE[func]
+            given = dict(zip(places, args, strict=False)) | dict(kwargs or {})
+            func, args, kwargs = named, (), {name: x for name, x in given.items() if "cudnn" not in name}
+        if func in (torch.native_layer_norm, torch.native_batch_norm):
+            raise NotImplementedError(
+                f"{func.__name__}: its higher derivatives are wrong under vmap; call torch.nn.functional's "
+                f"{func.__name__.removeprefix('native_')} in an inner loop"
+            )
         if func in (layer_norm, batch_norm, instance_norm):
             return _normalised(func, args, kwargs or {})
         if func in _LOSSES:
@@ -44,10 +53,23 @@ class ExactDerivatives(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_BY_CHANNEL = ("input", "weight", "bias", "running_mean", "running_var")
+# torch's own spellings, and what their arguments are called in torch.nn.functional
+_NAMED_OTHERWISE: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
+    torch.layer_norm: (layer_norm, ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")),
+    torch.batch_norm: (batch_norm, (*_BY_CHANNEL, "training", "momentum", "eps", "cudnn_enabled")),
+    torch.instance_norm: (
+        instance_norm,
+        (*_BY_CHANNEL, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
+    ),
+}
+
+
 def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     options = _bound(func, args, kwargs)
     weight, bias = options.pop("weight"), options.pop("bias")
-    if options.get("training", options.get("use_input_stats", False)):
+    by_batch = func is layer_norm or options.get("training") or options.get("use_input_stats")
+    if by_batch and func is not layer_norm:
         options.update(running_mean=None, running_var=None)  # to be written to, in a buffer that is a copy
     if func is layer_norm:
         dims = tuple(range(-len(options["normalized_shape"]), 0))
@@ -55,7 +77,7 @@ def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         rest = range(2, options["input"].dim())
         dims = (0, *rest) if func is batch_norm else tuple(rest)
     output: Tensor
-    if options.get("training", options.get("use_input_stats", True)):
+    if by_batch:
         with torch.no_grad():  # its refusals and its dtype
             dtype = func(**options).dtype
         x = options["input"]

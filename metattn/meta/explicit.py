@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,30 +11,31 @@ from torch.func import grad, jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metattn.meta.inner import InnerLoop
-from metattn.meta.optimizers import Params
+from metattn.meta.optimizers import Params, State
 from metattn.meta.replay import Replay
+
+_TENSOR = object()  # where a tensor was among the leaves
 
 
 class Call:
     """One call: the loop, what is no tensor among its arguments, and how to repeat what it computes.
 
-    The tensors are those of (params, others, hyper), in this order.
+    The tensors are those of (params, others, hyper), in this order; `tensors` is what they are now.
     """
 
-    def __init__(self, loop: InnerLoop, params: Params, others: Any) -> None:
+    def __init__(self, loop: InnerLoop, params: Params, others: Any, tensors: list[Tensor]) -> None:
         self.loop = loop
-        self._leaves, self._spec = tree_flatten((params, others, loop.fields()))
-        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        leaves, self._spec = tree_flatten((params, others, loop.fields()))
+        tensors += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.count = len(params)
         self._first_hyper = self.count + sum(isinstance(leaf, Tensor) for leaf in tree_leaves(others))
-        self.replay = Replay(self.tensors)
-        self.replay.remember(0)
-        self.first = self._first_gradient()
+        self.replay = Replay(tensors, loop.modules)
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Params, Any, dict[str, Any]]:
         """(params, others, hyper) made of these tensors."""
         given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._leaves]
         params, others, hyper = tree_unflatten(leaves, self._spec)
         return params, others, hyper
 
@@ -53,23 +54,38 @@ class Call:
         """Places of tensors of `hyper` that need one."""
         return [place for place in range(self._first_hyper, len(needed)) if needed[place]]
 
-    def _first_gradient(self) -> Params:
-        """The inner gradient at θ_0, a constant. ValueError where it depends on a tensor other than these.
+    def steps(
+        self,
+        tensors: Sequence[Tensor],
+        change: Callable[[Params, Params], Params] = lambda params, found: found,
+    ) -> Iterator[tuple[Params, State, Params]]:
+        """(θ, state) before each step and its gradient, then both after the last and no gradient; constants.
 
-        It is found out here, for within a Function tensors of outer transforms are no longer what they are.
+        change: what the optimizer is given in place of the gradient, by θ and that.
+        They are computed outside of any Function, for within one the tensors of outer transforms are no
+        longer what they are. ValueError where they depend on a tensor that is none of these, and would be cut
+        off.
         """
-        params, others, _ = self.arguments([x.detach() for x in self.tensors])
-        found = self.loop.gradient(params, others, 0)
-        if any(_is_recorded(x) for x in found.values()):  # made of constants alone it would not be
-            raise ValueError(
-                'meta_gradient: all but "reverse" and "first-order" differentiate in params, other model '
-                "parameters, support, the optimizer's fields and the parameters of a loss_fn that is a "
-                "torch.nn.Module; this loss depends on another tensor that requires a gradient: make it one "
-                'of these, or use "reverse"'
-            )
-        return found
+        params, others, hyper = self.arguments([x.detach() for x in tensors])
+        state = self.loop.with_fields(hyper).init(params)
+        for index in range(self.loop.steps):
+            self.replay.remember(("gradient", index))
+            found = self.loop.gradient(params, others, index)
+            _refuse_recorded(found, "loss")
+            yield params, state, found
+            self.replay.remember(("step", index))
+            params, state = self.loop.step(index, params, change(params, found), state, hyper)
+            _refuse_recorded((params, state), "optimizer")
+        yield params, state, {}
 
-    def moved(
+    def step(
+        self, index: int, moment: tuple[Params, State], gradients: Params, hyper: Any
+    ) -> tuple[Params, State]:
+        """A step once more."""
+        with self.replay.again(("step", index)):
+            return self.loop.step(index, moment[0], gradients, moment[1], hyper)
+
+    def along(
         self,
         tensors: Sequence[Tensor],
         learned: Sequence[int],
@@ -88,7 +104,7 @@ class Call:
             )
             return found
 
-        with self.replay.again(index):
+        with self.replay.again(("gradient", index)):
             change: tuple[Params, list[Tensor]] = jvp(gradients, (params,), (direction,))[1]
         return change
 
@@ -103,12 +119,23 @@ class Call:
         def gradient(current: Params, values: list[Tensor]) -> Params:
             return self.loop.gradient(current, self.replaced(tensors, learned, values)[1], index)
 
-        with self.replay.again(index):
+        with self.replay.again(("gradient", index)):
             _, pull, *_ = vjp(gradient, params, [tensors[place] for place in learned])
         return pull
 
 
-def _is_recorded(x: Tensor) -> bool:
+def _refuse_recorded(tree: Any, what: str) -> None:
+    """Of constants alone nothing would be recorded."""
+    if any(isinstance(x, Tensor) and is_recorded(x) for x in tree_leaves(tree)):
+        raise ValueError(
+            'meta_gradient: all but "reverse" and "first-order" differentiate in params, other parameters '
+            "and buffers of the model and of a loss_fn that is a torch.nn.Module, support, and tensors and "
+            f"dicts of them among the optimizer's fields; the {what} depends on another tensor that requires "
+            'a gradient: make it one of these, or use "reverse"'
+        )
+
+
+def is_recorded(x: Tensor) -> bool:
     """Whether autograd, or a transform of torch.func on any level, has a graph of it."""
     while not x.requires_grad:
         if not is_functorch_wrapped_tensor(x):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metattn.meta.explicit import Call
+from metattn.meta.explicit import Call, is_recorded
 from metattn.meta.inner import InnerLoop
 from metattn.meta.optimizers import Params
 
@@ -45,37 +45,34 @@ class Implicit:
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not self.strength > 0:
+        if not isinstance(self.strength, (int, float)) or not self.strength > 0:
             raise ValueError(f"strength: expected a number above 0, got {self.strength}")
         if not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"iterations: expected an integer of 1 or more, got {self.iterations!r}")
+        if not isinstance(self.tolerance, (int, float)) or not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected a number of 0 or more, got {self.tolerance}")
 
     def adapted(self, loop: InnerLoop, params: Params, others: Any) -> Params:
         if isinstance(others["support"], list):
             raise ValueError('support: expected one pair of inputs and targets for "implicit", got a list')
-        call = Call(loop, params, others)
-        tuned = call.tuned([x.requires_grad for x in call.tensors])
-        if tuned:
+        tensors: list[Tensor] = []
+        call = Call(loop, params, others, tensors)
+        if torch.is_grad_enabled() and call.tuned([is_recorded(x) for x in tensors]):
             raise ValueError(
                 "optimizer: expected no field that requires a gradient, for the implicit one does not depend "
                 "on them"
             )
-        outputs = _Solution.apply(call, self, *call.first.values(), *call.tensors)
-        return dict(zip(params, outputs, strict=True))
 
-    def steps(self, call: Call, first: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters after the steps on the inner loss with its pull towards θ_0."""
-        begin, others, hyper = call.arguments(tensors)
-        params = begin
-        state = call.loop.with_fields(hyper).init(params)
-        for index in range(call.loop.steps):
-            if index == 0:
-                found = dict(zip(params, first, strict=True))
-            else:
-                found = call.loop.gradient(params, others, index)
-            found = {name: g + self.strength * (params[name] - begin[name]) for name, g in found.items()}
-            params, state = call.loop.step(index, params, found, state, hyper)
-        return list(params.values())
+        def pulled(current: Params, found: Params) -> Params:
+            return {
+                name: g + self.strength * (current[name] - params[name].detach()) for name, g in found.items()
+            }
+
+        solution: Params = {}
+        for moment in call.steps(tensors, pulled):
+            solution = moment[0]
+        outputs = _Solution.apply(call, self, *solution.values(), *tensors)
+        return dict(zip(params, outputs, strict=True))
 
     def cotangents(
         self,
@@ -110,7 +107,7 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, implicit: Implicit, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(implicit.steps(call, tensors[: call.count], tensors[call.count :]))
+        return tuple(x.detach() for x in tensors[: call.count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -123,10 +120,14 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, solution = ctx.saved_tensors[: ctx.arguments], ctx.saved_tensors[ctx.arguments :]
-        before: int = 2 + ctx.call.count  # the call, the options, and the first gradient, which is a constant
+        before: int = 2 + ctx.call.count  # the call, the options, and the solution, a constant
         needed = ctx.needs_input_grad[before:]
         found = ctx.implicit.cotangents(ctx.call, tensors, solution, cotangents, needed)
         return (*(None for _ in range(before)), *found)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError('meta_gradient: "implicit" has no forward-mode derivative; use "reverse"')
 
 
 def conjugate_gradients(
@@ -137,8 +138,10 @@ def conjugate_gradients(
     Ends are taken by multiplying with 0, not by leaving the loop: under vmap every task has its own.
     Source: Hestenes and Stiefel 1952.
     """
-    x = [torch.zeros_like(value) for value in v]
-    residual, direction = v, v
+    largest = torch.stack([value.abs().max() for value in v if value.numel()]).max()
+    scale = torch.where(largest > 0, largest, 1.0)  # squares of tiny or huge numbers are not theirs to lose
+    residual = [value / scale for value in v]
+    x, direction = [torch.zeros_like(value) for value in v], residual
     square = _dot(residual, residual)
     least = tolerance**2 * square
     going = square > least
@@ -147,14 +150,20 @@ def conjugate_gradients(
         bend = _dot(direction, turned)
         going = going & (bend > 0)
         length = torch.where(going, square / torch.where(going, bend, 1.0), 0.0)
-        x = [a + length * b for a, b in zip(x, direction, strict=True)]
-        residual = [a - length * b for a, b in zip(residual, turned, strict=True)]
+        x = _moved(x, length, direction)
+        residual = _moved(residual, -length, turned)
         before, square = square, _dot(residual, residual)
         going = going & (square > least)
         share = torch.where(going, square / torch.where(going, before, 1.0), 0.0)
-        direction = [a + share * b for a, b in zip(residual, direction, strict=True)]
-    return x
+        direction = _moved(residual, share, direction)
+    return [value * scale for value in x]
+
+
+def _moved(a: list[Tensor], length: Tensor, b: list[Tensor]) -> list[Tensor]:
+    return [x + length.to(x.dtype) * y for x, y in zip(a, b, strict=True)]
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+    """In float32 at least."""
+    wide = [x if x.dtype == torch.float64 else x.float() for x in a]
+    return torch.stack([(x * y).sum() for x, y in zip(wide, b, strict=True)]).sum()

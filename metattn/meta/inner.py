@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad
 
 from metattn.meta.optimizers import InnerOptimizer, Params, State
@@ -24,6 +24,7 @@ class InnerLoop:
     loss: Callable[[Mapping[str, Tensor], Any, int], Tensor]
     optimizer: InnerOptimizer
     steps: int
+    modules: tuple[nn.Module, ...] = ()  # what the loss calls
 
     def gradient(self, params: Mapping[str, Tensor], others: Any, index: int) -> Params:
         gradients: Params = grad(lambda current: self.loss(current, others, index))(dict(params))
@@ -32,7 +33,17 @@ class InnerLoop:
     def step(
         self, index: int, params: Params, gradients: Params, state: State, hyper: Mapping[str, Any]
     ) -> tuple[Params, State]:
-        return self.with_fields(hyper).step(index, params, gradients, state)
+        """(θ, state) after a step, names in θ's order. ValueError for one that changes what θ consists of."""
+        found, state = self.with_fields(hyper).step(index, params, gradients, state)
+        for name, value in params.items():
+            new = found.get(name)
+            if new is None or (new.shape, new.dtype) != (value.shape, value.dtype):
+                got = "none" if new is None else f"{list(new.shape)}, {new.dtype}"
+                raise ValueError(
+                    f"optimizer: expected a step to leave {name} {list(value.shape)}, {value.dtype}; "
+                    f"got {got}"
+                )
+        return {name: found[name] for name in params}, state
 
     def with_fields(self, hyper: Mapping[str, Any]) -> InnerOptimizer:
         optimizer: InnerOptimizer = dataclasses.replace(self.optimizer, **hyper)  # type: ignore[type-var]
@@ -49,7 +60,8 @@ class InnerLoop:
 
     def run(self, params: Params, others: Any, *, first_order: bool = False) -> Params:
         """The steps as they come; what autograd or torch.func record of them is the exact derivative."""
-        state = self.optimizer.init(params)
+        hyper = self.fields()
+        state = self.with_fields(hyper).init(params)
         for index in range(self.steps):
             if first_order:
                 # Detached before too, so that no graph of the inner gradient is ever built.
@@ -57,7 +69,7 @@ class InnerLoop:
                 gradients = {name: x.detach() for name, x in gradients.items()}
             else:
                 gradients = self.gradient(params, others, index)
-            params, state = self.optimizer.step(index, params, gradients, state)
+            params, state = self.step(index, params, gradients, state, hyper)
         return params
 
 

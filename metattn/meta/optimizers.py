@@ -18,8 +18,9 @@ Rate: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 class InnerOptimizer(Protocol):
     """What :func:`metattn.meta.adapt` asks of an optimizer: a dataclass with these two methods.
 
-    Both are pure and made of differentiable operations. Tensors among the fields (numbers in tensors, or
-    mappings of them) that require a gradient are learned with the parameters.
+    Both are pure and made of differentiable operations. Tensors, and dicts of tensors, among the fields that
+    require a gradient are learned with the parameters. A step returns all parameters, in any order, each with
+    the shape and dtype that it had.
     """
 
     def init(self, params: Mapping[str, Tensor]) -> State:
@@ -31,6 +32,11 @@ class InnerOptimizer(Protocol):
     ) -> tuple[Params, State]:
         """Parameters and memory after step number `index`, counted from 0."""
         ...
+
+
+def _check_rate(lr: Rate) -> None:
+    if not isinstance(lr, (int, float, Tensor, Mapping)):
+        raise TypeError(f"lr: expected a number, a tensor or a dict of them by name, got {type(lr).__name__}")
 
 
 def rate_of(rate: Rate, name: str) -> float | Tensor:
@@ -47,7 +53,7 @@ class SGD:
         momentum: 0 keeps nothing between steps; a number or a tensor.
         weight_decay: of L2 regularisation; a number or a tensor.
         nesterov: step along g + momentum·b, as torch.optim.SGD.
-    Errors: ValueError for nesterov without momentum.
+    Errors: ValueError for nesterov without momentum; TypeError for an lr that is none of these.
     """
 
     lr: Rate
@@ -56,6 +62,7 @@ class SGD:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
+        _check_rate(self.lr)
         if self.nesterov and not self._remembers:
             raise ValueError(f"nesterov: expected a momentum beside it, got momentum={self.momentum}")
 
@@ -91,8 +98,8 @@ class Adam:
 
     Arguments: lr, weight_decay as for :class:`SGD`; betas, the decay of both means; eps, above 0.
 
-    Where all gradients of an element were 0, the derivative of the step in g is lr/eps as the formula has it,
-    not the NaN that the square root's derivative would make of it.
+    Where all gradients of an element were 0, √v̂ is taken for a constant there: the formula's derivative, of
+    which that of the square root alone would make NaN.
     Errors: ValueError for betas outside [0, 1) and for an eps that is not above 0.
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
@@ -103,6 +110,7 @@ class Adam:
     weight_decay: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
+        _check_rate(self.lr)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers of 0 or more and below 1, got {self.betas}")
         if not self.eps > 0:

@@ -26,19 +26,8 @@ from metattn.meta.optimizers import Params
 
 
 @dataclass(frozen=True)
-class Checkpointed:
-    """Exact: back through the steps one by one, each computed again, by reverse mode over reverse mode.
-
-    Memory: parameters, gradients and the optimizer's state of every step, and what a single step needs. Time:
-    a gradient more for each step than "reverse".
-
-    Arguments: save_every, how many steps apart they are kept; those between are computed once more.
-    ``math.isqrt(steps)`` needs the least memory, 1 (the default) the least time.
-
-    Everything that is differentiated must be an argument of :func:`adapt`: ValueError for a loss that
-    depends on another tensor that requires a gradient. Random numbers, autocast, ``use_backend`` and torch's
-    function modes are in the repetition as they were the first time.
-    """
+class _Stepwise:
+    """What both ways share: what is kept, and how far apart."""
 
     save_every: int = 1
 
@@ -49,71 +38,109 @@ class Checkpointed:
     def adapted(self, loop: InnerLoop, params: Params, others: Any) -> Params:
         if not torch.is_grad_enabled():
             return loop.run(params, others)
-        run = _Run(loop, params, others, self)
-        outputs = _Steps.apply(run, *run.first.values(), *run.tensors)
-        return dict(zip(params, outputs, strict=False))
+        tensors: list[Tensor] = []
+        run = _Run(loop, params, others, tensors, self)
+        kept = run.constants(tensors)
+        outputs = _Steps.apply(run, len(kept), *kept, *tensors)
+        return dict(zip(params, outputs[: len(params)], strict=True))
 
-    def moved(
+    def through(
         self,
         call: Call,
         tensors: Sequence[Tensor],
         learned: Sequence[int],
         index: int,
-        moment: Any,
+        params: Params,
         v: Params,
     ) -> tuple[Params, list[Tensor]]:
         """(∂g/∂θ)ᵀ v and (∂g/∂φ)ᵀ v of a step."""
-        pull = call.pullback(tensors, learned, index, moment[0])
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Checkpointed(_Stepwise):
+    """Exact: back through the steps one by one, each computed again, by reverse mode over reverse mode.
+
+    Memory: parameters, gradients and the optimizer's state of every step, and what a single step needs. Time:
+    a gradient more for each step than "reverse".
+
+    Arguments: save_every, how many steps apart they are kept; those between are computed once more.
+    ``math.isqrt(steps)`` needs the least memory, 1 (the default) the least time.
+
+    Everything that is differentiated must be an argument of :func:`adapt`: ValueError for a loss or an
+    optimizer that depends on another tensor that requires a gradient, and for an optimizer whose state is
+    not made of floating-point tensors or changes its structure. torch's random numbers, autocast,
+    ``use_backend``, ``sdpa_kernel``, torch's function modes and the modules' training flags are in the
+    repetition as they were the first time; changing buffers or parameters in place before it raises
+    autograd's error.
+    """
+
+    def through(
+        self,
+        call: Call,
+        tensors: Sequence[Tensor],
+        learned: Sequence[int],
+        index: int,
+        params: Params,
+        v: Params,
+    ) -> tuple[Params, list[Tensor]]:
+        pull = call.pullback(tensors, learned, index, params)
         return pull(v, retain_graph=torch.is_grad_enabled())  # used once: its graph goes as it is passed
 
 
 @dataclass(frozen=True)
-class Mixed(Checkpointed):
+class Mixed(_Stepwise):
     """As :class:`Checkpointed`, but each step by forward mode over reverse mode.
 
     Operations without a forward-mode derivative raise what torch says.
     Source: MixFlow-MG (arXiv 2505.00793), equation 6.
     """
 
-    def moved(
+    def through(
         self,
         call: Call,
         tensors: Sequence[Tensor],
         learned: Sequence[int],
         index: int,
-        moment: Any,
+        params: Params,
         v: Params,
     ) -> tuple[Params, list[Tensor]]:
-        return call.moved(tensors, learned, index, moment[0], v)
+        return call.along(tensors, learned, index, params, v)
 
 
 class _Run(Call):
     """One call, and what is kept of it."""
 
-    def __init__(self, loop: InnerLoop, params: Params, others: Any, way: Checkpointed) -> None:
-        super().__init__(loop, params, others)
+    def __init__(
+        self, loop: InnerLoop, params: Params, others: Any, tensors: list[Tensor], way: _Stepwise
+    ) -> None:
+        super().__init__(loop, params, others, tensors)
         self.way, self.every = way, way.save_every
         self.moment: TreeSpec  # the structure of (θ, state)
 
-    def forward(self, first: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    def constants(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The last parameters, then what is kept: each gradient (if every is 1), and moments on the way."""
-        params, others, hyper = self.arguments(tensors)
-        state = self.loop.with_fields(hyper).init(params)
         gradients: list[Tensor] = []
         moments: list[Tensor] = []
-        for index in range(self.loop.steps):
-            flat, self.moment = tree_flatten((params, state))
+        last: Params = {}
+        for index, (params, state, found) in enumerate(self.steps(tensors)):
+            flat, moment = tree_flatten((params, state))
+            self.moment = moment if index == 0 else self.moment
+            if moment != self.moment or not all(
+                isinstance(x, Tensor) and x.is_floating_point() for x in flat
+            ):
+                raise ValueError(
+                    "optimizer: expected a state of floating-point tensors whose structure never changes, "
+                    f'for "checkpointed" and "mixed"; it is {moment} before step {index}. "reverse" takes any'
+                )
+            if index == self.loop.steps:
+                last = params
+                break
             if index > 0 and index % self.every == 0:
                 moments += flat
-            if index == 0:
-                found = dict(zip(params, first, strict=True))
-            else:
-                self.replay.remember(index)
-                found = self.loop.gradient(params, others, index)
             if self.every == 1:
                 gradients += found.values()
-            params, state = self.loop.step(index, params, found, state, hyper)
-        return _distinct([*params.values(), *gradients, *moments], [*first, *tensors])
+        return [*last.values(), *gradients, *moments]
 
     def backward(
         self,
@@ -136,14 +163,13 @@ class _Run(Call):
         for index, moment, gradients, kept in self._backwards(tensors, outputs, cotangents):
 
             def update(moment: Any, gradients: Params, fields: list[Tensor], index: int = index) -> Any:
-                hyper = self.replaced(tensors, tuned, fields)[2]
-                return self.loop.step(index, moment[0], gradients, moment[1], hyper)
+                return self.step(index, moment, gradients, self.replaced(tensors, tuned, fields)[2])
 
             pull = vjp(update, moment, gradients, [tensors[place] for place in tuned])[1]
             sooner, direction, of_fields = pull(later)
             add(tuned, of_fields)
             direction = _plus(direction, kept.gradients)
-            curved, mixed = self.way.moved(self, tensors, learned, index, moment, direction)
+            curved, mixed = self.way.through(self, tensors, learned, index, moment[0], direction)
             add(learned, mixed)
             later = _plus(_plus(sooner, list(curved.values())), kept.moment)
         add(range(self.count), list(later[0].values()))
@@ -175,10 +201,10 @@ class _Run(Call):
                 continue
             passed = []
             for index in range(start, min(start + self.every, steps)):
-                with self.replay.again(index):
+                with self.replay.again(("gradient", index)):
                     gradients = self.loop.gradient(moment[0], others, index)
                 passed.append((index, moment, gradients))
-                moment = self.loop.step(index, moment[0], gradients, moment[1], hyper)
+                moment = self.step(index, moment, gradients, hyper)
             while passed:
                 index, moment, gradients = passed.pop()
                 yield index, moment, gradients, _Kept(of_moment if index == start else ())
@@ -198,23 +224,30 @@ class _Steps(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run.forward(tensors[: run.count], tensors[run.count :]))
+    def forward(run: _Run, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in tensors[:count])  # others than the inputs, and the same memory
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.run = inputs[0]
-        tensors = inputs[1 + ctx.run.count :]
-        ctx.save_for_backward(*tensors, *output)
-        ctx.arguments = len(tensors)
+        ctx.run, ctx.constants, *tensors = inputs
+        ctx.save_for_backward(*tensors[ctx.constants :], *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, outputs = ctx.saved_tensors[: ctx.arguments], ctx.saved_tensors[ctx.arguments :]
-        before: int = 1 + ctx.run.count  # the run, and the first gradient, which is a constant
-        found = ctx.run.backward(tensors, outputs, cotangents, ctx.needs_input_grad[before:])
+        before: int = 2 + ctx.constants
+        saved = ctx.saved_tensors
+        count = len(saved) - ctx.constants
+        needed = ctx.needs_input_grad[before:]
+        found = ctx.run.backward(saved[:count], saved[count:], cotangents, needed)
         return (*(None for _ in range(before)), *found)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            'meta_gradient: "checkpointed" and "mixed" have no forward-mode derivative of their result; use '
+            '"reverse" for jvp, jacfwd and hessian'
+        )
 
 
 def _plus(tree: Any, terms: Sequence[Tensor | None]) -> Any:
@@ -224,13 +257,3 @@ def _plus(tree: Any, terms: Sequence[Tensor | None]) -> Any:
         if term is not None:
             leaves[place] = leaves[place] + term
     return tree_unflatten(leaves, spec)
-
-
-def _distinct(outputs: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """An optimizer may hand a tensor on, but no output of a Function may be an input or another output."""
-    seen = {id(x) for x in inputs}
-    for place, output in enumerate(outputs):
-        if id(output) in seen:
-            outputs[place] = output.clone()
-        seen.add(id(output))
-    return outputs

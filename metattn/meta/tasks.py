@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metattn.meta.adapt import LossFunction, Samples, adapt, loss_on
+from metattn.meta.adapt import LossFunction, Samples, Whole, adapt, pair_of
 from metattn.meta.inner import MetaGradient
 from metattn.meta.optimizers import InnerOptimizer
 
@@ -25,7 +25,7 @@ def maml_loss(
     optimizer: InnerOptimizer,
     steps: int,
     meta_gradient: str | MetaGradient = "reverse",
-    outer_loss_fn: LossFunction | None = None,
+    outer_loss_fn: LossFunction | nn.Module | None = None,
     tasks: str = "vmap",
     randomness: str = "different",
     chunk_size: int | None = None,
@@ -39,7 +39,7 @@ def maml_loss(
         support, query: as for :func:`adapt`, every tensor with the T tasks in front: [T, …].
         outer_loss_fn: of the queries, where it is another than loss_fn.
         tasks: "vmap" adapts them together; "loop" one after the other, for models that vmap cannot take
-            (buffers that change, control flow by values).
+            (LSTM, GRU, control flow by values).
         randomness: as for ``torch.vmap``: "different" draws dropout for every task, "same" once, "error"
             refuses.
         chunk_size: how many tasks of a vmap at a time, None for all; less memory, same result.
@@ -47,21 +47,20 @@ def maml_loss(
     Returns a scalar. ``maml_loss(...).backward()`` gives the meta-gradient, second order included, for every
     one of ``params`` (and of the optimizer's fields) that requires it; torch.func.grad over ``params`` gives
     the same.
-    Errors: ValueError where the tensors do not agree on T and for a ``tasks`` that is neither, and as
-    :func:`adapt`.
+    Errors: ValueError where the tensors do not agree on T, for a ``tasks`` that is neither, and for options
+    of vmap beside "loop"; TypeError for what cannot be divided into tasks; and as :func:`adapt`.
     Source: Finn, Abbeel and Levine 2017 (arXiv 1703.03400), algorithm 1, line 8.
     """
-    loss_params = dict(loss_fn.named_parameters()) if isinstance(loss_fn, nn.Module) else {}
+    judge = Whole(model, loss_fn if outer_loss_fn is None else outer_loss_fn)
 
     def task_loss(support: Samples | list[Samples], query: Samples) -> Tensor:
         adapted = adapt(
             model, params, loss_fn, support, optimizer=optimizer, steps=steps, meta_gradient=meta_gradient
         )
-        if outer_loss_fn is not None:
-            return loss_on(model, adapted, outer_loss_fn, {}, *query)
-        return loss_on(model, adapted, loss_fn, loss_params, *query)
+        return judge.loss(adapted, judge.rest(adapted), *query)
 
-    return _mean_over_tasks(task_loss, (support, query), tasks, randomness, chunk_size)
+    samples = (_pairs_of(support), pair_of(query, "query"))
+    return _mean_over_tasks(task_loss, samples, tasks, randomness, chunk_size)
 
 
 def reptile_loss(
@@ -98,7 +97,13 @@ def reptile_loss(
         distances = [(value - adapted[name].detach()).square().sum() for name, value in params.items()]
         return 0.5 * torch.stack(distances).sum()
 
-    return _mean_over_tasks(task_loss, (support,), tasks, randomness, chunk_size)
+    return _mean_over_tasks(task_loss, (_pairs_of(support),), tasks, randomness, chunk_size)
+
+
+def _pairs_of(support: Samples | list[Samples]) -> Samples | list[Samples]:
+    if isinstance(support, list):
+        return [pair_of(each, "support") for each in support]
+    return pair_of(support, "support")
 
 
 def _mean_over_tasks(
@@ -110,6 +115,17 @@ def _mean_over_tasks(
 ) -> Tensor:
     if tasks not in ("vmap", "loop"):
         raise ValueError(f'tasks: expected "vmap" or "loop", got {tasks!r}')
+    if tasks == "loop" and (randomness != "different" or chunk_size is not None):
+        raise ValueError(
+            'randomness, chunk_size: expected "different" and None beside tasks="loop", for they are '
+            f"vmap's; got {randomness!r} and {chunk_size}"
+        )
+    for leaf in tree_leaves(samples):
+        if not isinstance(leaf, (Tensor, int, float, str, type(None))):
+            raise TypeError(
+                "support, query: expected tensors, numbers, strings and None, in tuples, lists and dicts, to "
+                f"be divided into tasks; got {type(leaf).__name__}"
+            )
     tensors = [leaf for leaf in tree_leaves(samples) if isinstance(leaf, Tensor)]
     counts = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
     count = counts.pop() if len(counts) == 1 else None
