@@ -302,7 +302,7 @@ def draw(results: Results) -> Any:
         values = torch.tensor(details["shown"][kind])
         for axis, picture in zip(row, values, strict=True):
             limit = picture.abs().max().item() or 1.0
-            axis.imshow(picture, cmap=colours, vmin=0 if kind == "images" else -limit, vmax=limit)
+            axis.imshow(picture.numpy(), cmap=colours, vmin=0 if kind == "images" else -limit, vmax=limit)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set_visible(False)
