@@ -315,6 +315,9 @@ def patterns() -> dict[str, Any]:
         "window 99": u.sliding_window_causal_mask_function(99),
         "both sides": u.sliding_window_bidirectional_mask_function(2),
         "chunks": u.chunked_causal_mask_function(3, torch.tensor([0, 2])),
+        "remapped": u.remap_positions_for_packed_sequence(
+            u.causal_mask_function, (torch.arange(80) * 3 % 11).view(2, 40)
+        ),
         "causal or some": u.or_masks(u.causal_mask_function, lambda b, h, q, k: (q + k) % 3 == 0),
         "blocks": u.or_masks(
             u.causal_mask_function, u.blockwise_overlay(torch.arange(40).expand(2, 40) // 4)
@@ -368,6 +371,36 @@ def test_every_mask_is_transformers_own(
     o, _ = attend(Layer(is_causal=name != "full"), q, k, v, found, position_bias=bias)
     numbers = expected if bias is None else expected + bias
     torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, numbers), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.Gemma2Config])
+@pytest.mark.parametrize("name", sorted(patterns()))
+def test_masks_in_a_traced_graph(name: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All entries; or none, for what a model that knows torch's attention says itself."""
+    make("llama"), make("gemma2")  # their code is imported
+    monkeypatch.setattr(masks, "is_tracing", lambda tensor: True)
+    keep = padding("left", 6).bool()
+    for n, past, keys, seen in (
+        (6, 0, 6, None),
+        (6, 0, 6, keep),
+        (2, 4, 6, None),
+        (1, 5, 6, None),
+        (3, 0, 6, None),
+    ):
+        arguments: dict[str, Any] = {
+            "batch_size": 2,
+            "q_length": n,
+            "kv_length": keys,
+            "q_offset": past,
+            "mask_function": patterns()[name],
+            "attention_mask": seen,
+            "dtype": torch.float64,
+        }
+        found, expected = mask(config=config(), **arguments), masking_utils.eager_mask(**arguments)
+        plain = seen is None and past == 0 and (name == "full" or (name == "causal" and n == keys))
+        assert (found is None) == (plain and config is transformers.LlamaConfig)
+        if found is not None:
+            assert torch.equal(found if found.dtype == torch.bool else found == 0, expected == 0)
 
 
 @pytest.mark.parametrize("window", [None, 3, 0])
@@ -602,7 +635,7 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "padded"), [("llama", False), ("mistral", True), ("gemma2", True), ("bart", False)]
+    ("name", "padded"), [("llama", False), ("mistral", False), ("gemma2", True), ("bart", False)]
 )
 def test_compiled(name: str, padded: bool) -> None:
     """In one graph: logits and the first gradient."""
@@ -666,7 +699,7 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_masks_than_those_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions in which a window means one more, is written otherwise, is missing, or is asked for otherwise."""
+    """Versions in which a window means one more, is written otherwise or missing, or arguments differ."""
     code = masking_utils.sliding_window_overlay(1).__code__
     changes: list[Callable[[pytest.MonkeyPatch], None]] = [
         lambda p: p.setitem(masks._READERS, code, lambda named: masks.Pattern(low=-named["sliding_window"])),

@@ -397,23 +397,28 @@ def kind_of_model(config: type) -> Kind:
     "sdpa": masks of bool, or none, mean to them what they mean to torch's attention. "interface": they need
     masks of numbers. "by itself": they never call an attention function.
     """
-    if config not in _KINDS:
-        package = config.__module__.rpartition(".")[0] + ".modeling_"
-        loaded = [module for name, module in sys.modules.items() if name.startswith(package)]
-        has_attention = any(
-            isinstance(thing, type) and issubclass(thing, nn.Module) and "Attention" in name
-            for module in loaded
-            for name, thing in vars(module).items()
-        )
-        by_itself = (
-            package.startswith("transformers.models.")
-            and has_attention
-            and not any("ALL_ATTENTION_FUNCTIONS" in vars(module) for module in loaded)
-        )
-        models = [model for model in _subclasses(PreTrainedModel) if model.config_class is config]
-        knows_sdpa = any(model._supports_sdpa for model in models)
-        _KINDS[config] = "by itself" if by_itself else "sdpa" if knows_sdpa else "interface"
-    return _KINDS[config]
+    if config in _KINDS:
+        return _KINDS[config]
+    package = config.__module__.rpartition(".")[0] + ".modeling_"
+    loaded = [module for name, module in sys.modules.items() if name.startswith(package)]
+    models = [model for model in _subclasses(PreTrainedModel) if model.config_class is config]
+    has_attention = any(
+        isinstance(thing, type) and issubclass(thing, nn.Module) and "Attention" in name
+        for module in loaded
+        for name, thing in vars(module).items()
+    )
+    kind: Kind = "interface"
+    if (
+        package.startswith("transformers.models.")
+        and has_attention
+        and not any("ALL_ATTENTION_FUNCTIONS" in vars(module) for module in loaded)
+    ):
+        kind = "by itself"
+    elif any(model._supports_sdpa for model in models):
+        kind = "sdpa"
+    if models:  # without any, theirs may only not be imported yet
+        _KINDS[config] = kind
+    return kind
 
 
 def _subclasses(of: Any) -> Iterator[Any]:
