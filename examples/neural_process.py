@@ -390,7 +390,7 @@ def draw(results: Results) -> Any:
             last.fill_between(at, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
     last.set(xlabel="context points", ylabel="log-likelihood per target")
     last.set_title("Test tasks")
-    last.legend(frameon=False, fontsize=8, loc="center right")
+    last.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
     return figure
 
 
