@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from metattn.backends import load, reference
+from metattn.backends import load, operators, reference
 from metattn.problem import Constants, Primals, Problem, Results
 
 Tensors = Sequence[Tensor | None]
@@ -40,11 +40,23 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
     """(o, lse) of a validated call; differentiable to any order, reverse and forward, and under vmap."""
     if not torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         o, lse, _ = Forward.apply(problem, *primals, *constants)
+    elif torch.compiler.is_exporting():  # an exported program is differentiated where it runs
+        o, lse, _ = load(problem.backend).forward(problem, primals, constants)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in primals):
         o, lse, _ = CompiledForward.apply(problem, *_distinct(primals), *_distinct(constants))
     else:
         o, lse, _ = load(problem.backend).forward(problem, primals, constants)
     return o, lse
+
+
+def _of_operator(backend: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """A forward operator's results, differentiable as attention's: in a program that was exported."""
+    problem, primals, constants = operators.unflatten(backend, arguments)
+    o, lse, o_lo = Forward.apply(problem, *primals, *constants)
+    return o, lse, primals.q.new_empty(0) if o_lo is None else o_lo
+
+
+operators.differentiable = _of_operator
 
 
 def _distinct(tensors: Tensors) -> Tensors:

@@ -7,10 +7,12 @@ into their arguments, and put together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from metattn.problem import Constants, Primals, Problem, Results
@@ -36,6 +38,9 @@ SCHEMAS = {
 }
 PRIMALS = 5  # q, k, v, bias, sinks come first in every operator's arguments
 CALL = 18  # and so many describe the problem
+
+# (backend, a forward operator's arguments) → what it returns, as functions of its primals. autodiff sets it.
+differentiable: Callable[[str, tuple[Any, ...]], tuple[Tensor, ...]] | None = None
 
 
 def flatten(problem: Problem, primals: Primals, constants: Constants) -> tuple[Any, ...]:
@@ -91,7 +96,11 @@ class Operators:
         self.namespace = namespace
 
     def _run(self, map_: str, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
-        return getattr(getattr(torch.ops, self.namespace), map_)(*arguments, **more)  # type: ignore[no-any-return]
+        operator = getattr(getattr(torch.ops, self.namespace), map_)
+        if torch.compiler.is_compiling():
+            return operator(*arguments, **more)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowAutograd():  # the Functions that call it are its derivatives already
+            return operator(*arguments, **more)  # type: ignore[no-any-return]
 
     def forward(self, problem: Problem, primals: Primals, constants: Constants) -> Results:
         """o, lse, and what rounding o lost."""
@@ -210,8 +219,39 @@ def _flop_double_backward(*arguments: Any, **rest: Any) -> int:
     return _flop_jvp(*jvp_arguments, **rest) + _flop_vjp_jvp(*given, *results_t, needs, **rest)
 
 
+_DERIVATIVES: dict[str, torch.library.Library] = {}  # what a Library registers ends with it
+
+
+def _register_derivatives(namespace: str, name: str) -> None:
+    """What an operator is to autograd and torch.func where it is called by itself, as exported programs do.
+
+    Left alone, torch would warn and hand on no gradient.
+    """
+    operator = getattr(getattr(torch.ops, namespace), name).default
+
+    def with_graph(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
+        if name != "forward" or differentiable is None:
+            raise NotImplementedError(
+                f"{namespace}::{name} has no derivative as an operator: differentiate metattn's functions"
+            )
+        compiled = "cpu" if arguments[0].device.type == "cpu" else "cuda"
+        return differentiable("triton" if namespace == "metattn_triton" else compiled, arguments)
+
+    def autograd(keys: Any, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        needed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if needed or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            return with_graph(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **more)  # type: ignore[no-any-return]
+
+    library = _DERIVATIVES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, with_graph, "FuncTorchDynamicLayerFrontMode")
+
+
 def describe(namespace: str) -> None:
-    """Tells torch the shapes and costs of a namespace's four operators."""
+    """Tells torch the shapes, costs and derivatives of a namespace's four operators."""
     for name, fake, flop in (
         ("forward", fake_results, _flop_forward),
         ("jvp", fake_results, _flop_jvp),
@@ -220,9 +260,11 @@ def describe(namespace: str) -> None:
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake)
         register_flop_formula(getattr(getattr(torch.ops, namespace), name))(flop)
+        _register_derivatives(namespace, name)
 
 
 def describe_double_backward(namespace: str) -> None:
     """The same for an operator that does the work of jvp and vjp_jvp."""
     torch.library.register_fake(f"{namespace}::double_backward", fake_double_backward)
     register_flop_formula(getattr(torch.ops, namespace).double_backward)(_flop_double_backward)
+    _register_derivatives(namespace, "double_backward")
