@@ -109,6 +109,7 @@ def written_out(kind: str, w: Weights, xs: list[Tensor], mask: Tensor | None = N
     q, k, v = linear(w, "qkv", norm(w, "norm", x)).chunk(3, -1)
     distance = torch.arange(N)[:, None] - torch.arange(N)
     seen = (distance >= 0) & (distance <= (2 if kind == "causal, window" else N))
+    seen = seen if mask is None else seen & mask[:, None, :]
     hidden = x + linear(w, "project", softmax_attention(q, k, v, seen))
     return hidden + mlp(w, hidden)
 
@@ -116,12 +117,8 @@ def written_out(kind: str, w: Weights, xs: list[Tensor], mask: Tensor | None = N
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_formula_to_second_order(kind: str, masked: bool) -> None:
-    if masked and kind.startswith("causal"):
-        with pytest.raises(TypeError):
-            make(kind)(*inputs_of(kind), torch.ones(BATCH, N, dtype=torch.bool))
-        return
     block, xs = make(kind), inputs_of(kind)
-    mask = torch.arange(xs[-1].shape[1]) < torch.tensor([[xs[-1].shape[1]], [2]]) if masked else None
+    mask = torch.arange(xs[-1].shape[1]) < torch.tensor([[xs[-1].shape[1]], [3]]) if masked else None
     weights = dict(block.named_parameters())
     leaves = [*xs, *weights.values()]
     results = []
@@ -195,6 +192,38 @@ def test_causal(window: int | None) -> None:
         assert not gradient[1].any()
 
 
+@pytest.mark.parametrize("window", [None, 1])
+def test_causal_padding(window: int | None) -> None:
+    """In front or behind, the padding is not seen; a position that sees nothing keeps its features."""
+    torch.manual_seed(0)
+    block = CausalBlock(DIM, HEADS, window=window, dtype=torch.float64)
+    (x,) = inputs_of("causal")
+    alone = block(x[:, :3])
+    behind = block(x, torch.arange(N).expand(BATCH, N) < 3)
+    torch.testing.assert_close(behind[:, :3], alone)
+    shifted = torch.cat([torch.full((BATCH, N - 3, DIM), 1e6, dtype=torch.float64), x[:, :3]], 1)
+    in_front = block(shifted, torch.arange(N).expand(BATCH, N) >= N - 3)
+    torch.testing.assert_close(in_front[:, N - 3 :], alone)
+    hidden = shifted + block.project.bias
+    torch.testing.assert_close(in_front[:, : N - 3], (hidden + block.mlp(hidden))[:, : N - 3])
+
+
+def test_device_and_dtype() -> None:
+    """Both reach every parameter."""
+    kinds = {
+        "mab": lambda **o: MAB(DIM, HEADS, **o),
+        "sab": lambda **o: SAB(DIM, HEADS, **o),
+        "isab": lambda **o: ISAB(DIM, HEADS, 2, **o),
+        "pma": lambda **o: PMA(DIM, HEADS, **o),
+        "cross": lambda **o: CrossAttentionBlock(DIM, HEADS, **o),
+        "causal": lambda **o: CausalBlock(DIM, HEADS, **o),
+    }
+    for kind, new in kinds.items():
+        block = new(device="meta", dtype=torch.bfloat16)
+        for name, parameter in block.named_parameters():
+            assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16), (kind, name)
+
+
 def test_refusals() -> None:
     x = torch.zeros(3, DIM)
     for kind in SETS:
@@ -202,6 +231,17 @@ def test_refusals() -> None:
             make(kind)(x.double())
     with pytest.raises(ValueError, match="y: expected a set"):
         MAB(DIM, HEADS)(x[None], x)
+    with pytest.raises(ValueError, match="x: expected a set"):
+        CausalBlock(DIM, HEADS)(x)
+    for block in (*map(make, SETS), CausalBlock(DIM, HEADS, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"^mask: expected shape \[1, 3\], got \[1, 2\]"):
+            block(x[None].double(), torch.ones(1, 2, dtype=torch.bool))
+        with pytest.raises(
+            TypeError, match=r"^mask: expected a bool Tensor, True = a point, got torch\.float"
+        ):
+            block(x[None].double(), torch.ones(1, 3))
+        with pytest.raises(TypeError, match="mask: expected a bool Tensor, True = a point, got list"):
+            block(x[None].double(), [[True] * 3])
     with pytest.raises(ValueError, match="context: expected a set"):
         CrossAttentionBlock(DIM, HEADS)(x[None], x)
     with pytest.raises(ValueError, match="num_inducing: expected an integer of 1 or more, got 0"):

@@ -41,12 +41,13 @@ class MAB(nn.Module):
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [batch, n, dim], y [batch, m, dim] → [batch, n, dim], twice differentiable.
 
-        mask: bool [batch, m], True where y has a point; a set without any adds nothing to x.
-        Errors: ValueError for an x or y that is not 3-D.
+        mask: bool [batch, m], True where y has a point; a set without any adds its projection's bias to x.
+        Errors: ValueError for an x or y that is not 3-D, or a mask that does not fit; TypeError for a mask
+        that is not bool.
         """
         require_set(x, "x")
         require_set(y, "y")
-        mixed = self.attention(x, y, y, key_padding_mask=_padding(mask), need_weights=False)[0]
+        mixed = self.attention(x, y, y, key_padding_mask=_padding(mask, y), need_weights=False)[0]
         hidden = self.attention_norm(x + mixed)
         output: Tensor = self.feed_forward_norm(hidden + self.feed_forward(hidden))
         return output
@@ -156,15 +157,15 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [batch, n, dim], context [batch, m, context_dim] → [batch, n, dim], twice differentiable.
 
-        mask: bool [batch, m], True where the context has a point; a context without any adds nothing.
-        Errors: ValueError for an x or a context that is not 3-D.
+        mask: bool [batch, m], True where the context has a point; one without any adds a projection's bias.
+        Errors: ValueError for an x or a context that is not 3-D, or a mask that does not fit; TypeError for a
+        mask that is not bool.
         """
         require_set(x, "x")
         require_set(context, "context")
         seen = self.context_norm(context)
-        mixed = self.attention(self.norm(x), seen, seen, key_padding_mask=_padding(mask), need_weights=False)[
-            0
-        ]
+        padding = _padding(mask, context)
+        mixed = self.attention(self.norm(x), seen, seen, key_padding_mask=padding, need_weights=False)[0]
         hidden = x + mixed
         output: Tensor = hidden + self.mlp(hidden)
         return output
@@ -200,13 +201,21 @@ class CausalBlock(nn.Module):
         self.project = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.mlp = _mlp(dim, hidden_dim, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [batch, positions, dim] → the same, twice differentiable. Errors: ValueError for an x not 3-D."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [batch, positions, dim] → the same, twice differentiable.
+
+        mask: bool [batch, positions], True where there is a position to be seen; one that sees none, as in
+        front of a sequence that is padded there, takes in a projection's bias alone.
+        Errors: ValueError for an x that is not 3-D, or a mask that does not fit; TypeError for a mask that is
+        not bool.
+        """
         require_set(x, "x")
+        _check_mask(mask, x)
         # [batch, positions, 3·dim] → 3 × [batch, heads, positions, dim / heads], views
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         window = None if self.window is None else (self.window, 0)
-        mixed = attention(q, k, v, causal=True, window=window).transpose(1, 2).flatten(2)
+        seen = None if mask is None else mask[:, None, None, :]
+        mixed = attention(q, k, v, mask=seen, causal=True, window=window).transpose(1, 2).flatten(2)
         hidden = x + self.project(mixed)
         output: Tensor = hidden + self.mlp(hidden)
         return output
@@ -231,6 +240,17 @@ def _learned_points(
     return nn.Parameter(nn.init.xavier_uniform_(points))
 
 
-def _padding(mask: Tensor | None) -> Tensor | None:
+def _padding(mask: Tensor | None, points: Tensor) -> Tensor | None:
     """torch.nn's masks are True where there is nothing."""
+    _check_mask(mask, points)
     return None if mask is None else ~mask
+
+
+def _check_mask(mask: Tensor | None, points: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool Tensor, True = a point, got {came}")
+    if mask.shape != points.shape[:2]:
+        raise ValueError(f"mask: expected shape {list(points.shape[:2])}, got {list(mask.shape)}")
