@@ -365,7 +365,7 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# transformers' models with metattn",
         "",
-        "Relative errors in float32, metattn / eager, beside eager in float64; the larger one of inputs' and "
+        "Relative errors in float32, metattn / eager, beside eager in float64; the largest of inputs' and "
         "parameters'. Time of a second-order step in float32.",
         "",
         "| model |  | logits | gradient | Hessian-vector product | metattn, ms | eager, ms | eager / ours |",
