@@ -1,24 +1,40 @@
-"""torch.compile, FakeTensorMode, the meta device, opcheck and FLOP counts."""
+"""torch.compile, torch.export, FakeTensorMode, the meta device, opcheck and FLOP counts."""
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import OPTIONS, Call, Shape, finite, largest_difference, make_call
-from torch import Tensor
+from helpers import (
+    OPTIONS,
+    Call,
+    Shape,
+    both_orders,
+    finite,
+    largest_difference,
+    make_call,
+    relative_error,
+)
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import metattn
 from metattn import autodiff
 from metattn.backends import available_backends, operators
+from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
 from metattn.problem import Options, Primals, Problem, dense, packed
 from metattn.problem import Packing as Lengths
 
+ROOT = Path(__file__).resolve().parents[1]
 native = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"
 )
@@ -131,6 +147,246 @@ class TestCompile:
         first = torch.autograd.grad(function(*x)[0].sum(), x, create_graph=True)
         assert all(g.requires_grad for g in first)
         assert largest_difference(compiled, before) < 1e-5
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.attention = MultiheadAttention(16, 4, batch_first=True, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def encoder_layer(dtype: torch.dtype | None = None) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, dtype=dtype)
+    assert replace_attention(layer) == 1
+    return layer
+
+
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "multihead": SelfAttention,
+    "pooling": lambda dtype=None: AttentionPooling(16, dtype=dtype),
+    "encoder layer": encoder_layer,
+}
+
+
+def first_order(function: Any, x: Tensor, params: Any) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    o = function(x)
+    return [o, *torch.autograd.grad(o.float().sin().sum(), [x, *params])]
+
+
+class TestModules:
+    @pytest.mark.parametrize("name", MODULES)
+    def test_compiled(self, name: str) -> None:
+        module = MODULES[name]()
+        params = list(module.parameters())
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        x = torch.randn(2, 7, 16)
+        found, expected = (first_order(f, x, params) for f in (compiled, module))
+        assert largest_difference(found, expected) < 1e-5
+
+    def test_dynamic_shapes(self) -> None:
+        module = SelfAttention()
+        params = list(module.parameters())
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        for batch, points in ((2, 7), (3, 12)):
+            x = torch.randn(batch, points, 16)
+            found, expected = (first_order(f, x, params) for f in (compiled, module))
+            assert largest_difference(found, expected) < 1e-5
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    def test_autocast(self) -> None:
+        module = SelfAttention()
+        params, x = list(module.parameters()), torch.randn(2, 7, 16)
+
+        def cast(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return module(x)
+
+        compiled = torch.compile(cast, fullgraph=True, backend="aot_eager")
+        found, expected = (first_order(f, x, params) for f in (compiled, cast))
+        assert found[0].dtype == torch.bfloat16
+        assert largest_difference(found, expected) == 0
+
+    def test_functional_call(self) -> None:
+        module, x = encoder_layer(), torch.randn(2, 7, 16)
+        params = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+
+        def function(params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(module, params, (x,))
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        found = first_order(lambda x: compiled(params, x), x, params.values())
+        assert largest_difference(found, first_order(module, x, module.parameters())) < 1e-5
+
+    def test_checkpointed(self) -> None:
+        module, x = SelfAttention(), torch.randn(2, 7, 16)
+        params = list(module.parameters())
+
+        def checkpointed(x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+
+        compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+        found, expected = (first_order(f, x, params) for f in (compiled, module))
+        assert largest_difference(found, expected) < 1e-5
+
+
+def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+PROGRAMS: dict[str, Callable[[torch.export.ExportedProgram], torch.export.ExportedProgram]] = {
+    "exported": lambda program: program,
+    "decomposed": lambda program: program.run_decompositions(),
+    "loaded": saved_and_loaded,
+}
+
+
+class TestExport:
+    """An exported program computes what the module does, and has the module's derivatives."""
+
+    class Attention(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return self.function(*tensors)
+
+    @pytest.mark.parametrize(
+        ("backend", "name", "strict"),
+        [
+            *((backend, name, False) for backend, name in dict.fromkeys(TRACED)),
+            *((MAIN, name, True) for name in ("plain", "bias", "dropout", "packed")),
+        ],
+    )
+    def test_both_orders(self, backend: str, name: str, strict: bool) -> None:
+        call = make_call((name,))
+        function = call.function(backend)
+        program = torch.export.export(self.Attention(function), call.tensors, strict=strict)
+        found, expected = (both_orders(f, call.inputs) for f in (program.module(), function))
+        for key, truth in expected.items():
+            assert relative_error(found[key], truth)[0] < 1e-9, key
+
+    @pytest.mark.parametrize(
+        ("name", "stage"),
+        [
+            ("multihead", "exported"),
+            ("pooling", "loaded"),
+            ("encoder layer", "decomposed"),
+            ("encoder layer", "loaded"),
+        ],
+    )
+    def test_module(self, name: str, stage: str) -> None:
+        module = MODULES[name](torch.float64)
+        x = torch.randn(2, 7, 16, dtype=torch.float64)
+        program = PROGRAMS[stage](torch.export.export(module, (x,), strict=stage == "loaded"))
+
+        def derivatives(function: nn.Module) -> list[Tensor]:
+            named = dict(function.named_parameters())
+            leaves = [x.clone().requires_grad_(), *(named[n] for n, _ in module.named_parameters())]
+            o = function(leaves[0])
+            first = torch.autograd.grad(o.sin().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+            return [o, *first, *second]
+
+        for found, expected in zip(derivatives(program.module()), derivatives(module), strict=True):
+            assert relative_error(found.detach(), expected.detach())[0] < 1e-9
+
+    @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+    def test_dynamic_shapes(self, strict: bool) -> None:
+        module = encoder_layer().eval()
+        shapes = {"src": {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("n", max=64)}}
+        program = torch.export.export(
+            module, (torch.randn(2, 7, 16),), dynamic_shapes=shapes, strict=strict
+        ).module()
+        for batch, points in ((2, 7), (3, 11)):
+            x = torch.randn(batch, points, 16)
+            assert largest_difference([program(x)], [module(x)]) < 1e-6
+
+    def test_dropout_is_drawn_where_the_program_runs(self) -> None:
+        module = self.Attention(lambda q: metattn.attention(q, q, q, dropout_p=0.5))
+        q = torch.randn(1, 2, 9, 4)
+        program = torch.export.export(module, (q,)).module()
+        torch.manual_seed(1)
+        found, other = program(q), program(q)
+        torch.manual_seed(1)
+        assert torch.equal(found, module(q))
+        assert not torch.equal(found, other)
+
+    @native
+    @pytest.mark.parametrize("transform", ["grad", "vmap", "grad of grad", "jvp of grad", "dual numbers"])
+    def test_transforms(self, transform: str) -> None:
+        module = SelfAttention(torch.float64)
+        x = torch.randn(2, 7, 16, dtype=torch.float64)
+        program = torch.export.export(module, (x,)).module()
+
+        def run(module: nn.Module) -> Tensor:
+            def loss(x: Tensor) -> Tensor:
+                return module(x).sin().sum()
+
+            if transform == "vmap":
+                return torch.func.vmap(module)(torch.stack([x, x.sin()]))
+            if transform == "dual numbers":
+                with torch.autograd.forward_ad.dual_level():
+                    o = module(torch.autograd.forward_ad.make_dual(x, x.cos()))
+                    return torch.autograd.forward_ad.unpack_dual(o).tangent
+            grad = torch.func.grad(loss)
+            if transform == "grad":
+                return grad(x)
+            if transform == "jvp of grad":
+                return torch.func.jvp(grad, (x,), (x.cos(),))[1]
+            return torch.func.grad(lambda x: grad(x).square().sum())(x)
+
+        found, expected = run(program), run(module)
+        assert expected.norm() > 0
+        assert relative_error(found.detach(), expected.detach())[0] < 1e-9
+
+    @native
+    def test_compiled_program(self) -> None:
+        module, x = SelfAttention(), torch.randn(2, 7, 16)
+        program = torch.export.export(module, (x,)).module()
+        named = dict(program.named_parameters())
+        compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+        found = first_order(compiled, x, [named[name] for name, _ in module.named_parameters()])
+        assert largest_difference(found, first_order(module, x, module.parameters())) < 1e-5
+
+    @native
+    def test_operators_with_no_derivative_say_so(self) -> None:
+        call = make_call(dtype=torch.float32)
+        arguments = operator_arguments(call)["vjp"]
+        arguments[0].requires_grad_()
+        with pytest.raises(NotImplementedError, match="metattn::vjp has no derivative"):
+            torch.ops.metattn.vjp(*arguments)
+        with torch.no_grad():
+            torch.ops.metattn.vjp(*arguments)
+
+    @native
+    def test_another_process_loads_the_operators_first(self, tmp_path: Path) -> None:
+        module, x = SelfAttention(), torch.randn(2, 7, 16)
+        torch.export.save(torch.export.export(module, (x,)), tmp_path / "program.pt2")
+        torch.save((x, module(x).detach()), tmp_path / "samples.pt")
+        script = """
+import torch
+import metattn
+assert metattn.available_backends()["cpu"] is None
+x, expected = torch.load("samples.pt")
+torch.testing.assert_close(torch.export.load("program.pt2").module()(x), expected)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 class TestWithoutData:
