@@ -72,7 +72,7 @@ class Size:
 SIZES = {
     "tiny": Size(((4, 2),), 25, 1200, 2, 2, 1e-2, 0.02, 16, 1, 2, 4000),
     "short": Size(((10, 5),), 150, 20_000, 3, 4, 5e-3, 0.02, 32, 2, 2, 40_000),
-    "full": Size(tuple(PUBLISHED), 400, 250_000, 4, 8, 2e-3, 0.02, 64, 3, 4, 40_000),
+    "full": Size(tuple(PUBLISHED), 300, 100_000, 4, 8, 2e-3, 0.02, 64, 3, 4, 40_000),
 }
 
 # (arms pulled so far [episodes, t], what they paid) → the arms to pull now [episodes]
