@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from metattn.backends import load, operators, reference
+from metattn import backends
+from metattn.backends import load, reference
 from metattn.problem import Constants, Primals, Problem, Results
 
 Tensors = Sequence[Tensor | None]
@@ -51,12 +52,14 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
 
 def _of_operator(backend: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """A forward operator's results, differentiable as attention's: in a program that was exported."""
+    from metattn.backends import operators  # slow to import, and there where operators are
+
     problem, primals, constants = operators.unflatten(backend, arguments)
     o, lse, o_lo = Forward.apply(problem, *primals, *constants)
     return o, lse, primals.q.new_empty(0) if o_lo is None else o_lo
 
 
-operators.differentiable = _of_operator
+backends.differentiable = _of_operator
 
 
 def _distinct(tensors: Tensors) -> Tensors:

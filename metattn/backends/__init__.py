@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metattn.problem import Constants, Primals, Problem
 
@@ -32,6 +34,10 @@ _loaded: dict[str, ModuleType] = {}
 _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
 
+
+# (backend, a forward operator's arguments) → what it returns, as functions of its primals: for operators that
+# are called by themselves. autodiff, which stands above the backends, sets it.
+differentiable: Callable[[str, tuple[Any, ...]], tuple[Tensor, ...]] | None = None
 
 # What use_backend names: for eager code in this thread or task; for Dynamo, which guards a global but cannot
 # trace a ContextVar, the name last entered or restored.

@@ -7,7 +7,6 @@ into their arguments, and put together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from metattn import backends
 from metattn.problem import Constants, Primals, Problem, Results
 
 Needs = tuple[bool, bool, bool, bool, bool]
@@ -38,9 +38,6 @@ SCHEMAS = {
 }
 PRIMALS = 5  # q, k, v, bias, sinks come first in every operator's arguments
 CALL = 18  # and so many describe the problem
-
-# (backend, a forward operator's arguments) → what it returns, as functions of its primals. autodiff sets it.
-differentiable: Callable[[str, tuple[Any, ...]], tuple[Tensor, ...]] | None = None
 
 
 def flatten(problem: Problem, primals: Primals, constants: Constants) -> tuple[Any, ...]:
@@ -230,12 +227,12 @@ def _register_derivatives(namespace: str, name: str) -> None:
     operator = getattr(getattr(torch.ops, namespace), name).default
 
     def with_graph(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
-        if name != "forward" or differentiable is None:
+        if name != "forward" or backends.differentiable is None:
             raise NotImplementedError(
                 f"{namespace}::{name} has no derivative as an operator: differentiate metattn's functions"
             )
         compiled = "cpu" if arguments[0].device.type == "cpu" else "cuda"
-        return differentiable("triton" if namespace == "metattn_triton" else compiled, arguments)
+        return backends.differentiable("triton" if namespace == "metattn_triton" else compiled, arguments)
 
     def autograd(keys: Any, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
