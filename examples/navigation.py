@@ -369,6 +369,10 @@ def tuned_rate(policy: nn.Module, size: Size, seed: int) -> float:
     return max(RATES, key=reached)
 
 
+def quantity(name: str, steps: int) -> str:
+    return f"{name}, {steps} step{'' if steps == 1 else 's'}"
+
+
 def draw(results: Results) -> Any:
     from matplotlib import pyplot as plt
 
@@ -377,9 +381,7 @@ def draw(results: Results) -> Any:
     figure, panels = plt.subplots(1, 4, figsize=(17, 4.4), layout="constrained")
     number = range(details["size"]["steps"] + 1)
     for name, colour in COLOURS.items():
-        rows = [
-            next(row for row in results.rows if row.quantity == f"{name}, {step} steps") for step in number
-        ]
+        rows = [next(row for row in results.rows if row.quantity == quantity(name, step)) for step in number]
         lost, errors = [-row.ours for row in rows], [row.error for row in rows]
         panels[0].errorbar(number, lost, yerr=errors, color=colour, marker="o", capsize=3, lw=2, label=name)
     panels[0].axhline(-results.rows[-1].ours, color=TRUTH, ls=":", lw=1.8, label="straight to the goal")
@@ -387,7 +389,8 @@ def draw(results: Results) -> Any:
     panels[0].set(yscale="log", xlabel="gradient steps on a new goal", ylabel="− return (log scale)")
     panels[0].invert_yaxis()
     panels[0].set_title("New goals (up is better)")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0].set_ylim(bottom=2000)  # room for the legend
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left", ncol=2)
     for name, (before, after) in details["learning"].items():
         panels[1].plot(
             [-one for one in after],
@@ -456,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         differs = f"{differs} Stopped early: {', '.join(stopped)}."
     of = f"return, mean over {size.test} goals, {size.shots} episodes each"
     rows = [
-        mean_row(f"{name}, {step} steps", reached, of, better="higher")
+        mean_row(quantity(name, step), reached, of, better="higher")
         for name, one in judged.items()
         for step, reached in enumerate(one.returns)
     ]
