@@ -402,7 +402,7 @@ def judge(trained: Trained, pulls: int, arms: int, size: Size, seed: int) -> dic
     chances = draw_bandits(size.test, arms, generator)
     totals, by_pull = {}, {}
     for name, player in players.items():
-        paid = torch.cat([play(player, part, pulls, generator)[1] for part in chances.split(4000)])
+        paid = torch.cat([play(player, part, pulls, generator)[1] for part in chances.split(40_000 // pulls)])
         totals[name] = paid.sum(1).tolist()
         by_pull[name] = paid.mean(0).tolist()
     if pulls <= EXACT:
