@@ -325,7 +325,7 @@ def patterns() -> dict[str, Any]:
     }
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     name=st.sampled_from(sorted(patterns())),
     n=st.integers(1, 7),
@@ -634,9 +634,7 @@ def test_autocast() -> None:
     check_errors(found["metattn"], found["eager"], truth, torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("name", "padded"), [("llama", False), ("mistral", False), ("gemma2", True), ("bart", False)]
-)
+@pytest.mark.parametrize(("name", "padded"), [("llama", False), ("gemma2", True), ("bart", False)])
 def test_compiled(name: str, padded: bool) -> None:
     """In one graph: logits and the first gradient."""
     torch._dynamo.reset()
