@@ -40,7 +40,8 @@ def page(folder: Path = KEPT) -> str:
         versions = results["machine"]["versions"]
         parts.append(
             f"`python examples/{name}.py{option}`: {results['seconds']:.0f} s on {results['threads']} "
-            f"threads, torch {versions['torch']}, seed {results['seed']}. {results['protocol']}\n"
+            f"threads ({results['processor_seconds']:.0f} s of processors), torch {versions['torch']}, "
+            f"seed {results['seed']}. {results['protocol']}\n"
         )
         if results["differs"]:
             parts.append(f"Unlike the source: {results['differs']}\n")
