@@ -3,7 +3,8 @@
     python -m benchmarks.meta_gradient [--steps 1 2 5 10 20 50] [--out benchmarks/results/meta-gradient]
 
 A causal transformer with metattn's attention learns sequences in its inner loop; the outer loss is that of
-other sequences. Times are taken in turn, in rounds; memory is the peak of a fresh process beyond its
+other sequences. Beside it the same by reverse mode with torch's attention, which has second derivatives in
+its math path alone. Times are taken in turn, in rounds; memory is the peak of a fresh process beyond its
 parameters, with the allocator told to hand large blocks back (MALLOC_MMAP_THRESHOLD_), so that it is what is
 needed and not what was kept. Every way's gradient is compared with reverse mode's before it is timed.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import metattn
@@ -28,9 +30,17 @@ from metattn.cli._measure import in_fresh_process, interleave, machine, per_roun
 from metattn.meta import SGD, adapt
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 64, 4, 2, 256, 8
-WAYS = ("reverse", "checkpointed", "mixed", "first-order")
-EXACT = WAYS[:3]
-COLOURS = {"reverse": "#b04a3a", "checkpointed": "#1b6ca8", "mixed": "#6a9a3b", "first-order": "#9aa5ad"}
+PEER = "torch"  # reverse mode with torch's attention
+WAYS = (PEER, "reverse", "checkpointed", "mixed", "first-order")
+EXACT = WAYS[:4]
+COMPARED = (("reverse", PEER), ("checkpointed", PEER), ("checkpointed", "reverse"), ("mixed", "reverse"))
+COLOURS = {
+    PEER: "#444444",
+    "reverse": "#b04a3a",
+    "checkpointed": "#1b6ca8",
+    "mixed": "#6a9a3b",
+    "first-order": "#9aa5ad",
+}
 TOLERANCE = 1e-4  # of the meta-gradient in float32, beside reverse mode's: sums in another order
 
 
@@ -55,18 +65,20 @@ class LanguageModel(nn.Module):
 
 
 class Task:
-    """The model, and sequences to adapt on and to be judged by."""
+    """The model, with metattn's attention or torch's; sequences to adapt on and to be judged by."""
 
-    def __init__(self) -> None:
+    def __init__(self, ours: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)
         torch.manual_seed(0)
         self.model = LanguageModel()
-        metattn.replace_attention(self.model)
+        if ours:
+            metattn.replace_attention(self.model)
         self.params = dict(self.model.named_parameters())
         tokens = torch.randint(VOCABULARY, (2, BATCH, LENGTH + 1), generator=generator)
         self.support, self.query = ((each[:, :-1], each[:, 1:]) for each in tokens)
 
     def step(self, way: str, steps: int) -> Callable[[], tuple[Tensor, ...]]:
+        @sdpa_kernel(SDPBackend.MATH)  # of torch's, the one with second derivatives
         def meta_gradient() -> tuple[Tensor, ...]:
             adapted = adapt(
                 self.model,
@@ -75,7 +87,7 @@ class Task:
                 self.support,
                 optimizer=SGD(0.05),
                 steps=steps,
-                meta_gradient=way,
+                meta_gradient="reverse" if way == PEER else way,
             )
             loss = cross_entropy(functional_call(self.model, adapted, (self.query[0],)), self.query[1])
             return torch.autograd.grad(loss, list(self.params.values()))
@@ -107,11 +119,11 @@ def main() -> int:
 def measure(counts: list[int], rounds: int) -> list[dict[str, Any]]:
     from rich.progress import track
 
-    task = Task()
+    task, peer = Task(), Task(ours=False)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes that measure memory
     rows = []
     for steps in track(counts, description="inner steps"):
-        candidates = {way: task.step(way, steps) for way in WAYS}
+        candidates = {way: (peer if way == PEER else task).step(way, steps) for way in WAYS}
         expected = candidates["reverse"]()
         for way in EXACT:
             error = relative_error(candidates[way](), expected)
@@ -119,7 +131,6 @@ def measure(counts: list[int], rounds: int) -> list[dict[str, Any]]:
                 raise AssertionError(f"{way}, {steps} steps: the meta-gradient is off by {error:.1e}")
         timings = interleave(candidates, seconds=10, least=rounds, most=30, warmup=1)
         for way in WAYS:
-            over = per_round(timings[way].samples, timings["reverse"].samples)
             request = {"way": way, "steps": steps, "threads": torch.get_num_threads()}
             rows.append(
                 {
@@ -127,7 +138,6 @@ def measure(counts: list[int], rounds: int) -> list[dict[str, Any]]:
                     "steps": steps,
                     "samples": timings[way].samples,
                     **timings[way].summary(),
-                    "over_reverse": over.summary(),
                     "bytes": in_fresh_process("benchmarks.meta_gradient_peak", request)["bytes"],
                 }
             )
@@ -145,35 +155,41 @@ def cell(results: dict[str, Any], way: str, steps: int) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     counts = sorted({row["steps"] for row in results["rows"]})
-    head = "| inner steps | " + " | ".join(
-        [f"{way}, s" for way in WAYS]
-        + [f"{way} / reverse" for way in EXACT[1:]]
-        + [f"{way}, MiB" for way in WAYS]
-        + [f"reverse / {way}" for way in EXACT[1:]]
+
+    def table(figures: list[tuple[str, Callable[[dict[str, dict[str, Any]]], str]]]) -> list[str]:
+        rows = [["inner steps", *(title for title, _ in figures)], (1 + len(figures)) * ["---:"]]
+        for steps in counts:
+            cells = {way: cell(results, way, steps) for way in WAYS}
+            rows.append([str(steps), *(figure(cells) for _, figure in figures)])
+        return ["| " + " | ".join(row) + " |" for row in rows]
+
+    lines = table(
+        [(f"{way}, s", lambda cells, way=way: f"{cells[way]['median']:.3g}") for way in WAYS]
+        + [(f"{a} / {b}", lambda cells, a=a, b=b: ratio(cells[a], cells[b])) for a, b in COMPARED]
     )
-    lines = [head + " |", "|---:" * (1 + 2 * len(WAYS) + 2 * len(EXACT[1:])) + "|"]
-    for steps in counts:
-        cells = {way: cell(results, way, steps) for way in WAYS}
-        times = [f"{cells[way]['median']:.3g}" for way in WAYS]
-        ratios = []
-        for way in EXACT[1:]:
-            low, high = cells[way]["over_reverse"]["quartiles"]
-            ratios.append(f"{cells[way]['over_reverse']['median']:.2f}× ±{(high - low) / 2:.2f}")
-        memory = [f"{cells[way]['bytes'] / 2**20:,.0f}" for way in WAYS]
-        saved = [f"{cells['reverse']['bytes'] / cells[way]['bytes']:.1f}×" for way in EXACT[1:]]
-        lines.append("| " + " | ".join([str(steps), *times, *ratios, *memory, *saved]) + " |")
+    lines += ["", *table(
+        [(f"{way}, MiB", lambda cells, way=way: f"{cells[way]['bytes'] / 2**20:,.0f}") for way in WAYS]
+        + [(f"{b} / {a}", lambda cells, a=a, b=b: f"{cells[b]['bytes'] / cells[a]['bytes']:.1f}×")
+           for a, b in COMPARED]
+    )]  # fmt: skip
     what = results["machine"]
     lines += [
         "",
         f"* One meta-gradient of a transformer: {LAYERS} layers, width {WIDTH}, {HEADS} heads, {BATCH} "
         f"sequences of {LENGTH} tokens, {results['parameters']:,} parameters, float32, inner SGD, metattn's "
-        "attention.",
+        f"attention; {PEER}: reverse mode with torch's.",
         "* Times: medians of rounds in turn, and of the ratios in each round, ± half the distance of their "
         "quartiles. Memory: peak beyond the parameters in a fresh process.",
         f"* {what['cpu']}, {what['threads']} threads, load {what['load']:.1f} at the end, torch "
         f"{what['versions']['torch']}, commit {what['commit']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def ratio(over: dict[str, Any], under: dict[str, Any]) -> str:
+    found = per_round(over["samples"], under["samples"])
+    low, high = found.summary()["quartiles"]
+    return f"{found.summary()['median']:.2f}× ±{(high - low) / 2:.2f}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -7,14 +7,14 @@ import sys
 
 import torch
 
-from benchmarks.meta_gradient import Task
+from benchmarks.meta_gradient import PEER, Task
 from metattn.cli._measure import peak_memory
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
-    task = Task()
+    task = Task(ours=request["way"] != PEER)
     task.step(request["way"], 1)()  # threads, code and small buffers exist afterwards
     print(json.dumps({"bytes": peak_memory(task.step(request["way"], request["steps"]))}))
 

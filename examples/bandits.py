@@ -328,7 +328,7 @@ def train(pulls: int, arms: int, size: Size, seed: int, report: Report) -> Train
     generator = torch.Generator().manual_seed(seed)
     trained = Trained(Policy(pulls, arms, size))
     policy, episodes = trained.policy, size.pulls // pulls
-    optimizer = torch.optim.Adam(policy.parameters(), lr=size.rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=size.rate, betas=(0.9, 0.99), fused=True)
     with contextlib.suppress(KeyboardInterrupt):
         for turn in range(size.rounds):
             left = 1 - turn / size.rounds

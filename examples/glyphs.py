@@ -307,7 +307,7 @@ def train(
         return model, []
     held = torch.Generator().manual_seed(seed + 10**6)
     judged = [episodes(validation, size.validation, ways, shots, 5, held) for shots in SHOTS]
-    optimizer = torch.optim.Adam(params.values(), lr=2e-3)
+    optimizer = torch.optim.Adam(params.values(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, curve, remark = copy.deepcopy(model), [], ""
     with contextlib.suppress(KeyboardInterrupt):

@@ -49,7 +49,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(2, 5, 16, 2, 2, 60, 3e-3, True, 1, 3, 20, test=128),
-    "short": Size(5, 11, 64, 3, 2, 7000, 1e-3, True, 2, 5, 150),
+    "short": Size(5, 11, 64, 3, 2, 4500, 1e-3, True, 2, 5, 100),
     "full": Size(20, 41, 64, 3, 2, 500_000, 1e-4, False, 5, 11, 2000),
 }
 
@@ -121,7 +121,7 @@ def train(size: Size, seed: int, report: Report) -> tuple[InContext, list[float]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = InContext(size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=size.rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=size.rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, size.steps) if size.decay else None
     losses: list[float] = []
     with contextlib.suppress(KeyboardInterrupt):
@@ -247,8 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "(12 layers, 8 heads, width 256).",
         "short": "d = 5 in place of 20, prompts of 11 points in place of 41, the source's Tiny transformer, "
         f"{size.steps} steps in place of 500,000 at a rate of {size.rate:g} that decays in place of a "
-        "constant 0.0001, "
-        "and a curriculum of steps of 150 in place of 2,000.",
+        f"constant 0.0001, and a curriculum of stages of {size.interval} steps in place of 2,000.",
         "tiny": "everything is smaller.",
     }[options.form]
     if len(losses) < size.steps:

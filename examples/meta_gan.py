@@ -311,6 +311,7 @@ def draw(results: Results) -> Any:
     axis.set(
         xlabel="steps of the generator on a new task", ylabel="sliced Wasserstein distance", xscale="symlog"
     )
+    axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8.5)
     axis.set_title(f"A new distribution from {size['shots']} points")

@@ -174,7 +174,7 @@ def train(way: Way, size: Size, seed: int, report: Report, start: nn.Module | No
     rates = MetaSGD(way.adapted(model), lr=1e-3) if way.context and way.adapts != NONE else None
     inner = INNER if rates is None else rates.optimizer()
     learned = [*model.parameters(), *(() if rates is None else rates.parameters())]
-    optimizer = torch.optim.Adam(learned, lr=rate)
+    optimizer = torch.optim.Adam(learned, lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     with contextlib.suppress(KeyboardInterrupt):

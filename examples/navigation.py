@@ -286,7 +286,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     trained = Trained(kind(size))
     policy = trained.policy
-    optimizer = torch.optim.Adam(policy.parameters(), lr=size.rate)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=size.rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, rounds), eta_min=size.rate / 10)
     with contextlib.suppress(KeyboardInterrupt):
         for turn in range(rounds):

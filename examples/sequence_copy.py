@@ -120,7 +120,8 @@ def meta_train(size: Size, seed: int, report: Report) -> tuple[Speller, MetaSGD,
     params = dict(model.named_parameters())
     rates = MetaSGD(params, size.inner_rate)
     optimizer = torch.optim.Adam(
-        [{"params": [*params.values()], "lr": size.rate}, {"params": [*rates.parameters()], "lr": size.rate}]
+        [{"params": [*params.values()], "lr": size.rate}, {"params": [*rates.parameters()], "lr": size.rate}],
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, size.meta_steps)
     losses: list[float] = []

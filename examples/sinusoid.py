@@ -175,7 +175,7 @@ def train(learner: Learner, size: Size, seed: int, report: Report, start: nn.Mod
     rates = MetaSGD(params, lr=1e-3) if learner is ADAPTED else None
     inner = INNER if rates is None else rates.optimizer()
     learned = [*params.values(), *(() if rates is None else rates.parameters())]
-    optimizer = torch.optim.Adam(learned, lr=size.rate if start is None else 0.3 * size.rate)
+    optimizer = torch.optim.Adam(learned, lr=size.rate if start is None else 0.3 * size.rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if learner.attends else None
     losses: list[float] = []
     with contextlib.suppress(KeyboardInterrupt):

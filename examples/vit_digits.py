@@ -117,7 +117,7 @@ def train(
 ) -> bool:
     """Adam with a rate that decays to 0; False if Ctrl-C ended it early."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=size.rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=size.rate, fused=True)
     steps = size.epochs * (len(images[0]) // size.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -74,6 +75,16 @@ def test_readme_figures_are_those_of_the_committed_results() -> None:
         assert between == _report.block(json.loads(results.read_text()), readme, results.parent)
     else:
         assert between == "Not measured yet: `make bench` fills this in.\n"
+
+
+def test_scenarios_page_is_made_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    results = importlib.import_module("results")
+    assert (ROOT / "docs/scenarios.md").read_text() == results.page()
+    scenarios = {one["scenario"] for one in results.kept()}
+    assert scenarios == {
+        path.stem.removeprefix("test_scenario_") for path in (ROOT / "tests").glob("test_scenario_*.py")
+    }
 
 
 def test_training_loop_prints_its_line_and_learns() -> None:
