@@ -19,8 +19,8 @@ Tasks with published numbers, learned with attention that is differentiated twic
 Each is one command in a checkout, with the Python in which `pip install --no-build-isolation
 ".[demo,transformers]"` or `make build` (`.venv/bin/python`) put what they need. It shows a live bar, and
 Ctrl-C ends the training early. `--full` follows the source's protocol, `--tiny` takes seconds, `--seed` and
-`--out` are what they say. What a command writes, a JSON file and a picture, is kept in `examples/results`, and
-this page is made of it by `python examples/results.py`.
+`--out` are what they say. What a command writes, a JSON file and a picture, is kept in `examples/results`,
+and this page is made of it by `python examples/results.py`.
 
 Figures are means ± half a 95 % confidence interval over what stands in brackets. Seconds are those of two
 virtual cores whose processor others used at the same time.
