@@ -37,7 +37,7 @@ from torch.nn.functional import log_softmax, mse_loss
 from metattn import attention
 from metattn.nn import CausalBlock
 
-SNAIL = "Mishra et al. 2018, table of section 5.2.1"
+SNAIL = "arXiv 1707.03141, table 3"
 # total reward by (pulls, arms): Gittins, random and RL² as in both papers, SNAIL as in its own
 PUBLISHED: dict[tuple[int, int], dict[str, str]] = {
     (10, 5): {"Gittins": "6.6", "random": "5.0", "RL²": "6.7", "SNAIL": "6.6 ± 0.1"},
