@@ -285,7 +285,7 @@ def draw(results: Results) -> Any:
         last.axhline(-2.0006, color=THEIRS, ls=":", lw=1.2, label="published, mean pooling")
     last.set(xlabel="step", ylabel="log-likelihood per point", ylim=(-4, -1.3))
     last.set_title("Training")
-    last.legend(frameon=False, fontsize=8, loc="lower right")
+    last.legend(frameon=False, fontsize=8, loc="center right", ncols=2)
     figure.suptitle(
         "Solid: the mixture that the set transformer reads off the points; dashed: the true one", fontsize=11
     )
