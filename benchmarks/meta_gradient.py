@@ -204,9 +204,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
         for way in WAYS:
             cells = [cell(results, way, steps) for steps in counts]
-            left.plot(counts, [each["bytes"] / 2**20 for each in cells], "o-", color=COLOURS[way], label=way)
+            name = "reverse, torch's attention" if way == PEER else way
+            left.plot(counts, [each["bytes"] / 2**20 for each in cells], "o-", color=COLOURS[way], label=name)
             right.plot(counts, [each["median"] / n for each, n in zip(cells, counts, strict=True)], "o-",
-                       color=COLOURS[way], label=way)  # fmt: skip
+                       color=COLOURS[way])  # fmt: skip
         left.set(xscale="log", yscale="log", title="peak memory, MiB", xlabel="inner steps")
         right.set(xscale="log", title="seconds a step", xlabel="inner steps")
         right.set_ylim(bottom=0)

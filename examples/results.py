@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -15,15 +16,15 @@ KEPT = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scenarios.md"
 HEAD = """# Scenarios
 
-Tasks with published numbers, learned with attention that is differentiated twice where that is called for.
-Each is one command in a checkout, with the Python in which `pip install --no-build-isolation
-".[demo,transformers]"` or `make build` (`.venv/bin/python`) put what they need. It shows a live bar, and
-Ctrl-C ends the training early. `--full` follows the source's protocol, `--tiny` takes seconds, `--seed` and
-`--out` are what they say. What a command writes, a JSON file and a picture, is kept in `examples/results`,
-and this page is made of it by `python examples/results.py`.
+Tasks learned with attention, differentiated twice where that is called for, with published figures beside
+ours where there are any. Each is one command in a checkout, with the Python in which `make build`
+(`.venv/bin/python`) or `pip install --no-build-isolation ".[demo,transformers]"` put what they need. It shows
+a live bar, and Ctrl-C ends the training early. `--full` follows the source's protocol, `--tiny` takes seconds,
+`--seed` and `--out` are what they say. What a command writes, a JSON file and a picture, is kept in
+`examples/results`, and this page is made of it by `python examples/results.py`.
 
-Figures are means ± half a 95 % confidence interval over what stands in brackets. Seconds are those of two
-virtual cores whose processor others used at the same time.
+Figures are means ± half a 95 % confidence interval. Seconds are those of two virtual cores whose processor
+others used at the same time.
 """
 
 
@@ -33,13 +34,19 @@ def kept(folder: Path = KEPT) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["scenario"], -FORMS.index(one["form"])))
 
 
+def first_line(name: str) -> str:
+    """Of a scenario's own description."""
+    module = ast.parse((Path(__file__).resolve().parent / f"{name}.py").read_text())
+    return (ast.get_docstring(module) or "").partition("\n")[0]
+
+
 def page(folder: Path = KEPT) -> str:
     parts = [HEAD]
     seen: set[str] = set()
     for results in kept(folder):
         name, form = results["scenario"], results["form"]
         if name not in seen:
-            parts.append(f"## {name}\n")
+            parts.append(f"## {name}\n\n{first_line(name)}\n")
             seen.add(name)
         option = "" if form == "short" else f" --{form}"
         versions = results["machine"]["versions"]
@@ -50,11 +57,15 @@ def page(folder: Path = KEPT) -> str:
         )
         if results["differs"]:
             parts.append(f"Unlike the source: {results['differs']}\n")
-        lines = ["| | ours | published | source |", "| --- | ---: | ---: | --- |"]
-        for entry in results["rows"]:
-            row = Row(**entry)
-            of = f" ({row.of})" if row.of else ""
-            lines.append(f"| {row.quantity} | {figure_of(row)}{of} | {row.published or '–'} | {row.source} |")
+        rows = [Row(**entry) for entry in results["rows"]]
+        common_of = rows[0].of if all(row.of == rows[0].of for row in rows) else None
+        lines = [
+            f"| {'' if common_of is None else common_of} | ours | published | source |",
+            "| --- | ---: | ---: | --- |",
+        ]
+        for row in rows:
+            of = f" ({row.of})" if row.of and common_of is None else ""
+            lines.append(f"| {row.quantity}{of} | {figure_of(row)} | {row.published or '–'} | {row.source} |")
         parts.append("\n".join(lines) + "\n")
         parts.append(f"![{name}, {form} form](../examples/results/{name}-{form}.png)\n")
     return "\n".join(parts)
