@@ -272,7 +272,7 @@ METHODS = (
 def accuracies(
     method: Method, model: nn.Module, tasks: tuple[Samples, Samples], ways: int, steps: int
 ) -> Tensor:
-    """The share of the queries that is right, of each task, [tasks]; after so many inner steps if it adapts."""
+    """The share of each task's queries that is right, [tasks]; after so many inner steps if it adapts."""
     start = {name: value.detach() for name, value in model.named_parameters()}
 
     def adapted_logits(images: Tensor, labels: Tensor, query: Tensor) -> Tensor:
