@@ -48,7 +48,12 @@ EXHAUSTIVE = (
     "test_row9_lengths[triton-*127*",
     "test_row9_lengths[triton-*129-257]",
     "test_row9_lengths[triton-257-*",
+    "test_scale[triton-plain-200-2.0-*",
+    "test_scale[triton-*-200-*-float16]",
 )
+
+# The files that take longest begin, so that no worker is left with one of them when the others are done.
+FIRST = ("test_triton.py", "test_faults.py", "test_precision.py", "test_tuning.py", "test_packaging.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,6 +63,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
     names = EXHAUSTIVE if triton.interpreted() else ()
     if emulation.installed():
         names += tuple(name.replace("[triton-", "[cuda-") for name in EXHAUSTIVE)
