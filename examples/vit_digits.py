@@ -26,7 +26,7 @@ from typing import Any
 
 import common
 import torch
-from common import OURS, PALE, THEIRS, TRUTH, Report, Results, Row
+from common import OURS, PALE, THEIRS, TRUTH, Report, Results, Row, mean_row
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
@@ -238,15 +238,6 @@ def run(size: Size, first_seed: int, report: Report) -> tuple[dict[str, list[dic
     return judged, shown, complete
 
 
-def interval(values: list[float]) -> float | None:
-    """Half the 95 % confidence interval of a mean of few values: Student's."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-
-
 def rows(judged: dict[str, list[dict[str, float]]], times: list[dict[str, Any]]) -> list[Row]:
     found = []
     for quantity in judged["plain"][0]:
@@ -255,7 +246,7 @@ def rows(judged: dict[str, list[dict[str, float]]], times: list[dict[str, Any]])
             if values:
                 unit = "" if quantity.startswith("‖") else ", % right"
                 of = f"mean of {len(values)} seeds" if len(values) > 1 else "one seed"
-                found.append(Row(f"{quantity}{unit}, {name}", statistics.fmean(values), interval(values), of))
+                found.append(mean_row(f"{quantity}{unit}, {name}", values, of))
     for entry in times:
         found.append(
             Row(
