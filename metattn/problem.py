@@ -151,13 +151,21 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) 
     return _with_options(Primals(q, k, v, None, None), constants, options, full)
 
 
+def has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo of torch 2.10 cannot trace it, and need not: a device has autocast or has not.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch's autocast hands them to its own attention: floats but float64 in its dtype."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
     device = first.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -25,6 +25,19 @@ def second(backend):
 found, right = second("cpu"), second("reference")
 error = float((found - right).norm() / right.norm())
 assert error < 1e-5, error
+
+class Attention(torch.nn.Module):
+    def forward(self, q):
+        return metattn.attention(q, q, q, causal=True, backend="cpu")
+exported = torch.export.export(Attention(), (q.detach(),)).module()
+(g,) = torch.autograd.grad(exported(q).sin().sum(), q, create_graph=True)
+assert (torch.autograd.grad(g.square().sum(), q)[0] - right).norm() < 1e-5 * right.norm()
+torch.compile(Attention(), backend="aot_eager", fullgraph=True)(q).sin().sum().backward()
+assert (q.grad - g).norm() < 1e-5 * g.norm()
+f = lambda x: metattn.attention(x, x, x, backend="cpu").sin().sum()
+x = q[:, :, :3, :2].detach()
+hessian = torch.func.hessian(f)(x)
+assert (hessian - torch.func.jacrev(torch.func.jacrev(f))(x)).norm() < 1e-5 * hessian.norm()
 from metattn import _host
 from metattn.backends import cuda as backend
 cuda = metattn.available_backends()["cuda"] or "available"

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own abbreviation)
 from metattn import backends
 from metattn.autodiff import attend
 from metattn.backends import reference
-from metattn.problem import Options, dense
+from metattn.problem import Options, dense, has_autocast
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -205,7 +205,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             given, missing = ("bias_k", "bias_v") if self.bias_v is None else ("bias_v", "bias_k")
             raise ValueError(f"{missing}: expected a parameter beside {given}, got None")
         dtype, device = self.out_proj.weight.dtype, query.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        casts = has_autocast(device) and torch.is_autocast_enabled(device)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.layout != torch.strided:
                 raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
