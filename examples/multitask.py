@@ -186,7 +186,7 @@ def train(way: Way, size: Size, seed: int, report: Report, start: nn.Module | No
                 loss = mse_loss(model(*(part.flatten(0, 1) for part in query[0])), query[1].flatten(0, 1))
             else:
                 loss = maml_loss(
-                    model, way.adapted(model), mse_loss, support, query, optimizer=INNER, steps=1
+                    model, way.adapted(model), mse_loss, support, query, optimizer=inner, steps=1
                 )
             optimizer.zero_grad()
             loss.backward()

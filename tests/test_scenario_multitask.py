@@ -14,7 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import multitask
-from multitask import FAMILIES, SHOTS, SIZES, WAYS, ContextLearner, Family
+from multitask import FAMILIES, SHOTS, SIZES, WAYS, ContextLearner, Family, Way
+
+from metattn.meta import SGD
 
 TINY = SIZES["tiny"]
 BY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -92,6 +94,14 @@ def test_only_those_with_a_context_or_steps_see_the_support() -> None:
         one, two = (multitask.predictions(way, trained, given, query) for given in (support, other))
         assert one.shape == query[1].shape
         assert torch.equal(one, two) == (way.name == "joint")
+
+
+@pytest.mark.parametrize("way", WAYS[4:], ids=lambda way: way.name)
+def test_step_sizes_in_context_are_learned(way: Way) -> None:
+    trained = multitask.train(way, replace(TINY, steps=3), 0, lambda done, remark: None)
+    assert isinstance(trained.inner, SGD)
+    assert isinstance(trained.inner.lr, dict)
+    assert any((rates != 1e-3).any() for rates in trained.inner.lr.values())
 
 
 def test_training_repeats_and_can_be_stopped() -> None:
