@@ -118,7 +118,7 @@ class Critic(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
-        # without norms, as torch's layer norm has no right second derivative under vmap
+        # without norms: the scale of the points is what the critic judges by
         self.attend = SAB(width, heads, layer_norm=False)
         self.score = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 

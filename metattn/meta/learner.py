@@ -12,6 +12,9 @@ from metattn.nn.pooling import require_set
 class AttentionMetaLearner(nn.Module):
     """A small network over sets, made to be meta-learned: every part of it is twice differentiable.
 
+    With layers > 1 or a context it holds torch's LayerNorm, whose second derivative torch.func.vmap makes
+    wrong in an inner loop of one's own; metattn.meta's inner loops compute it by exact operations.
+
     Over one set:    h = encoder(x);  h = h + attention(h, h, h);  out = decoder(h), or decoder(pooling(h))
     From a context:  c = context_encoder(context);  h = encoder(x);  h = h + attention(h, c, c);  out likewise
 
