@@ -764,3 +764,10 @@ def test_refusals() -> None:
         attend(layer, q, q, q, None, block_indices=torch.zeros(1))
     o, _ = attend(layer, q[:, :, :1], k, k, None)  # a single query sees every key
     torch.testing.assert_close(o.transpose(1, 2), textbook(q[:, :, :1], k, k))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_sinks_of_another_number_of_heads_are_refused(size: int) -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    with pytest.raises(ValueError, match="sinks: expected one for each of 4 heads"):
+        attend(nn.Identity(), q, k, k, None, is_causal=False, s_aux=torch.ones(size))

@@ -94,7 +94,9 @@ def attend(
     query, key, value = (
         t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (query, key, value)
     )
-    call = _Call(query, key, value, position_bias, s_aux if sinks is None else sinks)
+    given = s_aux if sinks is None else sinks
+    _check_sinks(given, batch, query.shape[1], query.shape[2])
+    call = _Call(query, key, value, position_bias, given)
     call.options = {
         "scale": scaling,
         "softcap": softcap,
@@ -155,6 +157,18 @@ def _check(attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Ma
         raise ValueError(
             f"attention_mask: expected a mask for {lengths[0]} queries and {lengths[1]} keys, "
             f"got shape {list(attention_mask.shape)}"
+        )
+
+
+def _check_sinks(sinks: Tensor | None, batch: int, heads: int, n: int) -> None:
+    if sinks is None or sinks.numel() == heads:
+        return
+    if sinks.ndim != 4 or any(
+        size not in (1, full) for size, full in zip(sinks.shape, (batch, heads, n, 1), strict=True)
+    ):
+        raise ValueError(
+            f"sinks: expected one for each of {heads} heads or shape {[batch, heads, n, 1]}, got shape "
+            f"{list(sinks.shape)}"
         )
 
 
