@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import metattn
 from metattn.cli._measure import in_fresh_process, interleave, machine, per_round
+from metattn.cli._tables import ratio
 from metattn.meta import SGD, adapt
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 64, 4, 2, 256, 8
@@ -153,6 +154,10 @@ def cell(results: dict[str, Any], way: str, steps: int) -> dict[str, Any]:
     return next(row for row in results["rows"] if (row["way"], row["steps"]) == (way, steps))
 
 
+def slower(over: dict[str, Any], under: dict[str, Any]) -> str:
+    return ratio(per_round(over["samples"], under["samples"]).summary())
+
+
 def markdown(results: dict[str, Any]) -> str:
     counts = sorted({row["steps"] for row in results["rows"]})
 
@@ -165,7 +170,7 @@ def markdown(results: dict[str, Any]) -> str:
 
     lines = table(
         [(f"{way}, s", lambda cells, way=way: f"{cells[way]['median']:.3g}") for way in WAYS]
-        + [(f"{a} / {b}", lambda cells, a=a, b=b: ratio(cells[a], cells[b])) for a, b in COMPARED]
+        + [(f"{a} / {b}", lambda cells, a=a, b=b: slower(cells[a], cells[b])) for a, b in COMPARED]
     )
     lines += ["", *table(
         [(f"{way}, MiB", lambda cells, way=way: f"{cells[way]['bytes'] / 2**20:,.0f}") for way in WAYS]
@@ -184,12 +189,6 @@ def markdown(results: dict[str, Any]) -> str:
         f"{what['versions']['torch']}, commit {what['commit']}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def ratio(over: dict[str, Any], under: dict[str, Any]) -> str:
-    found = per_round(over["samples"], under["samples"])
-    low, high = found.summary()["quartiles"]
-    return f"{found.summary()['median']:.2f}× ±{(high - low) / 2:.2f}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

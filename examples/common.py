@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -62,7 +63,13 @@ def parse(document: str, arguments: Sequence[str] | None = None) -> argparse.Nam
     """--full, --tiny, --seed and --out; the first line of `document` is the description."""
     parser = argparse.ArgumentParser(description=document.partition("\n")[0])
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--full", dest="form", action="store_const", const="full", help="the source's protocol")
+    form.add_argument(
+        "--full",
+        dest="form",
+        action="store_const",
+        const="full",
+        help="as large as the source, where there is one",
+    )
     form.add_argument("--tiny", dest="form", action="store_const", const="tiny", help="seconds: does it run?")
     parser.set_defaults(form="short")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,7 +159,7 @@ def finish(
 
 def figure_of(row: Row) -> str:
     """ours, with its error to as many digits as that is known to."""
-    if row.error is None:
+    if row.error is None or not math.isfinite(row.error):
         return f"{row.ours:.4g}"
     digits = max(0, 2 - len(str(int(abs(row.error)))) + (1 if abs(row.error) < 1 else 0))
     while digits < 6 and row.error > 0 and round(row.error, digits) == 0:

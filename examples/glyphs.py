@@ -10,9 +10,9 @@ each, and 15 of each to be classified.
 The glyphs are no published data set, so no published figure stands beside these. The methods are:
 
 * ProtoNet, Snell et al. 2017 (arXiv 1703.05175): the nearest class mean of embeddings;
-* MAML, Finn et al. 2017 (arXiv 1703.03400), with the inner loop of its Omniglot experiment: one step of size
-  0.4 in training, normalised over the batch; three in the test of the full form, and one in the others, for
-  after so little training more of them lose;
+* MAML, Finn et al. 2017 (arXiv 1703.03400), with the inner loop of its Omniglot experiment: one step in
+  training and three in the test, normalised over the batch; of size 0.4 in the full form, and 0.1 in the
+  others, where after little training 0.4 steps too far;
 * attention, after Doersch et al. 2020 (arXiv 2007.11498): every place of a query's feature map attends to all
   places of a class's support, and the logit is the distance to what it finds there, beside ProtoNet's.
 
@@ -45,7 +45,7 @@ from metattn.meta import SGD, adapt, maml_loss
 PIXELS, PLACES = 28, 16  # of an image along each side; of a feature map
 STROKES = 3  # at most
 SHOTS = (1, 5)
-INNER, TRAINED_STEPS = SGD(0.4), 1
+TRAINED_STEPS, TEST_STEPS = 1, 3  # of MAML
 Classes = Sequence[Tensor]  # of each class its images [n, 28, 28], ink 1 on paper 0
 
 
@@ -62,13 +62,13 @@ class Size:
     validation: int  # tasks of one
     test: int  # tasks
     test_queries: int  # of each class
-    test_steps: int  # of MAML on a test task
+    inner_rate: float  # of MAML
 
 
 SIZES = {
-    "tiny": Size((20, 8, 12), 12, 8, 24, 4, 2, 3, 1, 4, 16, 5, 1),
-    "short": Size((240, 40, 80), 20, 32, 400, 80, 4, 5, 4, 40, 300, 15, 1),
-    "full": Size((1000, 100, 323), 20, 64, 20_000, 2000, 16, 5, 40, 200, 1000, 15, 3),
+    "tiny": Size((20, 8, 12), 12, 8, 24, 4, 2, 3, 1, 4, 16, 5, 0.1),
+    "short": Size((240, 40, 80), 20, 32, 400, 80, 4, 5, 4, 40, 300, 15, 0.1),
+    "full": Size((1000, 100, 323), 20, 64, 20_000, 2000, 16, 5, 40, 200, 1000, 15, 0.4),
 }
 
 
@@ -270,13 +270,13 @@ METHODS = (
 
 
 def accuracies(
-    method: Method, model: nn.Module, tasks: tuple[Samples, Samples], ways: int, steps: int
+    method: Method, model: nn.Module, tasks: tuple[Samples, Samples], ways: int, inner: SGD
 ) -> Tensor:
-    """The share of each task's queries that is right, [tasks]; after so many inner steps if it adapts."""
+    """The share of the queries that is right, of each task: [tasks]."""
     start = {name: value.detach() for name, value in model.named_parameters()}
 
     def adapted_logits(images: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        params = adapt(model, start, cross_entropy, (images, labels), optimizer=INNER, steps=steps)
+        params = adapt(model, start, cross_entropy, (images, labels), optimizer=inner, steps=TEST_STEPS)
         logits: Tensor = functional_call(model, params, (query,))
         return logits
 
@@ -306,7 +306,7 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = method.model(size, ways)
-    params = dict(model.named_parameters())
+    params, inner = dict(model.named_parameters()), SGD(size.inner_rate)
     if not params:
         return model, []
     held = torch.Generator().manual_seed(seed + 10**6)
@@ -320,7 +320,7 @@ def train(
             support, query = episodes(classes, size.tasks, ways, shots, size.queries, generator)
             if method.adapts:
                 loss = maml_loss(
-                    model, params, cross_entropy, support, query, optimizer=INNER, steps=TRAINED_STEPS
+                    model, params, cross_entropy, support, query, optimizer=inner, steps=TRAINED_STEPS
                 )
             else:
                 logits = model.logits(support[0], query[0], ways)
@@ -330,7 +330,7 @@ def train(
             optimizer.step()
             schedule.step()
             if (step + 1) % max(1, steps // size.checks) == 0:
-                each = [accuracies(method, model, tasks, ways, size.test_steps) for tasks in judged]
+                each = [accuracies(method, model, tasks, ways, inner) for tasks in judged]
                 right = torch.cat(each).mean().item()
                 if right >= max((known for _, known in curve), default=0.0):
                     best = copy.deepcopy(model)
@@ -456,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         model,
                         episodes(trial.test, size.test, trial.ways, shots, size.test_queries, generator),
                         trial.ways,
-                        size.test_steps,
+                        SGD(size.inner_rate),
                     ).tolist()
                     for shots in SHOTS
                 ]
@@ -464,6 +464,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seconds[f"{trial.name}, {method.name}"] = time.process_time() - begun
     sheet = torch.cat([torch.cat(list(images[:10]), 1) for images in both[0].test[:8]])
     training, validation, test = size.classes
+    differs = "" if options.form == "full" else (
+        "fewer classes, filters, steps and tasks than in the full form, and inner steps of "
+        f"{size.inner_rate:g} in place of {SIZES['full'].inner_rate:g}."
+    )  # fmt: skip
     results = Results(
         "glyphs",
         options.form,
@@ -472,10 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{size.tasks} "
         f"tasks, of 1 and of 5 shots in turn; the best of {size.checks} validations is tested on "
         f"{size.test} tasks.",
-        ""
-        if options.form == "full"
-        else "fewer classes, filters, steps and tasks than in the full "
-        "form, and one step of MAML's in the test in place of three.",
+        differs,
         rows(found, {trial.name: trial.ways for trial in both}, size),
         {
             "size": asdict(size),

@@ -38,7 +38,7 @@ from metattn.meta import SGD, InnerOptimizer, MetaSGD, adapt, maml_loss
 
 REACH = 5.0  # x lies in [-REACH, REACH]
 SHOTS = 10
-INNER = SGD(0.05)  # where the step sizes are not learned
+INNER = SGD(0.02)  # where the step sizes are not learned
 
 
 @dataclass(frozen=True)
@@ -328,16 +328,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds[way.name] = time.process_time() - begun
     wanted = {way.name: size.last if way.context and way is not IN_CONTEXT else size.steps for way in WAYS}
     stopped = [f"{name} after {one.steps}" for name, one in trained.items() if one.steps < wanted[name]]
-    differs = "" if options.form == "full" else "a smaller network and fewer steps than in the full form."
+    differs = "families, ranges and network of our own."
+    if options.form != "full":
+        differs = f"{differs} A smaller network and fewer steps than in the full form."
     if stopped:
         differs = f"{differs} Stopped early: {', '.join(stopped)} steps.".strip()
     results = Results(
         "multitask",
         options.form,
         f"{size.steps} steps of Adam on {size.tasks} tasks of each of {len(FAMILIES)} families, the last "
-        f"{size.last} anew for ANIL and MAML in context; width {size.width}, {size.layers} layers; one inner "
-        f"step in training; in the test, on {size.test} tasks of each family, {WAYS[1].steps} of size "
-        f"{INNER.lr}, or {WAYS[-1].steps} of learned size in context.",
+        f"{size.last} anew, from 0.3 of the rate, for ANIL and MAML in context; width "
+        f"{size.width}, {size.layers} layers; one inner step in training; in the test, on {size.test} "
+        f"tasks of each family, {WAYS[1].steps} of size {INNER.lr}, or {WAYS[-1].steps} of learned size in "
+        "context.",
         differs,
         rows(found, size),
         {

@@ -38,6 +38,7 @@ import metattn
 NOISE = 0.02
 LENGTHS, SCALES = (0.1, 0.6), (0.1, 1.0)
 REACH = 2.0  # points lie in [-REACH, REACH]
+TESTED = 16  # tasks of a test batch
 LEAST, MOST = 3, 50  # context points and targets: each at least, together fewer than
 
 
@@ -277,12 +278,14 @@ def train(model: Model, size: Size, seed: int, report: Report) -> list[float]:
 def test_tasks(size: Size, seed: int) -> Iterator[Tasks]:
     generator = torch.Generator().manual_seed(seed + 10**6)
     for _ in range(size.test):
-        yield tasks(16, generator)
+        yield tasks(TESTED, generator)
 
 
 @torch.no_grad()
 def evaluate(models: dict[str, Model], size: Size, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean log-likelihood of each task's targets, by every model and process; the tasks' context points."""
+    """Mean log-likelihood of each task's targets [batches, TESTED], by every model and process; each batch's
+    number of context points.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in (*models, "exact", "integrated")}
     contexts = []
     nodes = midpoints(*LENGTHS, size.nodes[0]), midpoints(*SCALES, size.nodes[1])
@@ -293,14 +296,15 @@ def evaluate(models: dict[str, Model], size: Size, seed: int) -> tuple[dict[str,
         exact = log_density(wanted, *posterior(x, y, at, batch.length, batch.scale))
         found["exact"].append(exact.mean(1))
         found["integrated"].append(integrated(batch, *nodes).mean(1))
-        contexts.append(torch.full((len(x),), batch.context))
-    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(contexts)
+        contexts.append(batch.context)
+    return {name: torch.stack(parts) for name, parts in found.items()}, torch.tensor(contexts)
 
 
 def rows(found: dict[str, Tensor]) -> list[Row]:
     def row(quantity: str, values: Tensor, better: str = "higher", **published: str) -> Row:
-        of = f"mean over {len(values)} tasks"
-        return mean_row(quantity, values.tolist(), of, better=better, **published)
+        # the tasks of a batch have as many points: it is batches that are independent
+        of = f"mean over {len(values)} batches of {TESTED} tasks"
+        return mean_row(quantity, values.mean(1).tolist(), of, better=better, **published)
 
     return [
         row(
@@ -344,7 +348,7 @@ def by_context(found: dict[str, Tensor], contexts: Tensor, wide: int = 4) -> dic
     for name, values in found.items():
         curves[name] = []
         for low in range(LEAST, MOST - LEAST, wide):
-            chosen = values[(contexts >= low) & (contexts < low + wide)]
+            chosen = values[(contexts >= low) & (contexts < low + wide)].mean(1)
             if len(chosen) > 1:
                 error = common.half_interval(chosen.tolist())
                 curves[name].append([low + (wide - 1) / 2, chosen.mean().item(), error])

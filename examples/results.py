@@ -12,16 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import FORMS, Row, figure_of
 
-KEPT = Path(__file__).resolve().parent / "results"
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scenarios.md"
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results"
+PAGE = HERE.parent / "docs" / "scenarios.md"
 HEAD = """# Scenarios
 
 Tasks learned with attention, differentiated twice where that is called for, with published figures beside
 ours where there are any. Each is one command in a checkout, with the Python in which `make build`
 (`.venv/bin/python`) or `pip install --no-build-isolation ".[demo,transformers]"` put what they need. It shows
-a live bar; Ctrl-C ends the training early. `--full` follows the source's protocol, `--tiny` takes seconds,
-`--seed` and `--out` are what they say. What a command writes, a JSON file and a picture, is kept in
-`examples/results`, and this page is made of it by `python examples/results.py`.
+a live bar; Ctrl-C ends the training early. `--full` is as large as the source, where there is one with
+figures; `--tiny` takes seconds; `--seed` and `--out` are what they say. What a command writes, a JSON file
+and a picture, is kept in `examples/results`, and this page is made of it by `python examples/results.py`.
 
 Figures are means ± half a 95 % confidence interval. Seconds are those of two virtual cores whose processor
 others used at the same time.
@@ -36,7 +37,7 @@ def kept(folder: Path = KEPT) -> list[dict[str, Any]]:
 
 def first_line(name: str) -> str:
     """Of a scenario's own description."""
-    module = ast.parse((Path(__file__).resolve().parent / f"{name}.py").read_text())
+    module = ast.parse((HERE / f"{name}.py").read_text())
     return (ast.get_docstring(module) or "").partition("\n")[0]
 
 

@@ -10,9 +10,9 @@ parameters: a second derivative of every attention in the model, which torch's f
 Protocol: scikit-learn's 1,797 digits of 8×8 pixels in [0, 1], a third of them for testing; a small ViT made
 of torch.nn.TransformerEncoder, trained plainly and with the penalty from the same weights and the same
 batches, and tested on clean images, on Gaussian noise, and against the fast gradient sign method (arXiv
-1412.6572) and ten projected steps of it (arXiv 1706.06083). λ was chosen beforehand on a split of the
-training images. Then the time of a step with the penalty: torch as it comes, torch's math path, and
-metattn.
+1412.6572) and ten projected steps of it (arXiv 1706.06083). λ was chosen beforehand on a split of one
+seed's training images; other seeds split anew, so that it has seen some of their test images. Then the time
+of a step with the penalty: torch as it comes, torch's math path, and metattn.
 """
 
 from __future__ import annotations

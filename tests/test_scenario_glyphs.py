@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import glyphs
 from glyphs import METHODS, PIXELS, SHOTS, SIZES, UNTRAINED, CrossAttention, Pixels
 
+from metattn.meta import SGD
+
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -170,9 +172,9 @@ def test_cross_attention_by_loops(shots: int) -> None:
 def test_accuracy_counts_right_answers() -> None:
     classes = [torch.rand(1, PIXELS, PIXELS, generator=generator(c)).expand(8, -1, -1) for c in range(6)]
     tasks = glyphs.episodes(classes, 3, 5, 1, 2, generator())
-    assert glyphs.accuracies(UNTRAINED, Pixels(), tasks, 5, 1).tolist() == [1, 1, 1]
+    assert glyphs.accuracies(UNTRAINED, Pixels(), tasks, 5, SGD(0.1)).tolist() == [1, 1, 1]
     (images, labels), (query, answers) = tasks
     wrong = answers.clone()
     wrong[0, :4] = (wrong[0, :4] + 1) % 5
-    found = glyphs.accuracies(UNTRAINED, Pixels(), ((images, labels), (query, wrong)), 5, 1)
+    found = glyphs.accuracies(UNTRAINED, Pixels(), ((images, labels), (query, wrong)), 5, SGD(0.1))
     torch.testing.assert_close(found, torch.tensor([0.6, 1.0, 1.0]))

@@ -153,8 +153,17 @@ def test_a_game_moves_towards_its_points() -> None:
 def test_tiny_form_writes_figures_and_a_picture(tmp_path: Path) -> None:
     scenario.main(["--tiny", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "meta_gan-tiny.json").read_text())
-    assert len(results["rows"]) == 5
+    assert len(results["rows"]) == 7
     assert all(math.isfinite(row["ours"]) for row in results["rows"])
     before, *_, floor = (row["ours"] for row in results["rows"])
     assert floor < before
     assert (tmp_path / "meta_gan-tiny.png").stat().st_size > 10_000
+
+
+def test_the_fitted_gaussian_has_the_points_mean_and_covariance() -> None:
+    random = torch.Generator().manual_seed(0)
+    known = torch.randn(2, 64, 2, generator=random) @ torch.tensor([[1.0, 0.0], [0.8, 0.5]]) + 3
+    drawn = scenario.fitted_gaussian(known, 20_000, random)
+    torch.testing.assert_close(drawn.mean(1), known.mean(1), rtol=0, atol=0.05)
+    for task in range(2):
+        torch.testing.assert_close(drawn[task].T.cov(), known[task].T.cov(), rtol=0, atol=0.05)

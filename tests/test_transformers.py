@@ -766,8 +766,20 @@ def test_refusals() -> None:
     torch.testing.assert_close(o.transpose(1, 2), textbook(q[:, :, :1], k, k))
 
 
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_sinks_of_another_number_of_heads_are_refused(size: int) -> None:
+@pytest.mark.parametrize("shape", [(1,), (2,), (8,), (2, 2), (4, 1, 1, 1), (2, 4, 5, 8)])
+def test_sinks_for_other_heads_are_refused(shape: tuple[int, ...]) -> None:
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    with pytest.raises(ValueError, match="sinks: expected one for each of 4 heads"):
-        attend(nn.Identity(), q, k, k, None, is_causal=False, s_aux=torch.ones(size))
+    with pytest.raises(ValueError, match=r"sinks: expected shape \[4\] or \[2, 4, 5, 1\]"):
+        attend(nn.Identity(), q, k, k, None, is_causal=False, s_aux=torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 1, 1), (4, 1, 1, 1), (2, 1, 2, 1), (1, 1, 1, 1)])
+def test_sinks_by_shape_not_by_number(shape: tuple[int, ...]) -> None:
+    """As many of them as there are heads need not be one a head."""
+    batch = max(2, shape[0]) if len(shape) > 1 else 2
+    q, k, v = (torch.randn(batch, 4, 2, 8, dtype=torch.float64) for _ in range(3))
+    sinks = torch.randn(shape, dtype=torch.float64)
+    o, _ = attend(nn.Identity(), q, k, v, None, scaling=1.0, is_causal=False, sinks=sinks)
+    each = (sinks.view(1, 4, 1, 1) if len(shape) == 1 else sinks).expand(batch, 4, 2, 1)
+    weights = torch.cat([q @ k.mT, each], -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(o.transpose(1, 2), weights @ v)

@@ -94,9 +94,8 @@ def attend(
     query, key, value = (
         t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (query, key, value)
     )
-    given = s_aux if sinks is None else sinks
-    _check_sinks(given, batch, query.shape[1], query.shape[2])
-    call = _Call(query, key, value, position_bias, given)
+    sinks = _arranged(s_aux if sinks is None else sinks, batch, query.shape[1], query.shape[2])
+    call = _Call(query, key, value, position_bias, sinks)
     call.options = {
         "scale": scaling,
         "softcap": softcap,
@@ -160,16 +159,16 @@ def _check(attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Ma
         )
 
 
-def _check_sinks(sinks: Tensor | None, batch: int, heads: int, n: int) -> None:
-    if sinks is None or sinks.numel() == heads:
-        return
-    if sinks.ndim != 4 or any(
-        size not in (1, full) for size, full in zip(sinks.shape, (batch, heads, n, 1), strict=True)
-    ):
-        raise ValueError(
-            f"sinks: expected one for each of {heads} heads or shape {[batch, heads, n, 1]}, got shape "
-            f"{list(sinks.shape)}"
-        )
+def _arranged(sinks: Tensor | None, batch: int, heads: int, n: int) -> Tensor | None:
+    """Sinks [Hq], or of each query, four dimensions that broadcast to [B, Hq, N, 1]."""
+    if sinks is None or sinks.shape == (heads,):
+        return sinks
+    if sinks.shape == (1, heads, 1, 1):
+        return sinks.flatten()
+    whole = (batch, heads, n, 1)
+    if sinks.ndim == len(whole) and all(a in (1, b) for a, b in zip(sinks.shape, whole, strict=True)):
+        return sinks
+    raise ValueError(f"sinks: expected shape {[heads]} or {list(whole)}, got {list(sinks.shape)}")
 
 
 @dataclass
@@ -187,7 +186,7 @@ class _Call:
 
     @property
     def sinks_of_queries(self) -> bool:
-        return self.sinks is not None and self.sinks.numel() != self.q.shape[1]
+        return self.sinks is not None and self.sinks.ndim > 1
 
     def can_be_packed(self, mask: BandMask) -> bool:
         """Whether nothing is given that has the order of queries and keys, and each query may see itself."""
@@ -226,13 +225,9 @@ class _Call:
             o, lse = attention(self.q, self.k, self.v, bias=self.bias, return_lse=True, **self.options)
             kept: Tensor = o * torch.sigmoid(lse.unsqueeze(-1) - self.sinks).to(o.dtype)
             return kept
-        o = attention(self.q, self.k, self.v, bias=self.bias, sinks=self._sinks, **self.options)
+        o = attention(self.q, self.k, self.v, bias=self.bias, sinks=self.sinks, **self.options)
         assert isinstance(o, Tensor)
         return o
-
-    @property
-    def _sinks(self) -> Tensor | None:
-        return None if self.sinks is None else self.sinks.reshape(-1)
 
     def by_sequences(self, mask: BandMask) -> Tensor:
         """[B, N, Hq, dv] of rows that hold several sequences, each of which attends to itself."""
@@ -252,6 +247,6 @@ class _Call:
             keys = torch.zeros(len(lengths), longest, dtype=torch.bool, device=row.device)
             keys[row, column] = mask.keys.expand(batch, n).flatten()
             options["mask"] = keys[:, None, None, :]
-        o = varlen_attention(q, k, v, starts, starts, longest, longest, sinks=self._sinks, **options)
+        o = varlen_attention(q, k, v, starts, starts, longest, longest, sinks=self.sinks, **options)
         rows: Tensor = o.unflatten(0, (batch, n))
         return rows
