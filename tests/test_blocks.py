@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from metattn.meta.exact import ExactDerivatives
-from metattn.nn import ISAB, MAB, PMA, SAB, CausalBlock, CrossAttentionBlock
+from metattn.nn import ISAB, MAB, PMA, SAB, AttentionPooling, CausalBlock, CrossAttentionBlock, LayerNorm
 
 DIM, HEADS, BATCH, N, M = 8, 2, 2, 5, 4
 Weights = dict[str, Tensor]
@@ -92,6 +91,8 @@ def mlp(w: Weights, x: Tensor) -> Tensor:
 
 def written_out(kind: str, w: Weights, xs: list[Tensor], mask: Tensor | None = None) -> Tensor:
     x = xs[0]
+    if mask is not None and kind in (*SETS, "causal", "causal, window"):
+        x = x.masked_fill(~mask[..., None], 0.0)
     if kind.startswith("mab"):
         return mab(w, x, xs[1], mask)
     if kind == "sab":
@@ -139,8 +140,7 @@ def test_under_torch_func(kind: str) -> None:
     direction = {name: torch.randn_like(value) for name, value in weights.items()}
 
     def loss(weights: Weights) -> Tensor:
-        with ExactDerivatives():
-            output: Tensor = functional_call(block, weights, tuple(xs))
+        output: Tensor = functional_call(block, weights, tuple(xs))
         return output.sin().sum()
 
     def plain(weights: Weights) -> Tensor:
@@ -154,6 +154,78 @@ def test_under_torch_func(kind: str) -> None:
         torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [*SETS, "mab", "cross", "causal"])
+def test_meta_gradient_through_vmap(kind: str) -> None:
+    """A gradient for every task under vmap, and autograd back through it: where torch's norms go wrong."""
+    block, xs = make(kind), [x.detach() for x in inputs_of(kind)]
+    weights = dict(block.named_parameters())
+    rates = torch.tensor([0.1, 0.3], dtype=torch.float64)
+
+    def adapted(run: Callable[[Weights], Tensor], w: Weights, rate: Tensor) -> Tensor:
+        step = grad(run)(w)
+        return run({name: value - rate * step[name] for name, value in w.items()})
+
+    def ours(w: Weights) -> Tensor:
+        return functional_call(block, w, tuple(xs)).sin().sum()
+
+    def plain(w: Weights) -> Tensor:
+        return written_out(kind, w, xs).sin().sum()
+
+    meta = vmap(lambda rate: adapted(ours, weights, rate))(rates).sum()
+    expected = torch.stack([adapted(plain, weights, rate) for rate in rates]).sum()
+    found, truth = (torch.autograd.grad(loss, list(weights.values())) for loss in (meta, expected))
+    for values in zip((meta, *found), (expected, *truth), strict=True):
+        torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm(shape: tuple[int, ...], affine: bool) -> None:
+    """The numbers and the state of torch's, derivatives of three orders."""
+    ours, theirs = (
+        kind(shape, elementwise_affine=affine, dtype=torch.float64) for kind in (LayerNorm, nn.LayerNorm)
+    )
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+    leaves = [x, *ours.parameters()]
+
+    def formula(x: Tensor) -> Tensor:
+        dims = tuple(range(-len(shape), 0))
+        centred = x - x.mean(dims, keepdim=True)
+        scaled = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        return scaled * ours.weight + ours.bias if affine else scaled
+
+    orders = []
+    for output in (ours(x), formula(x)):
+        total, found = output.sin().sum(), []
+        for _ in range(3):
+            gradients = torch.autograd.grad(total, leaves, create_graph=True)
+            found += gradients
+            total = sum(g.square().sum() for g in gradients)  # type: ignore[assignment]
+        orders.append(found)
+    for values in zip(*orders, strict=True):
+        torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+
+
+def test_layer_norm_in_few_bits() -> None:
+    """bfloat16 is rounded once, at the end; another shape or dtype is refused as by torch."""
+    ours = LayerNorm(256, dtype=torch.bfloat16)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    x = (3 + torch.randn(4, 256)).bfloat16()
+    wide = nn.functional.layer_norm(x.double(), (256,), ours.weight.double(), ours.bias.double())
+    assert ours(x).dtype == torch.bfloat16
+    # half a unit in the last place, and float32's errors
+    torch.testing.assert_close(ours(x).double(), wide, rtol=2**-8, atol=1e-5)
+    for wrong in (x[:, 1:], x.int(), x.double()):
+        for norm in (ours, nn.LayerNorm(256, dtype=torch.bfloat16)):
+            with pytest.raises(RuntimeError):
+                norm(wrong)
+
+
 @pytest.mark.parametrize("kind", SETS)
 def test_order_of_points(kind: str) -> None:
     block, (x,) = make(kind), inputs_of(kind)
@@ -162,21 +234,37 @@ def test_order_of_points(kind: str) -> None:
     torch.testing.assert_close(block(x[:, order]), output if kind == "pma" else output[:, order])
 
 
-@pytest.mark.parametrize("kind", [*SETS, "mab", "cross"])
-def test_sets_of_several_sizes(kind: str) -> None:
-    """What stands in the padding is of no consequence, NaN included; an empty set gives finite outputs."""
+@pytest.mark.parametrize("fill", [1e6, torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", [*SETS, "mab", "cross", "causal"])
+def test_sets_of_several_sizes(kind: str, fill: float) -> None:
+    """What stands in the padding is of no consequence to outputs and gradients; an empty set's are finite."""
     block = make(kind)
-    *others, last = (x.detach() for x in inputs_of(kind))
-    size = last.shape[1]
-    mask = torch.arange(size) < torch.tensor([[3], [0]])
-    output = block(*others, last, mask)
-    worse = last.masked_fill(~mask[..., None], torch.nan if kind in ("mab", "cross") else 1e6)
-    padded = block(*others, worse, mask)
-    alone = block(*(x[:1] for x in others), last[:1, :3])
+    *others, last = inputs_of(kind)
+    mask = torch.arange(last.shape[1]) < torch.tensor([[3], [0]])
     rows = slice(None) if kind in ("pma", "mab", "cross") else slice(3)
-    torch.testing.assert_close(output[:1, rows], alone)
-    torch.testing.assert_close(padded[:1, rows], alone)
-    assert output.isfinite().all()
+    leaves = [*others, *block.parameters()]
+
+    def both_orders(output: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(output[:, rows].sin().sum(), leaves, create_graph=True)
+        return [output[:, rows], *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]  # type: ignore[arg-type]
+
+    found = both_orders(block(*others, last, mask))
+    worse = both_orders(block(*others, last.masked_fill(~mask[..., None], fill), mask))
+    for values in zip(found, worse, strict=True):
+        assert values[0].isfinite().all()
+        torch.testing.assert_close(*values, rtol=0, atol=0)
+    torch.testing.assert_close(found[0][:1], block(*(x[:1] for x in others), last[:1, :3])[:, rows])
+
+
+def test_pooling_of_several_sizes() -> None:
+    pooling = AttentionPooling(DIM, dtype=torch.float64)
+    x = torch.randn(BATCH, N, DIM, dtype=torch.float64)
+    mask = torch.arange(N) < torch.tensor([[3], [0]])
+    pooled = pooling(x.masked_fill(~mask[..., None], torch.nan), mask)
+    torch.testing.assert_close(pooled[:1], pooling(x[:1, :3]))
+    assert not pooled[1].any()
+    (gradient,) = torch.autograd.grad(pooled.sin().sum(), pooling.score.weight)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("window", [None, 0, 2])
@@ -194,7 +282,7 @@ def test_causal(window: int | None) -> None:
 
 @pytest.mark.parametrize("window", [None, 1])
 def test_causal_padding(window: int | None) -> None:
-    """In front or behind, the padding is not seen; a position that sees nothing keeps its features."""
+    """In front or behind, the padding is not seen; what sees nothing gets the projection's bias."""
     torch.manual_seed(0)
     block = CausalBlock(DIM, HEADS, window=window, dtype=torch.float64)
     (x,) = inputs_of("causal")
@@ -204,7 +292,7 @@ def test_causal_padding(window: int | None) -> None:
     shifted = torch.cat([torch.full((BATCH, N - 3, DIM), 1e6, dtype=torch.float64), x[:, :3]], 1)
     in_front = block(shifted, torch.arange(N).expand(BATCH, N) >= N - 3)
     torch.testing.assert_close(in_front[:, N - 3 :], alone)
-    hidden = shifted + block.project.bias
+    hidden = shifted.masked_fill(shifted == 1e6, 0.0) + block.project.bias
     torch.testing.assert_close(in_front[:, : N - 3], (hidden + block.mlp(hidden))[:, : N - 3])
 
 
@@ -233,7 +321,8 @@ def test_refusals() -> None:
         MAB(DIM, HEADS)(x[None], x)
     with pytest.raises(ValueError, match="x: expected a set"):
         CausalBlock(DIM, HEADS)(x)
-    for block in (*map(make, SETS), CausalBlock(DIM, HEADS, dtype=torch.float64)):
+    f64 = {"dtype": torch.float64}
+    for block in (*map(make, SETS), CausalBlock(DIM, HEADS, **f64), AttentionPooling(DIM, **f64)):
         with pytest.raises(ValueError, match=r"^mask: expected shape \[1, 3\], got \[1, 2\]"):
             block(x[None].double(), torch.ones(1, 2, dtype=torch.bool))
         with pytest.raises(
@@ -242,6 +331,18 @@ def test_refusals() -> None:
             block(x[None].double(), torch.ones(1, 3))
         with pytest.raises(TypeError, match="mask: expected a bool Tensor, True = a point, got list"):
             block(x[None].double(), [[True] * 3])
+        with pytest.raises(ValueError, match=r"^mask: expected shape \[2, 3\], got \[2, 1\]"):
+            block(x.expand(2, 3, DIM).double(), torch.ones(2, 1, dtype=torch.bool))
+        with pytest.raises(
+            ValueError, match=r"^x: expected 8 features in the last dimension, got \[1, 3, 7\]"
+        ):
+            block(x[None, :, 1:].double())
+        with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
+            block([[1.0]])
+    with pytest.raises(
+        ValueError, match=r"context: expected 6 features in the last dimension, got \[1, 3, 8\]"
+    ):
+        CrossAttentionBlock(DIM, HEADS, context_dim=6)(x[None], x[None])
     with pytest.raises(ValueError, match="context: expected a set"):
         CrossAttentionBlock(DIM, HEADS)(x[None], x)
     with pytest.raises(ValueError, match="num_inducing: expected an integer of 1 or more, got 0"):
@@ -254,3 +355,5 @@ def test_refusals() -> None:
         CausalBlock(DIM, 3)
     with pytest.raises(ValueError, match="window: expected None or an integer of 0 or more, got -1"):
         CausalBlock(DIM, HEADS, window=-1)
+    with pytest.raises(ValueError, match=r"window: expected None or an integer of 0 or more, got 1\.5"):
+        CausalBlock(DIM, HEADS, window=1.5)  # type: ignore[arg-type]

@@ -374,8 +374,10 @@ def test_sets_of_several_sizes(pooling: str | None) -> None:
     model = learner(pooling)
     x = torch.randn(2, POINTS, 2, dtype=torch.float64)
     mask = torch.arange(POINTS) < torch.tensor([[POINTS], [4]])
-    x[1, 4:] = 1e3  # what stands in the padding is of no consequence
+    x[1, 4:] = torch.nan  # what stands in the padding is of no consequence
     output = model(x, mask)
+    gradients = torch.autograd.grad(output[:, :4].sum(), list(model.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
     torch.testing.assert_close(output[:1], model(x[:1]))
     shorter = model(x[1:, :4])
     torch.testing.assert_close(output[1:] if pooling else output[1:, :4], shorter)
@@ -445,11 +447,22 @@ def test_contexts_of_several_sizes(pooling: str | None) -> None:
     x, context = (torch.randn(3, n, size, dtype=torch.float64) for n, size in ((4, 2), (5, 4)))
     counts = torch.tensor([5, 2, 0])
     mask = torch.arange(5) < counts[:, None]
-    output = model(x, context=context.masked_fill(~mask[..., None], 1e3), context_mask=mask)
+    output = model(x, context=context.masked_fill(~mask[..., None], torch.nan), context_mask=mask)
+    gradients = torch.autograd.grad(output.sum(), list(model.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
     for i, count in enumerate(counts.tolist()):
         alone = model(x[i : i + 1], context=context[i : i + 1, :count])
         torch.testing.assert_close(output[i : i + 1], alone)
     assert output.isfinite().all()
+    wrong = torch.ones(3, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"context_mask: expected shape \[3, 5\], got \[3, 1\]"):
+        model(x, context=context, context_mask=wrong)
+    with pytest.raises(ValueError, match=r"mask: expected shape \[3, 4\], got \[3, 1\]"):
+        model(x, wrong, context=context)
+    with pytest.raises(
+        ValueError, match=r"context: expected 4 features in the last dimension, got \[3, 5, 3\]"
+    ):
+        model(x, context=context[..., 1:])
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -499,6 +499,70 @@ def test_a_description_is_a_tensor_to_others() -> None:
     assert repr(found) == "BandMask([2, 1, 6, 6], None ≤ j − i ≤ 0, padded=True)"
 
 
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "masked_fill_": lambda its, x: its.masked_fill_(x > 0, -2.5),
+    "add_": lambda its, x: its.add_(x.clamp(max=0)),
+    "all of it": lambda its, x: its.__setitem__(..., x),
+    "a part": lambda its, x: its.__setitem__((slice(None), 0, 2), x[:, 0, 2]),
+    "by indices": lambda its, x: its.__setitem__((..., [1, 3], [0, 2]), 0.5),
+    "through a view": lambda its, x: its[:, :, 1:].transpose(2, 3).diagonal(dim1=2, dim2=3).fill_(-1.0),
+    "through an alias": lambda its, x: its.detach().copy_(x),
+    "out": lambda its, x: torch.mul(x, 2, out=its),
+    "twice": lambda its, x: its.mul_(0).add_(x),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_description_can_be_written_to(write: Callable[..., object], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        keep = padding("right", 6).bool()
+        q, k, v, x = (
+            torch.randn(2, h, 6, d, dtype=torch.float64) for h, d in ((2, 4), (2, 4), (2, 4), (1, 6))
+        )
+        found = mask(2, 6, 6, attention_mask=keep, dtype=torch.float64)
+        expected = masking_utils.eager_mask(2, 6, 6, attention_mask=keep, dtype=torch.float64)
+        assert isinstance(found, BandMask)
+        before = copy.deepcopy(found)
+        write(found, x)
+        write(expected, x)
+        assert torch.equal(found + 0, expected)
+        for same in (found.clone(), found.to(torch.float64, copy=True), copy.deepcopy(found)):
+            assert isinstance(same, BandMask)
+            assert torch.equal(same.dense(), expected)
+        assert repr(found) == "BandMask([2, 1, 6, 6], numbers)"
+        o, _ = attend(Layer(is_causal=False), q, k, v, found)
+        torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, expected), rtol=1e-12, atol=1e-12)
+        untouched = masking_utils.eager_mask(2, 6, 6, attention_mask=keep, dtype=torch.float64)
+        assert before.numbers is None
+        assert torch.equal(before.dense(), untouched)
+
+
+def test_what_was_written_to_a_description_has_gradients() -> None:
+    q, k, v, x = (torch.randn(2, h, 6, d, dtype=torch.float64) for h, d in ((2, 4), (2, 4), (2, 4), (1, 6)))
+    x = x.mul(0).requires_grad_()  # no other values than those that stood there
+    gradients = []
+    for its in (mask(2, 6, 6, dtype=torch.float64), masking_utils.eager_mask(2, 6, 6, dtype=torch.float64)):
+        assert its is not None
+        its[:, :, :, 0] = x[:, :, :, 0]
+        o = attend(Layer(is_causal=False), q, k, v, its)[0]
+        (first,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
+        gradients += [first, *torch.autograd.grad(first.square().sum(), x)]
+    for ours, theirs in zip(gradients[:2], gradients[2:], strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_description_that_was_looked_at_is_still_one() -> None:
+    found = mask(2, 6, 6)
+    assert isinstance(found, BandMask)
+    assert found[0, 0].shape == (6, 6)
+    assert found.numbers is None
+    assert repr(found) == "BandMask([2, 1, 6, 6], None ≤ j − i ≤ 0, padded=False)"
+    with pytest.raises(RuntimeError, match="cannot change its shape in place"):
+        found.squeeze_(1)
+
+
 def test_keys_of_an_indexer() -> None:
     q, k, v = (torch.randn(2, h, 6, 4, dtype=torch.float64) for h in (4, 2, 2))
     indices = torch.stack([torch.stack([torch.randperm(6)[:3] for _ in range(6)]) for _ in range(2)])
@@ -756,8 +820,18 @@ def test_refusals() -> None:
         attend(layer, q, k, k, mask(1, 3, 4))
     with pytest.raises(TypeError, match="attention_mask: expected a Tensor or None, got dict"):
         attend(layer, q, k, k, {})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="bias: expected"):
+    with pytest.raises(TypeError, match="attention_mask: expected bool or floating numbers"):
         attend(layer, q, k, k, torch.ones(1, 1, 3, 5, dtype=torch.int64))
+    for shape in ((1, 1, 3, 4), (2, 1, 3, 5), (1, 3, 3, 5), (1, 1, 1, 3, 5)):
+        with pytest.raises(ValueError, match="attention_mask: expected a shape that broadcasts to"):
+            attend(layer, q, k, k, torch.zeros(shape))
+    for low, high in ((-1, 4), (0, 5)):
+        with pytest.raises(ValueError, match=f"indices: expected keys from 0 to 4, got {low} to {high}"):
+            attend(layer, q, k, k, torch.zeros(1), indices=torch.tensor([low, high]).expand(1, 3, 2))
+    with pytest.raises(ValueError, match=r"indices: expected shape \[1, 3, any\], got \[1, 2, 1\]"):
+        attend(layer, q, k, k, torch.zeros(1), indices=torch.zeros(1, 2, 1, dtype=torch.int64))
+    with pytest.raises(TypeError, match="indices: expected a Tensor of integers"):
+        attend(layer, q, k, k, torch.zeros(1), indices=torch.zeros(1, 3, 1))
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected it beside an attention_mask"):
         attend(layer, q, q, q, None, cu_seq_lens_q=torch.tensor([0, 3]))
     with pytest.raises(NotImplementedError, match="block_indices: expected None"):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils.import_utils import is_tracing
 
@@ -156,6 +157,7 @@ class BandMask(Tensor):
     Query i sees key j if low ≤ j − i ≤ high (None: no limit), keys[:, j], and, where a row holds several
     sequences, i and j are of one; or if entries say so. metattn sees that. Anything else sees a tensor of
     zeros and lowest numbers, as models expect it: operations on it take all N×M, and give ordinary tensors.
+    What is written to it or to a view of it stays, as all its entries do from the first such operation on.
     """
 
     keys: Tensor  # bool [1 or B, M]
@@ -166,6 +168,7 @@ class BandMask(Tensor):
     starts: Tensor | None  # int64 [sequences + 1]: where each starts among all B·N queries, and B·N
     longest: int  # of the sequences
     entries: Tensor | None  # bool [B, 1, N, M] of a pattern that is no band
+    written: list[Tensor]  # [B, 1, N, M], where views may have been written to; one list for all aliases
 
     @staticmethod
     def __new__(
@@ -191,9 +194,20 @@ class BandMask(Tensor):
         starts: Tensor | None = None,
         longest: int = 0,
         entries: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         self.keys, self.low, self.high, self.padded = keys, low, high, padded
         self.sequences, self.starts, self.longest, self.entries = sequences, starts, longest, entries
+        self.written = [] if numbers is None else [numbers]
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """The numbers [B, 1, N, M] of a mask that was written to."""
+        if not self.written:
+            return None
+        values = self.written[0]
+        same = type(values) is Tensor and readable(values) and torch.equal(values, self._described())
+        return None if same else values
 
     def alive(self) -> Tensor:
         """bool [B, 1, N, M], True = attends."""
@@ -214,12 +228,17 @@ class BandMask(Tensor):
 
     def dense(self) -> Tensor:
         """The numbers [B, 1, N, M]."""
+        return self.written[0] if self.written else self._described()
+
+    def _described(self) -> Tensor:
         alive = self.alive()
         zeros = torch.zeros_like(alive, dtype=self.dtype)
         return zeros.masked_fill(~alive, torch.finfo(self.dtype).min)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         said = f"{self.low} ≤ j − i ≤ {self.high}" if self.entries is None else "entries"
+        if self.numbers is not None:
+            return f"BandMask({list(self.shape)}, numbers)"
         several = "" if self.starts is None else f", {self.starts.numel() - 1} sequences"
         return f"BandMask({list(self.shape)}, {said}, padded={self.padded}{several})"
 
@@ -231,25 +250,50 @@ class BandMask(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         aten = torch.ops.aten
-        if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0]._alias()
+        if func is aten.clone.default:
             return args[0]._to(args[0].device, args[0].dtype)
         if func is aten._to_copy.default and set(kwargs) <= {"device", "dtype", "layout", "non_blocking"}:
             dtype = kwargs.get("dtype") or args[0].dtype
             if dtype.is_floating_point:
                 return args[0]._to(kwargs.get("device") or args[0].device, dtype)
-        args, kwargs = torch.utils._pytree.tree_map_only(BandMask, BandMask.dense, (args, kwargs))
-        return func(*args, **kwargs)
+        in_parts = func.decompose(*args, **kwargs)  # .to(), .contiguous() and such arrive in inference mode
+        if in_parts is not NotImplemented:
+            return in_parts
+        masks = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, BandMask)]
+        if any(argument.alias_info is not None for argument in func._schema.arguments):
+            if torch.Tag.inplace_view in func.tags:
+                raise RuntimeError(f"{func.__name__}: a BandMask cannot change its shape in place")
+            for mask in masks:
+                mask.written[:] = [mask.dense()]
+        result = func(
+            *tree_map_only(BandMask, BandMask.dense, args), **tree_map_only(BandMask, BandMask.dense, kwargs)
+        )
+        return next((mask for mask in masks if mask.written and mask.written[0] is result), result)
+
+    def _alias(self) -> BandMask:
+        """Another name of the same mask."""
+        names, context = self.__tensor_flatten__()
+        alias = self.__tensor_unflatten__(
+            {name: getattr(self, name) for name in names}, context, self.shape, None
+        )
+        alias.written = self.written
+        return alias
 
     def _to(self, device: torch.device, dtype: torch.dtype) -> BandMask:
+        """A mask of its own."""
         names, context = self.__tensor_flatten__()
         inner = {name: getattr(self, name).to(device) for name in names}
+        if "numbers" in inner:
+            inner["numbers"] = inner["numbers"].to(dtype, copy=True)
         context = tuple({**dict(context), "dtype": dtype}.items())
         return self.__tensor_unflatten__(inner, context, self.shape, None)
 
     # What torch.compile takes apart when a mask was made outside of what it compiles.
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[str, Any], ...]]:
-        tensors = ("keys", "sequences", "starts", "entries")
+        tensors = ("keys", "sequences", "starts", "entries", "numbers")
         numbers = ("dtype", "low", "high", "padded", "longest")
         present = [name for name in tensors if getattr(self, name) is not None]
         return present, tuple((name, getattr(self, name)) for name in numbers)
@@ -287,7 +331,7 @@ def describe(
         sequences = torch.div(torch.arange(n, device=device) - first[:, None], size, rounding_mode="floor")
     starts, longest = None, 0
     if sequences is not None:
-        if not _readable(sequences):
+        if not readable(sequences):
             return None
         sequences = sequences.to(device).expand(batch, n)
         changes = torch.ones_like(sequences, dtype=torch.bool)
@@ -296,7 +340,7 @@ def describe(
         longest = int(starts.diff().max())
         if len(starts) == batch + 1:
             sequences = starts = None
-    padded = padding is not None and not (_readable(padding) and bool(padding.all()))
+    padded = padding is not None and not (readable(padding) and bool(padding.all()))
     keys = padding if padded else torch.ones((), dtype=torch.bool, device=device).expand(1, m)
     assert keys is not None
     offset = first_query - first_key
@@ -314,9 +358,13 @@ def describe(
     )
 
 
-def _readable(t: Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """Whether Python may look at the values."""
-    return t.device.type != "meta" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return (
+        not torch.compiler.is_compiling()
+        and t.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
 
 
 def mask(

@@ -89,7 +89,7 @@ def attend(
         NotImplementedError: attention weights asked for; blocks chosen by an indexer; sequences packed
             by cu_seq_lens_q alone.
     """
-    _check(attention_mask, query, key, kwargs)
+    _check(attention_mask, indices, query, key, kwargs)
     batch = max(query.shape[0], key.shape[0])
     query, key, value = (
         t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (query, key, value)
@@ -102,6 +102,10 @@ def attend(
         "dropout_p": float(dropout) if module.training else 0.0,
     }
     n, m = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, BandMask) and (
+        attention_mask.requires_grad or attention_mask.numbers is not None
+    ):
+        attention_mask = attention_mask + 0  # an ordinary tensor, in the graph of what was written to it
     if indices is not None:
         chosen = torch.zeros(batch, 1, n, m, dtype=torch.bool, device=query.device)
         chosen = chosen.scatter(-1, indices.long().unsqueeze(1), True)
@@ -131,7 +135,13 @@ def attend(
     return call.attend().transpose(1, 2).contiguous(), None
 
 
-def _check(attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> None:
+def _check(
+    attention_mask: Tensor | None,
+    indices: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    kwargs: Mapping[str, Any],
+) -> None:
     """Refuse what would come out wrong."""
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
@@ -142,6 +152,16 @@ def _check(attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Ma
         raise NotImplementedError(
             "block_indices: expected None, got blocks chosen by an indexer; use 'eager'"
         )
+    batch, heads, n, m = max(query.shape[0], key.shape[0]), *query.shape[1:3], key.shape[2]
+    if indices is not None:
+        if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
+            came = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"indices: expected a Tensor of integers, got {came}")
+        if indices.shape[:-1] != (batch, n):
+            raise ValueError(f"indices: expected shape [{batch}, {n}, any], got {list(indices.shape)}")
+        if masks.readable(indices) and indices.numel() and not 0 <= indices.min() <= indices.max() < m:
+            low, high = int(indices.min()), int(indices.max())
+            raise ValueError(f"indices: expected keys from 0 to {m - 1}, got {low} to {high}")
     if attention_mask is None:
         if kwargs.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(
@@ -151,11 +171,18 @@ def _check(attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Ma
         return
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a Tensor or None, got {type(attention_mask).__name__}")
-    lengths = (query.shape[2], key.shape[2])
-    if isinstance(attention_mask, BandMask) and tuple(attention_mask.shape[2:]) != lengths:
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise TypeError(f"attention_mask: expected bool or floating numbers, got {attention_mask.dtype}")
+    shape, whole = tuple(attention_mask.shape), (batch, heads, n, m)
+    if isinstance(attention_mask, BandMask) and shape[2:] != (n, m):
         raise ValueError(
-            f"attention_mask: expected a mask for {lengths[0]} queries and {lengths[1]} keys, "
-            f"got shape {list(attention_mask.shape)}"
+            f"attention_mask: expected a mask for {n} queries and {m} keys, got shape {list(shape)}"
+        )
+    if len(shape) > len(whole) or any(
+        a not in (1, b) for a, b in zip(reversed(shape), reversed(whole), strict=False)
+    ):
+        raise ValueError(
+            f"attention_mask: expected a shape that broadcasts to {list(whole)}, got {list(shape)}"
         )
 
 

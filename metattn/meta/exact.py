@@ -20,6 +20,8 @@ from torch.nn.functional import (
 )
 from torch.overrides import TorchFunctionMode
 
+from metattn.nn.norm import affine, standardized
+
 
 class ExactDerivatives(TorchFunctionMode):
     """Within it these functions have exact derivatives of any order, in reverse and forward mode.
@@ -76,22 +78,17 @@ def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     else:
         rest = range(2, options["input"].dim())
         dims = (0, *rest) if func is batch_norm else tuple(rest)
-    output: Tensor
     if by_batch:
         with torch.no_grad():  # its refusals and its dtype
             dtype = func(**options).dtype
-        x = options["input"]
-        x = x if x.dtype == torch.float64 else x.float()
-        centred = x - x.mean(dims, keepdim=True)
-        variance = centred.square().mean(dims, keepdim=True)
-        output = (centred * torch.rsqrt(variance + options["eps"])).to(dtype)
+        output = standardized(options["input"], dims, options["eps"])
     else:
         output = func(**options)
+        dtype = output.dtype
     channels = (-1,) + (1,) * (output.dim() - 2)  # dimension 1 of batch_norm and instance_norm
-    for combine, tensor in ((torch.mul, weight), (torch.add, bias)):
-        if tensor is not None:
-            output = combine(output, tensor if func is layer_norm else tensor.view(channels))
-    return output
+    if func is not layer_norm:
+        weight, bias = (None if t is None else t.view(channels) for t in (weight, bias))
+    return affine(output, weight, bias).to(dtype)
 
 
 def _squared(input: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metattn.nn import AttentionPooling, CrossAttentionBlock, MultiheadAttention
-from metattn.nn.pooling import require_set
+from metattn.nn import AttentionPooling, CrossAttentionBlock, LayerNorm, MultiheadAttention
+from metattn.nn.sets import masked_set
 
 
 class AttentionMetaLearner(nn.Module):
     """A small network over sets, made to be meta-learned: every part of it is twice differentiable.
-
-    With layers > 1 or a context it holds torch's LayerNorm, whose second derivative torch.func.vmap makes
-    wrong in an inner loop of one's own; metattn.meta's inner loops compute it by exact operations.
 
     Over one set:    h = encoder(x);  h = h + attention(h, h, h);  out = decoder(h), or decoder(pooling(h))
     From a context:  c = context_encoder(context);  h = encoder(x);  h = h + attention(h, c, c);  out likewise
@@ -72,6 +69,7 @@ class AttentionMetaLearner(nn.Module):
                 nn.ReLU(),
             )
 
+        self.input_size, self.context_size = input_size, context_size
         self.encoder = encoder(input_size)
         self.context_encoder = None if context_size is None else encoder(context_size)
         self.mixing = nn.ModuleList(
@@ -89,7 +87,7 @@ class AttentionMetaLearner(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         # what follows the norm has weight and bias of its own
-        self.decoder = nn.Sequential(nn.LayerNorm(hidden_size, elementwise_affine=False), last)
+        self.decoder = nn.Sequential(LayerNorm(hidden_size, elementwise_affine=False), last)
 
     def forward(
         self,
@@ -107,8 +105,7 @@ class AttentionMetaLearner(nn.Module):
         Errors: ValueError for an x or a context that is not 3-D (the message for a 2-D one says why it cannot
         work), and for a context that is missing or not expected.
         """
-        require_set(x, "x")
-        hidden = self.encoder(x)
+        hidden = self.encoder(masked_set(x, mask, "x", self.input_size))
         if self.context_encoder is None:
             if context is not None or context_mask is not None:
                 raise ValueError("context: expected none, for the learner was made without a context_size")
@@ -120,7 +117,8 @@ class AttentionMetaLearner(nn.Module):
                     "context: expected [batch, context points, context_size], for the learner has a "
                     "context_size; got None"
                 )
-            require_set(context, "context")
+            assert self.context_size is not None
+            context = masked_set(context, context_mask, "context", self.context_size, "context_mask")
             seen, seen_mask = self._mixed(self.context_encoder(context), context_mask), context_mask
         padding = None if seen_mask is None else ~seen_mask
         hidden = hidden + self.attention(hidden, seen, seen, key_padding_mask=padding, need_weights=False)[0]

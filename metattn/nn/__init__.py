@@ -2,6 +2,7 @@
 
 from metattn.nn.blocks import ISAB, MAB, PMA, SAB, CausalBlock, CrossAttentionBlock
 from metattn.nn.multihead import MultiheadAttention
+from metattn.nn.norm import LayerNorm
 from metattn.nn.pooling import AttentionPooling
 from metattn.nn.replace import replace_attention, restore_attention
 
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionPooling",
     "CausalBlock",
     "CrossAttentionBlock",
+    "LayerNorm",
     "MultiheadAttention",
     "replace_attention",
     "restore_attention",

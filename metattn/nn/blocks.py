@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from metattn.functional import attention
 from metattn.nn.multihead import MultiheadAttention
-from metattn.nn.pooling import require_set
+from metattn.nn.norm import LayerNorm
+from metattn.nn.sets import masked_set, require_set
 
 Device = torch.device | str | None
 
@@ -35,7 +36,7 @@ class MAB(nn.Module):
         super().__init__()
         self.attention = MultiheadAttention(dim, num_heads, batch_first=True, device=device, dtype=dtype)
         self.feed_forward = nn.Sequential(nn.Linear(dim, dim, device=device, dtype=dtype), nn.ReLU())
-        norms = (nn.LayerNorm(dim, device=device, dtype=dtype) if layer_norm else nn.Identity() for _ in "12")
+        norms = (LayerNorm(dim, device=device, dtype=dtype) if layer_norm else nn.Identity() for _ in "12")
         self.attention_norm, self.feed_forward_norm = norms
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -45,9 +46,9 @@ class MAB(nn.Module):
         Errors: ValueError for an x or y that is not 3-D, or a mask that does not fit; TypeError for a mask
         that is not bool.
         """
-        require_set(x, "x")
-        require_set(y, "y")
-        mixed = self.attention(x, y, y, key_padding_mask=_padding(mask, y), need_weights=False)[0]
+        require_set(x, "x", self.attention.embed_dim)
+        y = masked_set(y, mask, "y", self.attention.embed_dim)
+        mixed = self.attention(x, y, y, key_padding_mask=_padding(mask), need_weights=False)[0]
         hidden = self.attention_norm(x + mixed)
         output: Tensor = self.feed_forward_norm(hidden + self.feed_forward(hidden))
         return output
@@ -61,6 +62,7 @@ class SAB(MAB):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """x [batch, n, dim] → the same; mask: bool [batch, n], True where there is a point."""
+        x = masked_set(x, mask, "x", self.attention.embed_dim)
         return super().forward(x, x, mask)
 
 
@@ -89,7 +91,7 @@ class ISAB(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [batch, n, dim] → the same; mask: bool [batch, n], True where there is a point."""
-        require_set(x, "x")
+        x = masked_set(x, mask, "x", self.inducing.shape[-1])
         summary = self.inducing_block(self.inducing.expand(x.shape[0], -1, -1), x, mask)
         output: Tensor = self.point_block(x, summary)
         return output
@@ -119,7 +121,7 @@ class PMA(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [batch, n, dim] → [batch, num_seeds, dim]; mask: bool [batch, n], True where there is a point."""
-        require_set(x, "x")
+        x = masked_set(x, mask, "x", self.seeds.shape[-1])
         output: Tensor = self.block(self.seeds.expand(x.shape[0], -1, -1), self.feed_forward(x), mask)
         return output
 
@@ -147,8 +149,8 @@ class CrossAttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         context_dim = dim if context_dim is None else context_dim
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.context_norm = nn.LayerNorm(context_dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
+        self.context_norm = LayerNorm(context_dim, device=device, dtype=dtype)
         self.attention = MultiheadAttention(
             dim, num_heads, kdim=context_dim, vdim=context_dim, batch_first=True, device=device, dtype=dtype
         )
@@ -161,10 +163,9 @@ class CrossAttentionBlock(nn.Module):
         Errors: ValueError for an x or a context that is not 3-D, or a mask that does not fit; TypeError for a
         mask that is not bool.
         """
-        require_set(x, "x")
-        require_set(context, "context")
-        seen = self.context_norm(context)
-        padding = _padding(mask, context)
+        require_set(x, "x", self.attention.embed_dim)
+        seen = self.context_norm(masked_set(context, mask, "context", self.attention.kdim))
+        padding = _padding(mask)
         mixed = self.attention(self.norm(x), seen, seen, key_padding_mask=padding, need_weights=False)[0]
         hidden = x + mixed
         output: Tensor = hidden + self.mlp(hidden)
@@ -177,7 +178,8 @@ class CausalBlock(nn.Module):
     Arguments: dim, the features, a multiple of num_heads; hidden_dim, those inside the MLP (4·dim unless
     given), which has a GELU; window, how many positions back a position sees (None: all); device, dtype,
     those of the parameters.
-    Errors: ValueError for a dim that is no multiple of num_heads and for a window below 0.
+    Errors: ValueError for a dim that is no multiple of num_heads and for a window that is no integer of 0 or
+    more.
     """
 
     def __init__(
@@ -193,10 +195,10 @@ class CausalBlock(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got dim={dim}")
-        if window is not None and window < 0:
-            raise ValueError(f"window: expected None or an integer of 0 or more, got {window}")
+        if window is not None and (not isinstance(window, int) or window < 0):
+            raise ValueError(f"window: expected None or an integer of 0 or more, got {window!r}")
         self.num_heads, self.window = num_heads, window
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.project = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.mlp = _mlp(dim, hidden_dim, device, dtype)
@@ -209,8 +211,7 @@ class CausalBlock(nn.Module):
         Errors: ValueError for an x that is not 3-D, or a mask that does not fit; TypeError for a mask that is
         not bool.
         """
-        require_set(x, "x")
-        _check_mask(mask, x)
+        x = masked_set(x, mask, "x", self.qkv.in_features)
         # [batch, positions, 3·dim] → 3 × [batch, heads, positions, dim / heads], views
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         window = None if self.window is None else (self.window, 0)
@@ -224,7 +225,7 @@ class CausalBlock(nn.Module):
 def _mlp(dim: int, hidden_dim: int | None, device: Device, dtype: torch.dtype | None) -> nn.Sequential:
     hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
     return nn.Sequential(
-        nn.LayerNorm(dim, device=device, dtype=dtype),
+        LayerNorm(dim, device=device, dtype=dtype),
         nn.Linear(dim, hidden_dim, device=device, dtype=dtype),
         nn.GELU(),
         nn.Linear(hidden_dim, dim, device=device, dtype=dtype),
@@ -240,17 +241,6 @@ def _learned_points(
     return nn.Parameter(nn.init.xavier_uniform_(points))
 
 
-def _padding(mask: Tensor | None, points: Tensor) -> Tensor | None:
+def _padding(mask: Tensor | None) -> Tensor | None:
     """torch.nn's masks are True where there is nothing."""
-    _check_mask(mask, points)
     return None if mask is None else ~mask
-
-
-def _check_mask(mask: Tensor | None, points: Tensor) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool Tensor, True = a point, got {came}")
-    if mask.shape != points.shape[:2]:
-        raise ValueError(f"mask: expected shape {list(points.shape[:2])}, got {list(mask.shape)}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metattn.functional import attention
+from metattn.nn.sets import masked_set
 
 
 class AttentionPooling(nn.Module):
@@ -27,10 +28,12 @@ class AttentionPooling(nn.Module):
         """x [batch, points, features] → [batch, features], twice differentiable.
 
         mask: bool [batch, points], True where there is a point; a set without any gives zeros.
-        Errors: ValueError for an x that is not 3-D: on [batch, features] the softmax over dimension 1 of the
-        scores [batch, 1] would normalise a single number, so that every weight is 1 and nothing is pooled.
+        Errors: TypeError for an x that is no Tensor or a mask that is not bool; ValueError for another number
+        of features, a mask that does not fit, and an x that is not 3-D: on [batch, features] the softmax
+        over dimension 1 of the scores [batch, 1] would normalise a single number, so that every weight is 1
+        and nothing is pooled.
         """
-        require_set(x, "x")
+        x = masked_set(x, mask, "x", self.score.in_features)
         query = self.score.weight.expand(x.shape[0], 1, 1, -1)  # [batch, 1 head, 1 query, features]
         points = x.unsqueeze(1)  # [batch, 1 head, points, features]
         allowed = None if mask is None else mask[:, None, None, :]
@@ -38,17 +41,3 @@ class AttentionPooling(nn.Module):
 
     def extra_repr(self) -> str:
         return f"features={self.score.in_features}"
-
-
-def require_set(x: Tensor, name: str) -> None:
-    """Refuse what is not [batch, points, features], and say why a matrix will not do."""
-    if x.dim() == 2:
-        raise ValueError(
-            f"{name}: expected a set [batch, points, features], got a 2-D tensor {list(x.shape)}. Attention "
-            "weighs the points of a set against each other; on [batch, features] a row's softmax would run "
-            "over a single number, which gives 1 whatever the number: every weight would be 1. Pass "
-            f"{name}.unsqueeze(0) if the rows are the points of one set, {name}.unsqueeze(1) if each "
-            "is a set of one point."
-        )
-    if x.dim() != 3:
-        raise ValueError(f"{name}: expected a set [batch, points, features], got {x.dim()}-D {list(x.shape)}")
