@@ -23,9 +23,9 @@ def replace_attention(model: torch.nn.Module) -> int:
     warning that names it.
 
     In evaluation without gradients torch.nn.TransformerEncoderLayer computes everything, attention included,
-    in one fused call of its own and asks no attention module; nothing is to be differentiated then. Only
-    forward-mode derivatives find no formula there (torch says so): call
-    ``torch.backends.mha.set_fastpath_enabled(False)`` for them.
+    in one fused call of its own and asks no attention module: a query that sees no key is NaN there, as in
+    torch, and forward-mode derivatives find no formula (torch says so). After
+    ``torch.backends.mha.set_fastpath_enabled(False)`` it asks its attention module always.
 
     Errors: TypeError for what is no torch.nn.Module.
     """
