@@ -110,8 +110,8 @@ def progress(title: str) -> Iterator[Report]:
 
 
 def mean_row(quantity: str, values: Sequence[float], of: str, **published: str) -> Row:
-    """The mean of values and its 95 % confidence interval."""
-    error = half_interval(values) if len(values) > 1 else None
+    """The mean of values and its 95 % confidence interval; none where they are alike, which says nothing."""
+    error = half_interval(values) if len(set(values)) > 1 else None
     return Row(quantity, statistics.fmean(values), error, of, **published)
 
 

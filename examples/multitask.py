@@ -45,7 +45,7 @@ INNER = SGD(0.02)  # where the step sizes are not learned
 class Size:
     tasks: int  # of each family in a step
     steps: int
-    last: int  # steps that the adapting learners with a context do anew
+    last: int  # of these, which those with a context do each in its way, from one model
     rate: float
     width: int
     layers: int
@@ -158,18 +158,16 @@ IN_CONTEXT = WAYS[3]
 @dataclass
 class Trained:
     model: nn.Module
-    before: nn.Module  # as it was before the last steps
     inner: InnerOptimizer
     steps: int
 
 
 def train(way: Way, size: Size, seed: int, report: Report, start: nn.Module | None = None) -> Trained:
-    """From the start, or the last steps anew from a model as it was before them; Ctrl-C ends it early."""
+    """From the start, or the last steps from a model that has done the others; Ctrl-C ends it early."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed if start is None else seed + 1)
     model = ContextLearner(size.width, size.layers) if start is None else copy.deepcopy(start)
-    before = copy.deepcopy(model)
-    steps = size.steps if start is None else size.last
+    steps = size.last if start is not None else size.steps - size.last if way.context else size.steps
     rate = size.rate if start is None else 0.3 * size.rate
     rates = MetaSGD(way.adapted(model), lr=1e-3) if way.context and way.adapts != NONE else None
     inner = INNER if rates is None else rates.optimizer()
@@ -179,8 +177,6 @@ def train(way: Way, size: Size, seed: int, report: Report, start: nn.Module | No
     losses: list[float] = []
     with contextlib.suppress(KeyboardInterrupt):
         for step in range(steps):
-            if step == steps - size.last:
-                before = copy.deepcopy(model)
             support, query = way.arranged(*mixed(size.tasks, generator))
             if way.adapts == NONE:  # one set a task, so that the tasks are a batch
                 loss = mse_loss(model(*(part.flatten(0, 1) for part in query[0])), query[1].flatten(0, 1))
@@ -196,7 +192,7 @@ def train(way: Way, size: Size, seed: int, report: Report, start: nn.Module | No
             if step % 20 == 0:
                 recent = losses[-100:]
                 report(step / steps, f"{way.name}: error {sum(recent) / len(recent):.3f}")
-    return Trained(model, before, inner, len(losses))
+    return Trained(model, inner, len(losses))
 
 
 def predictions(way: Way, trained: Trained, support: Samples, query: Samples) -> Tensor:
@@ -315,19 +311,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, dict[str, list[float]]] = {}
     seconds: dict[str, float] = {}
     with common.progress("families") as report:
+        trunk: Trained | None = None  # of those with a context
         for place, way in enumerate(WAYS):
 
             def part(done: float, remark: str, place: int = place) -> None:
                 report((place + done) / len(WAYS), remark)
 
             begun = time.process_time()
-            anew = way.context and way is not IN_CONTEXT
-            before = trained[IN_CONTEXT.name].before if anew else None
-            trained[way.name] = train(way, size, options.seed, part, before)
+            if way is IN_CONTEXT:
+                trunk = train(way, size, options.seed, part)
+            trained[way.name] = train(
+                way, size, options.seed, part, trunk.model if trunk and way.context else None
+            )
             found[way.name] = judge(way, trained[way.name], size, options.seed)
             seconds[way.name] = time.process_time() - begun
-    wanted = {way.name: size.last if way.context and way is not IN_CONTEXT else size.steps for way in WAYS}
-    stopped = [f"{name} after {one.steps}" for name, one in trained.items() if one.steps < wanted[name]]
+    assert trunk is not None
+    done = {way.name: trained[way.name].steps + (trunk.steps if way.context else 0) for way in WAYS}
+    stopped = [f"{name} after {steps}" for name, steps in done.items() if steps < size.steps]
     differs = "families, ranges and network of our own."
     if options.form != "full":
         differs = f"{differs} A smaller network and fewer steps than in the full form."
@@ -336,9 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(
         "multitask",
         options.form,
-        f"{size.steps} steps of Adam on {size.tasks} tasks of each of {len(FAMILIES)} families, the last "
-        f"{size.last} anew, from 0.3 of the rate, for ANIL and MAML in context; width "
-        f"{size.width}, {size.layers} layers; one inner step in training; in the test, on {size.test} "
+        f"{size.steps} steps of Adam on {size.tasks} tasks of each of {len(FAMILIES)} families; in context "
+        f"the first {size.steps - size.last} jointly, the last {size.last} each way, from 0.3 of the rate; "
+        f"width {size.width}, {size.layers} layers; one inner step in training; in the test, on {size.test} "
         f"tasks of each family, {WAYS[1].steps} of size {INNER.lr}, or {WAYS[-1].steps} of learned size in "
         "context.",
         differs,

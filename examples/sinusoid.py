@@ -15,7 +15,7 @@ tasks without an inner step.
 Beside them, trained on as many tasks: attention whose queries are points and whose keys and values are the
 task's known points, which needs no gradient step (a neural process without its latent path, Kim et al. 2019,
 arXiv 1901.05761); and the same learner with one gradient step on top, for which the last of the training is
-done anew, by MAML with learned step sizes (Meta-SGD, Li et al. 2017, arXiv 1707.09835). In that step each
+MAML with learned step sizes (Meta-SGD, Li et al. 2017, arXiv 1707.09835). In that step each
 known point is predicted from the others: a mask hides it from itself, and the meta-gradient is a second
 derivative of masked attention.
 """
@@ -56,7 +56,7 @@ class Size:
     rate: float  # of the outer optimizer
     width: int  # of the attention learners
     layers: int
-    last: int  # steps that are done anew with a gradient step
+    last: int  # of these, which both attention learners do, each in its way, from one model
     test: int  # tasks
 
 
@@ -159,20 +159,19 @@ def draw_tasks(tasks: int, shots: int, generator: torch.Generator) -> tuple[Samp
 @dataclass
 class Trained:
     model: nn.Module
-    before: nn.Module  # as it was before the last steps
     inner: InnerOptimizer
     steps: int
     losses: list[float]  # means of 1 % of the steps
 
 
 def train(learner: Learner, size: Size, seed: int, report: Report, start: nn.Module | None = None) -> Trained:
-    """From the start, or the last steps anew from a model as it was before them; Ctrl-C ends it early."""
+    """From the start, or the last steps from a model that has done the others; Ctrl-C ends it early."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = start or (ContextLearner(size.width, size.layers) if learner.attends else network())
-    before = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed if start is None else seed + 1)
+    fresh = ContextLearner(size.width, size.layers) if learner.attends else network()
+    model = fresh if start is None else copy.deepcopy(start)
     params = dict(model.named_parameters())
-    steps = size.steps if start is None else size.last
+    steps = size.last if start is not None else size.steps - size.last if learner.attends else size.steps
     rates = MetaSGD(params, lr=1e-3) if learner is ADAPTED else None
     inner = INNER if rates is None else rates.optimizer()
     learned = [*params.values(), *(() if rates is None else rates.parameters())]
@@ -181,8 +180,6 @@ def train(learner: Learner, size: Size, seed: int, report: Report, start: nn.Mod
     losses: list[float] = []
     with contextlib.suppress(KeyboardInterrupt):
         for step in range(steps):
-            if step == steps - size.last:
-                before = copy.deepcopy(model)
             shots = size.shots
             if learner.attends:
                 shots = int(torch.randint(size.fewest, size.shots + 1, (), generator=generator))
@@ -205,7 +202,7 @@ def train(learner: Learner, size: Size, seed: int, report: Report, start: nn.Mod
                 report(step / steps, f"{learner.name}: loss {sum(recent) / len(recent):.3f}")
     each = max(1, steps // 100)
     parts = [losses[i : i + each] for i in range(0, len(losses), each)]
-    return Trained(model, before, inner, len(losses), [sum(part) / len(part) for part in parts])
+    return Trained(model, inner, len(losses), [sum(part) / len(part) for part in parts])
 
 
 def errors(learner: Learner, trained: Trained, tasks: tuple[Samples, Samples], steps: int) -> Tensor:
@@ -344,14 +341,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained: dict[str, Trained] = {}
     seconds: dict[str, float] = {}
     with common.progress("sinusoids") as report:
+        trunk: Trained | None = None  # of both that attend
         for place, learner in enumerate(LEARNERS):
 
             def part(done: float, remark: str, place: int = place) -> None:
                 report((place + done) / len(LEARNERS), remark)
 
             begun = time.process_time()
-            before = trained[IN_CONTEXT.name].before if learner is ADAPTED else None
-            trained[learner.name] = train(learner, size, options.seed, part, before)
+            if learner is IN_CONTEXT:
+                trunk = train(learner, size, options.seed, part)
+            trained[learner.name] = train(
+                learner, size, options.seed, part, trunk.model if trunk and learner.attends else None
+            )
             seconds[learner.name] = time.process_time() - begun
     found: dict[str, dict[int, Tensor]] = {learner.name: {} for learner in LEARNERS}
     for shots in SHOTS:
@@ -366,19 +367,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "short": f"{size.steps} steps of the outer optimizer in place of 70,000.",
         "tiny": "everything is smaller.",
     }[options.form]
-    stopped = [
-        f"{name} after {one.steps}"
-        for name, one in trained.items()
-        if one.steps < (size.last if name == ADAPTED.name else size.steps)
-    ]
+    assert trunk is not None
+    done = {each.name: trained[each.name].steps + (trunk.steps if each.attends else 0) for each in LEARNERS}
+    stopped = [f"{name} after {steps}" for name, steps in done.items() if steps < size.steps]
     if stopped:
         differs = f"{differs} Stopped early: {', '.join(stopped)} steps.".strip()
     results = Results(
         "sinusoid",
         options.form,
-        f"{size.steps} steps of Adam on {size.tasks} tasks for every learner, the last {size.last} anew for "
-        f"the one with Meta-SGD; MLPs on {size.shots} points, attention on {size.fewest} to {size.shots} and "
-        f"with a rate that decays; errors on {size.test} new tasks; those above "
+        f"{size.steps} steps of Adam on {size.tasks} tasks for every learner; MLPs on {size.shots} points, "
+        f"attention on {size.fewest} to {size.shots}, the last {size.last} steps with Meta-SGD or without, "
+        f"from one model and 0.3 of the rate, which decays; errors on {size.test} new tasks; those above "
         f"{APART:g}, which no two tasks are apart, are counted and left out of the means. The source gives "
         "no intervals. Of 600 tasks, as many as its code tests on, they would be "
         f"±{wide[1]:.2f}, ±{wide[5]:.2f} and ±{wide[10]:.2f} for MAML's MLP after 1, 5 and 10 steps.",
@@ -397,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for name, of_shots in found.items()
             },
             "CPU seconds": seconds,
-            "losses": {name: one.losses for name, one in trained.items()},
+            "losses": {name: one.losses for name, one in (*trained.items(), ("attention, before", trunk))},
             "examples": examples(trained, options.seed),
         },
     )

@@ -86,7 +86,7 @@ def test_ways_adapt_what_they_say() -> None:
 
 
 def test_only_those_with_a_context_or_steps_see_the_support() -> None:
-    size = replace(TINY, steps=1, last=1)
+    size = replace(TINY, steps=2, last=1)
     support, query = multitask.mixed(1, generator())
     other = (support[0], support[1] + 1)
     for way in WAYS:
@@ -96,16 +96,31 @@ def test_only_those_with_a_context_or_steps_see_the_support() -> None:
         assert torch.equal(one, two) == (way.name == "joint")
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_all_have_the_same_number_of_steps(way: Way) -> None:
+    """Those in context share the first ones, and do the last on functions that these have not seen."""
+    size = replace(TINY, steps=3, last=1)
+    first = multitask.train(way, size, 0, lambda done, remark: None)
+    assert first.steps == (2 if way.context else 3)
+    if way.context:
+        last = multitask.train(way, size, 0, lambda done, remark: None, first.model)
+        assert last.steps == 1
+        assert any(
+            not torch.equal(a, b)
+            for a, b in zip(last.model.parameters(), first.model.parameters(), strict=True)
+        )
+
+
 @pytest.mark.parametrize("way", WAYS[4:], ids=lambda way: way.name)
 def test_step_sizes_in_context_are_learned(way: Way) -> None:
-    trained = multitask.train(way, replace(TINY, steps=3), 0, lambda done, remark: None)
+    trained = multitask.train(way, replace(TINY, steps=3, last=0), 0, lambda done, remark: None)
     assert isinstance(trained.inner, SGD)
     assert isinstance(trained.inner.lr, dict)
     assert any((rates != 1e-3).any() for rates in trained.inner.lr.values())
 
 
 def test_training_repeats_and_can_be_stopped() -> None:
-    size = replace(TINY, steps=2, last=1)
+    size = replace(TINY, steps=2, last=0)
     once, again = (multitask.train(WAYS[-1], size, 3, lambda done, remark: None) for _ in range(2))
     for one, two in zip(once.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, two)

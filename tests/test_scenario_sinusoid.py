@@ -112,7 +112,13 @@ def test_training_repeats_and_can_be_stopped() -> None:
     assert once.losses == again.losses
     for one, other in zip(once.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert not torch.equal(once.before.encoder[0].weight, once.model.encoder[0].weight)
+    assert once.steps == 2
+    last = [
+        sinusoid.train(each, size, 3, lambda done, remark: None, once.model) for each in (IN_CONTEXT, ADAPTED)
+    ]
+    assert [one.steps for one in last] == [2, 2]
+    assert not torch.equal(last[0].model.encoder[0].weight, once.model.encoder[0].weight)
+    assert not torch.equal(last[0].model.encoder[0].weight, last[1].model.encoder[0].weight)
 
     def interrupt(done: float, remark: str) -> None:
         raise KeyboardInterrupt
