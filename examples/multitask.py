@@ -153,6 +153,7 @@ WAYS = (
     Way("MAML, in context", True, ALL, 1, TRUTH),
 )
 IN_CONTEXT = WAYS[3]
+BEFORE = "in context, before"  # what all those with a context start their last steps from
 
 
 @dataclass
@@ -310,23 +311,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained: dict[str, Trained] = {}
     found: dict[str, dict[str, list[float]]] = {}
     seconds: dict[str, float] = {}
+    stages = [(way.name, way) for way in WAYS]
+    stages.insert(WAYS.index(IN_CONTEXT), (BEFORE, IN_CONTEXT))
     with common.progress("families") as report:
-        trunk: Trained | None = None  # of those with a context
-        for place, way in enumerate(WAYS):
+        for place, (name, way) in enumerate(stages):
 
             def part(done: float, remark: str, place: int = place) -> None:
-                report((place + done) / len(WAYS), remark)
+                report((place + done) / len(stages), remark)
 
             begun = time.process_time()
-            if way is IN_CONTEXT:
-                trunk = train(way, size, options.seed, part)
-            trained[way.name] = train(
-                way, size, options.seed, part, trunk.model if trunk and way.context else None
-            )
-            found[way.name] = judge(way, trained[way.name], size, options.seed)
-            seconds[way.name] = time.process_time() - begun
-    assert trunk is not None
-    done = {way.name: trained[way.name].steps + (trunk.steps if way.context else 0) for way in WAYS}
+            before = trained[BEFORE].model if BEFORE in trained else None
+            trained[name] = train(way, size, options.seed, part, before)
+            if name != BEFORE:
+                found[name] = judge(way, trained[name], size, options.seed)
+            seconds[name] = time.process_time() - begun
+    done = {way.name: trained[way.name].steps + way.context * trained[BEFORE].steps for way in WAYS}
     stopped = [f"{name} after {steps}" for name, steps in done.items() if steps < size.steps]
     differs = "families, ranges and network of our own."
     if options.form != "full":

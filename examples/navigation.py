@@ -382,7 +382,7 @@ def draw(results: Results) -> Any:
     number = range(details["size"]["steps"] + 1)
     for name, colour in COLOURS.items():
         rows = [next(row for row in results.rows if row.quantity == quantity(name, step)) for step in number]
-        lost, errors = [-row.ours for row in rows], [row.error for row in rows]
+        lost, errors = [-row.ours for row in rows], [row.error or 0.0 for row in rows]
         panels[0].errorbar(number, lost, yerr=errors, color=colour, marker="o", capsize=3, lw=2, label=name)
     panels[0].axhline(-results.rows[-1].ours, color=TRUTH, ls=":", lw=1.8, label="straight to the goal")
     panels[0].xaxis.get_major_locator().set_params(integer=True)

@@ -149,6 +149,7 @@ ADAPTED = Learner("attention, in context and Meta-SGD", True, 1, (1,), THIRD)
 MAML = Learner("MLP, MAML", False, 1, (1, 5, 10), THEIRS, ("0.67", "0.38", "0.35"))
 PRETRAINED = Learner("MLP, pretrained", False, 0, (1, 5, 10), PALE, ("2.41", "2.23", "2.19"))
 LEARNERS = (MAML, PRETRAINED, IN_CONTEXT, ADAPTED)
+BEFORE = "attention, before"  # what both that attend start their last steps from
 
 
 def draw_tasks(tasks: int, shots: int, generator: torch.Generator) -> tuple[Samples, Samples]:
@@ -168,8 +169,10 @@ def train(learner: Learner, size: Size, seed: int, report: Report, start: nn.Mod
     """From the start, or the last steps from a model that has done the others; Ctrl-C ends it early."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed if start is None else seed + 1)
-    fresh = ContextLearner(size.width, size.layers) if learner.attends else network()
-    model = fresh if start is None else copy.deepcopy(start)
+    if start is not None:
+        model = copy.deepcopy(start)
+    else:
+        model = ContextLearner(size.width, size.layers) if learner.attends else network()
     params = dict(model.named_parameters())
     steps = size.last if start is not None else size.steps - size.last if learner.attends else size.steps
     rates = MetaSGD(params, lr=1e-3) if learner is ADAPTED else None
@@ -340,20 +343,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = SIZES[options.form]
     trained: dict[str, Trained] = {}
     seconds: dict[str, float] = {}
+    stages = [(learner.name, learner) for learner in LEARNERS]
+    stages.insert(LEARNERS.index(IN_CONTEXT), (BEFORE, IN_CONTEXT))
     with common.progress("sinusoids") as report:
-        trunk: Trained | None = None  # of both that attend
-        for place, learner in enumerate(LEARNERS):
+        for place, (name, learner) in enumerate(stages):
 
             def part(done: float, remark: str, place: int = place) -> None:
-                report((place + done) / len(LEARNERS), remark)
+                report((place + done) / len(stages), remark)
 
             begun = time.process_time()
-            if learner is IN_CONTEXT:
-                trunk = train(learner, size, options.seed, part)
-            trained[learner.name] = train(
-                learner, size, options.seed, part, trunk.model if trunk and learner.attends else None
-            )
-            seconds[learner.name] = time.process_time() - begun
+            before = trained[BEFORE].model if BEFORE in trained else None
+            trained[name] = train(learner, size, options.seed, part, before)
+            seconds[name] = time.process_time() - begun
     found: dict[str, dict[int, Tensor]] = {learner.name: {} for learner in LEARNERS}
     for shots in SHOTS:
         generator = torch.Generator().manual_seed(options.seed + 10**6 + shots)
@@ -367,8 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "short": f"{size.steps} steps of the outer optimizer in place of 70,000.",
         "tiny": "everything is smaller.",
     }[options.form]
-    assert trunk is not None
-    done = {each.name: trained[each.name].steps + (trunk.steps if each.attends else 0) for each in LEARNERS}
+    done = {each.name: trained[each.name].steps + each.attends * trained[BEFORE].steps for each in LEARNERS}
     stopped = [f"{name} after {steps}" for name, steps in done.items() if steps < size.steps]
     if stopped:
         differs = f"{differs} Stopped early: {', '.join(stopped)} steps.".strip()
@@ -396,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for name, of_shots in found.items()
             },
             "CPU seconds": seconds,
-            "losses": {name: one.losses for name, one in (*trained.items(), ("attention, before", trunk))},
+            "losses": {name: one.losses for name, one in trained.items()},
             "examples": examples(trained, options.seed),
         },
     )

@@ -304,7 +304,7 @@ def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> T
         raise ValueError(f"{name}: expected shape [sequences + 1], got {list(cu.shape)}")
     if total >= 2**31:
         raise ValueError(f"{name}: expected fewer than 2**31 packed rows, got {total}")
-    if _readable(cu) and not _checked.holds(cu, total, longest):
+    if readable(cu) and not _checked.holds(cu, total, longest):
         ends = cu.tolist()
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(f"{name}: expected to go from 0 to {total}, got {ends[0]} to {ends[-1]}")
@@ -345,7 +345,7 @@ class _Checked:
 _checked = _Checked(("cuda",))
 
 
-def _readable(t: Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """Whether the values can be read in Python: not of fake, traced, meta and functorch-wrapped tensors.
 
     Nor while a CUDA graph is captured: reading waits for the device. The call that warmed it up was checked.

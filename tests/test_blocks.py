@@ -222,8 +222,56 @@ def test_layer_norm_in_few_bits() -> None:
     torch.testing.assert_close(ours(x).double(), wide, rtol=2**-8, atol=1e-5)
     for wrong in (x[:, 1:], x.int(), x.double()):
         for norm in (ours, nn.LayerNorm(256, dtype=torch.bfloat16)):
-            with pytest.raises(RuntimeError):
+            with pytest.raises((RuntimeError, TypeError)):
                 norm(wrong)
+
+
+def test_layer_norm_wherever_torchs_goes() -> None:
+    """Traced, compiled, batched, dual, without gradients, in mixed dtypes: torch's numbers and layout."""
+    ours, theirs = LayerNorm(6), nn.LayerNorm(6)
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 6, 3).transpose(1, 2)
+    expected = theirs(x)
+
+    def dual(norm: nn.Module) -> Tensor:
+        return jvp(norm, (x,), (x.sin(),))[1]
+
+    with torch.no_grad():
+        assert torch.equal(ours(x), expected)
+    ways = {
+        "gradients": ours,
+        "fx": torch.fx.symbolic_trace(nn.Sequential(ours)),
+        "compile": torch.compile(ours, backend="aot_eager", fullgraph=True),
+        "trace": torch.jit.trace(ours, (x,)),  # type: ignore[no-untyped-call]
+        "vmap": vmap(ours),
+    }
+    for name, way in ways.items():
+        output = way(x)
+        torch.testing.assert_close(output, expected, msg=name)
+        assert output.is_contiguous() == expected.is_contiguous(), name
+    torch.testing.assert_close(dual(ours), dual(theirs))
+    with torch.autograd.forward_ad.dual_level():
+        rate = torch.autograd.forward_ad.unpack_dual(
+            ours(torch.autograd.forward_ad.make_dual(x, x.sin()))
+        ).tangent
+    torch.testing.assert_close(rate, dual(theirs))
+    assert ours(x.bfloat16()).dtype == theirs(x.bfloat16()).dtype == torch.bfloat16
+    gradients = [
+        torch.autograd.grad(norm(x.bfloat16()).float().sin().sum(), norm.weight) for norm in (ours, theirs)
+    ]
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2)
+    nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged)
+    torch.testing.assert_close(ours(nested).values(), theirs(nested).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x.bfloat16()).dtype == theirs(x.bfloat16()).dtype
+    rejected = [(x[..., 1:], ValueError), (x.int(), TypeError), (x.double(), TypeError)]
+    for wrong, error in rejected:  # the same where torch's is not asked
+        with pytest.raises(error):
+            vmap(ours)(wrong)
+    ours.weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"weight: expected shape \[6\], got \[1\]"):
+        vmap(ours)(x)
 
 
 @pytest.mark.parametrize("kind", SETS)

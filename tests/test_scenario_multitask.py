@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import multitask
 from multitask import FAMILIES, SHOTS, SIZES, WAYS, ContextLearner, Family, Way
 
+from metattn.cli.tasks import Samples
 from metattn.meta import SGD
 
 TINY = SIZES["tiny"]
@@ -97,14 +98,23 @@ def test_only_those_with_a_context_or_steps_see_the_support() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_all_have_the_same_number_of_steps(way: Way) -> None:
+def test_all_have_the_same_number_of_steps(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in context share the first ones, and do the last on functions that these have not seen."""
     size = replace(TINY, steps=3, last=1)
+    batches = []
+
+    def spy(tasks: int, source: torch.Generator) -> tuple[Samples, Samples]:
+        batches.append(drawn := mixed(tasks, source))
+        return drawn
+
+    mixed = multitask.mixed
+    monkeypatch.setattr(multitask, "mixed", spy)
     first = multitask.train(way, size, 0, lambda done, remark: None)
     assert first.steps == (2 if way.context else 3)
     if way.context:
         last = multitask.train(way, size, 0, lambda done, remark: None, first.model)
         assert last.steps == 1
+        assert not any(torch.equal(batches[2][0][0], support[0]) for support, _ in batches[:2])
         assert any(
             not torch.equal(a, b)
             for a, b in zip(last.model.parameters(), first.model.parameters(), strict=True)

@@ -534,7 +534,7 @@ def test_a_description_can_be_written_to(write: Callable[..., object], inference
         o, _ = attend(Layer(is_causal=False), q, k, v, found)
         torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, expected), rtol=1e-12, atol=1e-12)
         untouched = masking_utils.eager_mask(2, 6, 6, attention_mask=keep, dtype=torch.float64)
-        assert before.numbers is None
+        assert not masks.is_changed(before)
         assert torch.equal(before.dense(), untouched)
 
 
@@ -553,11 +553,57 @@ def test_what_was_written_to_a_description_has_gradients() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_descriptions_in_compiled_code(backend: str) -> None:
+    """They may be looked at there, and written to before and between calls, but not within."""
+    q, k, v = (torch.randn(2, 2, 6, 4) for _ in range(3))
+
+    def looks(q: Tensor, its: Tensor) -> Tensor:
+        return attend(Layer(is_causal=False), q, k, v, its)[0] + 0 * its[:, 0].clamp(min=-1).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(looks, backend=backend, fullgraph=True)
+    found = mask(2, 6, 6)
+    assert found is not None
+    for step in range(3):
+        torch.testing.assert_close(compiled(q, found), looks(q, found))
+        found[..., step] = -3.0
+    torch.testing.assert_close(compiled(q, mask(2, 6, 6)), looks(q, mask(2, 6, 6)))
+    for write in (lambda its: its.mul_(2), lambda its: its.__setitem__((..., 0), -1.0)):
+        with pytest.raises(Exception, match="a BandMask cannot be written to in compiled code"):
+            torch.compile(write, backend=backend, fullgraph=True)(mask(2, 6, 6))
+
+
+def test_a_description_that_was_made_in_inference_mode_or_before() -> None:
+    """Reading it there leaves no inference tensor behind."""
+    found = mask(2, 6, 6)
+    assert isinstance(found, BandMask)
+    with torch.inference_mode():
+        assert found[0, 0].shape == (6, 6)
+    found[0, 0, 5] = -1.0
+    assert found[0, 0, 5].eq(-1).all()
+
+
+def test_forward_mode_of_what_was_written_to_a_description() -> None:
+    from torch.autograd import forward_ad
+
+    q, k, v, x = (torch.randn(2, h, 6, d, dtype=torch.float64) for h, d in ((2, 4), (2, 4), (2, 4), (1, 6)))
+    tangents = []
+    for its in (mask(2, 6, 6, dtype=torch.float64), masking_utils.eager_mask(2, 6, 6, dtype=torch.float64)):
+        assert its is not None
+        with forward_ad.dual_level():
+            # no other values than those that stood there
+            its[:, :, :, 0] = forward_ad.make_dual(torch.zeros(2, 1, 6, dtype=torch.float64), x[..., 0])
+            tangents.append(forward_ad.unpack_dual(attend(Layer(is_causal=False), q, k, v, its)[0]).tangent)
+    assert tangents[1].abs().max() > 0
+    torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
+
+
 def test_a_description_that_was_looked_at_is_still_one() -> None:
     found = mask(2, 6, 6)
     assert isinstance(found, BandMask)
     assert found[0, 0].shape == (6, 6)
-    assert found.numbers is None
+    assert not masks.is_changed(found)
     assert repr(found) == "BandMask([2, 1, 6, 6], None ≤ j − i ≤ 0, padded=False)"
     with pytest.raises(RuntimeError, match="cannot change its shape in place"):
         found.squeeze_(1)

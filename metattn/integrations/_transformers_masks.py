@@ -17,9 +17,12 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils.import_utils import is_tracing
+
+from metattn.problem import readable
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]  # (batch, head, query, key) indices to "may attend"
 
@@ -157,7 +160,8 @@ class BandMask(Tensor):
     Query i sees key j if low ≤ j − i ≤ high (None: no limit), keys[:, j], and, where a row holds several
     sequences, i and j are of one; or if entries say so. metattn sees that. Anything else sees a tensor of
     zeros and lowest numbers, as models expect it: operations on it take all N×M, and give ordinary tensors.
-    What is written to it or to a view of it stays, as all its entries do from the first such operation on.
+    What is written to it or to a view of it stays, as all its entries do from the first such operation on;
+    but compiled code may not write to it.
     """
 
     keys: Tensor  # bool [1 or B, M]
@@ -194,20 +198,19 @@ class BandMask(Tensor):
         starts: Tensor | None = None,
         longest: int = 0,
         entries: Tensor | None = None,
-        numbers: Tensor | None = None,
+        filled: Tensor | None = None,
     ) -> None:
         self.keys, self.low, self.high, self.padded = keys, low, high, padded
         self.sequences, self.starts, self.longest, self.entries = sequences, starts, longest, entries
-        self.written = [] if numbers is None else [numbers]
+        self.written = [] if filled is None else [filled]
 
     @property
-    def numbers(self) -> Tensor | None:
-        """The numbers [B, 1, N, M] of a mask that was written to."""
-        if not self.written:
-            return None
-        values = self.written[0]
-        same = type(values) is Tensor and readable(values) and torch.equal(values, self._described())
-        return None if same else values
+    def filled(self) -> Tensor | None:
+        return self.written[0] if self.written else None
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _refuse_in_compiled_code("__setitem__")  # which writes to a view, where nothing shows it any more
+        super().__setitem__(index, value)
 
     def alive(self) -> Tensor:
         """bool [B, 1, N, M], True = attends."""
@@ -237,7 +240,7 @@ class BandMask(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         said = f"{self.low} ≤ j − i ≤ {self.high}" if self.entries is None else "entries"
-        if self.numbers is not None:
+        if is_changed(self):
             return f"BandMask({list(self.shape)}, numbers)"
         several = "" if self.starts is None else f", {self.starts.numel() - 1} sequences"
         return f"BandMask({list(self.shape)}, {said}, padded={self.padded}{several})"
@@ -261,16 +264,31 @@ class BandMask(Tensor):
         in_parts = func.decompose(*args, **kwargs)  # .to(), .contiguous() and such arrive in inference mode
         if in_parts is not NotImplemented:
             return in_parts
-        masks = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, BandMask)]
-        if any(argument.alias_info is not None for argument in func._schema.arguments):
-            if torch.Tag.inplace_view in func.tags:
-                raise RuntimeError(f"{func.__name__}: a BandMask cannot change its shape in place")
+        written = []
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None:
+                continue
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            masks = [leaf for leaf in tree_leaves(given) if isinstance(leaf, BandMask)]
+            if masks and argument.alias_info.is_write:
+                _refuse_in_compiled_code(str(func))
+                if torch.Tag.inplace_view in func.tags:
+                    raise RuntimeError(f"{func}: a BandMask cannot change its shape in place")
+                written += masks
             for mask in masks:
-                mask.written[:] = [mask.dense()]
-        result = func(
-            *tree_map_only(BandMask, BandMask.dense, args), **tree_map_only(BandMask, BandMask.dense, kwargs)
-        )
-        return next((mask for mask in masks if mask.written and mask.written[0] is result), result)
+                mask._fill()
+        dense = tree_map_only(BandMask, BandMask.dense, (args, kwargs))
+        result = func(*dense[0], **dense[1])
+        return next((mask for mask in written if mask.filled is result), result)
+
+    def _fill(self) -> None:
+        """From here on, what is written to the entries or to views of them is not lost."""
+        if self.written or torch.compiler.is_compiling():
+            return
+        with torch.inference_mode(self.is_inference()):
+            dense = self._described()
+        if type(dense) is Tensor:
+            self.written.append(dense)
 
     def _alias(self) -> BandMask:
         """Another name of the same mask."""
@@ -285,15 +303,17 @@ class BandMask(Tensor):
         """A mask of its own."""
         names, context = self.__tensor_flatten__()
         inner = {name: getattr(self, name).to(device) for name in names}
-        if "numbers" in inner:
-            inner["numbers"] = inner["numbers"].to(dtype, copy=True)
+        if not is_changed(self):
+            inner.pop("filled", None)
+        if "filled" in inner:
+            inner["filled"] = inner["filled"].to(dtype, copy=True)
         context = tuple({**dict(context), "dtype": dtype}.items())
         return self.__tensor_unflatten__(inner, context, self.shape, None)
 
     # What torch.compile takes apart when a mask was made outside of what it compiles.
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[str, Any], ...]]:
-        tensors = ("keys", "sequences", "starts", "entries", "numbers")
+        tensors = ("keys", "sequences", "starts", "entries", "filled")
         numbers = ("dtype", "low", "high", "padded", "longest")
         present = [name for name in tensors if getattr(self, name) is not None]
         return present, tuple((name, getattr(self, name)) for name in numbers)
@@ -304,6 +324,23 @@ class BandMask(Tensor):
     ) -> BandMask:
         everything: dict[str, Any] = {"shape": tuple(size), **inner, **dict(context)}
         return BandMask(**everything)
+
+
+def _refuse_in_compiled_code(name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: a BandMask cannot be written to in compiled code; make a mask of it + 0")
+
+
+def is_changed(mask: BandMask) -> bool:
+    """Whether the description may not be true any more, or its numbers have derivatives."""
+    if mask.requires_grad:
+        return True
+    if mask.filled is None:
+        return False
+    if torch.compiler.is_compiling() or not readable(mask.filled):
+        return True
+    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(mask).tangent is not None
+    return tangent or not torch.equal(mask.filled, mask._described())
 
 
 def describe(
@@ -355,15 +392,6 @@ def describe(
         sequences=sequences,
         starts=starts,
         longest=longest,
-    )
-
-
-def readable(t: Tensor) -> bool:
-    """Whether Python may look at the values."""
-    return (
-        not torch.compiler.is_compiling()
-        and t.device.type != "meta"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
 
 

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from metattn.functional import attention, varlen_attention
 from metattn.integrations import _transformers_masks as masks
-from metattn.integrations._transformers_masks import BandMask, mask
+from metattn.integrations._transformers_masks import BandMask, is_changed, mask
+from metattn.problem import readable
 
 NAME = "metattn"
 
@@ -102,9 +103,7 @@ def attend(
         "dropout_p": float(dropout) if module.training else 0.0,
     }
     n, m = query.shape[2], key.shape[2]
-    if isinstance(attention_mask, BandMask) and (
-        attention_mask.requires_grad or attention_mask.numbers is not None
-    ):
+    if isinstance(attention_mask, BandMask) and is_changed(attention_mask):
         attention_mask = attention_mask + 0  # an ordinary tensor, in the graph of what was written to it
     if indices is not None:
         chosen = torch.zeros(batch, 1, n, m, dtype=torch.bool, device=query.device)
@@ -159,7 +158,12 @@ def _check(
             raise TypeError(f"indices: expected a Tensor of integers, got {came}")
         if indices.shape[:-1] != (batch, n):
             raise ValueError(f"indices: expected shape [{batch}, {n}, any], got {list(indices.shape)}")
-        if masks.readable(indices) and indices.numel() and not 0 <= indices.min() <= indices.max() < m:
+        if (
+            indices.device.type == "cpu"
+            and readable(indices)
+            and indices.numel()
+            and not 0 <= indices.min() <= indices.max() < m
+        ):
             low, high = int(indices.min()), int(indices.max())
             raise ValueError(f"indices: expected keys from 0 to {m - 1}, got {low} to {high}")
     if attention_mask is None:

@@ -21,6 +21,7 @@ from torch.nn.functional import (
 from torch.overrides import TorchFunctionMode
 
 from metattn.nn.norm import affine, standardized
+from metattn.nn.norm import layer_norm as exact_layer_norm
 
 
 class ExactDerivatives(TorchFunctionMode):
@@ -28,7 +29,7 @@ class ExactDerivatives(TorchFunctionMode):
 
     * layer_norm, batch_norm, instance_norm: torch's backward takes the saved mean and variance for constants:
       under vmap with a weight for every task their second derivative is silently wrong
-      (pytorch/functorch#534), the third is everywhere.
+      (pytorch/functorch#534), the third everywhere.
     * mse_loss, huber_loss, soft_margin_loss: forward mode over their backward raises.
     """
 
@@ -48,7 +49,9 @@ class ExactDerivatives(TorchFunctionMode):
                 f"{func.__name__}: its higher derivatives are wrong under vmap; call torch.nn.functional's "
                 f"{func.__name__.removeprefix('native_')} in an inner loop"
             )
-        if func in (layer_norm, batch_norm, instance_norm):
+        if func is layer_norm:
+            return exact_layer_norm(*args, **(kwargs or {}))
+        if func in (batch_norm, instance_norm):
             return _normalised(func, args, kwargs or {})
         if func in _LOSSES:
             return _reduced(func, args, kwargs or {})
@@ -68,26 +71,21 @@ _NAMED_OTHERWISE: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, 
 
 
 def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """batch_norm or instance_norm."""
     options = _bound(func, args, kwargs)
-    weight, bias = options.pop("weight"), options.pop("bias")
-    by_batch = func is layer_norm or options.get("training") or options.get("use_input_stats")
-    if by_batch and func is not layer_norm:
-        options.update(running_mean=None, running_var=None)  # to be written to, in a buffer that is a copy
-    if func is layer_norm:
-        dims = tuple(range(-len(options["normalized_shape"]), 0))
-    else:
-        rest = range(2, options["input"].dim())
-        dims = (0, *rest) if func is batch_norm else tuple(rest)
+    by_batch = options.get("training") or options.get("use_input_stats")
     if by_batch:
-        with torch.no_grad():  # its refusals and its dtype
-            dtype = func(**options).dtype
-        output = standardized(options["input"], dims, options["eps"])
+        options.update(running_mean=None, running_var=None)  # to be written to, in a buffer that is a copy
+    with torch.no_grad():  # its refusals and its dtype
+        dtype = func(**options).dtype
+    x, weight, bias = (options.pop(name) for name in ("input", "weight", "bias"))
+    rest = range(2, x.dim())
+    if by_batch:
+        output = standardized(x, (0, *rest) if func is batch_norm else tuple(rest), options["eps"])
     else:
-        output = func(**options)
-        dtype = output.dtype
-    channels = (-1,) + (1,) * (output.dim() - 2)  # dimension 1 of batch_norm and instance_norm
-    if func is not layer_norm:
-        weight, bias = (None if t is None else t.view(channels) for t in (weight, bias))
+        output = func(x, **options)
+    channels = (-1,) + (1,) * len(rest)
+    weight, bias = (None if t is None else t.view(channels) for t in (weight, bias))
     return affine(output, weight, bias).to(dtype)
 
 

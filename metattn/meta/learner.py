@@ -102,8 +102,10 @@ class AttentionMetaLearner(nn.Module):
         mask: bool [batch, points], True where there is a point (sets of several sizes, padded to one).
         context: [batch, context points, context_size], where the learner has a context_size; without any
             point the outputs are those of no knowledge. context_mask: bool [batch, context points].
+        Where a mask is False x or the context is taken for 0.
         Errors: ValueError for an x or a context that is not 3-D (the message for a 2-D one says why it cannot
-        work), and for a context that is missing or not expected.
+        work) or has other features, for masks that do not fit, and for a context that is missing or not
+        expected; TypeError for one that is no Tensor, and for a mask that is not bool.
         """
         hidden = self.encoder(masked_set(x, mask, "x", self.input_size))
         if self.context_encoder is None:

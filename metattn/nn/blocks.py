@@ -47,7 +47,9 @@ class MAB(nn.Module):
         that is not bool.
         """
         require_set(x, "x", self.attention.embed_dim)
-        y = masked_set(y, mask, "y", self.attention.embed_dim)
+        return self._mixed(x, masked_set(y, mask, "y", self.attention.embed_dim), mask)
+
+    def _mixed(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         mixed = self.attention(x, y, y, key_padding_mask=_padding(mask), need_weights=False)[0]
         hidden = self.attention_norm(x + mixed)
         output: Tensor = self.feed_forward_norm(hidden + self.feed_forward(hidden))
@@ -61,9 +63,9 @@ class SAB(MAB):
     """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x [batch, n, dim] → the same; mask: bool [batch, n], True where there is a point."""
+        """x [batch, n, dim] → the same; mask: bool [batch, n], True where there is a point; else x is 0."""
         x = masked_set(x, mask, "x", self.attention.embed_dim)
-        return super().forward(x, x, mask)
+        return self._mixed(x, x, mask)
 
 
 class ISAB(nn.Module):
@@ -90,7 +92,7 @@ class ISAB(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [batch, n, dim] → the same; mask: bool [batch, n], True where there is a point."""
+        """x [batch, n, dim] → the same; mask: bool [batch, n], True where there is a point; else x is 0."""
         x = masked_set(x, mask, "x", self.inducing.shape[-1])
         summary = self.inducing_block(self.inducing.expand(x.shape[0], -1, -1), x, mask)
         output: Tensor = self.point_block(x, summary)
@@ -206,8 +208,8 @@ class CausalBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [batch, positions, dim] → the same, twice differentiable.
 
-        mask: bool [batch, positions], True where there is a position to be seen; one that sees none, as in
-        front of a sequence that is padded there, takes in a projection's bias alone.
+        mask: bool [batch, positions], True where there is a position; elsewhere x is taken for 0. One that
+        sees none, as in front of a sequence that is padded there, takes in a projection's bias alone.
         Errors: ValueError for an x that is not 3-D, or a mask that does not fit; TypeError for a mask that is
         not bool.
         """
