@@ -1,4 +1,4 @@
-"""Layer normalization whose derivatives are right to any order."""
+"""Layer normalisation whose derivatives are right to any order."""
 
 from __future__ import annotations
 
