@@ -53,7 +53,8 @@ def page(folder: Path = KEPT) -> str:
         versions = results["machine"]["versions"]
         parts.append(
             f"`python examples/{name}.py{option}`: {results['seconds']:.0f} s on {results['threads']} "
-            f"thread{'' if results['threads'] == 1 else 's'} ({results['processor_seconds']:.0f} s of processors), torch {versions['torch']}, "
+            f"thread{'' if results['threads'] == 1 else 's'} "
+            f"({results['processor_seconds']:.0f} s of processors), torch {versions['torch']}, "
             f"seed {results['seed']}. {results['protocol']}\n"
         )
         if results["differs"]:
