@@ -606,6 +606,15 @@ def test_forward_mode_of_what_was_written_to_a_description() -> None:
     torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
 
 
+def test_a_description_is_none_of_the_callers_tensors() -> None:
+    keep = padding("right", 6).bool()
+    found = mask(2, 6, 6, attention_mask=keep)
+    assert found is not None
+    before = found + 0
+    keep[:] = True
+    assert torch.equal(found + 0, before)
+
+
 def test_a_description_that_was_looked_at_is_still_one() -> None:
     found = mask(2, 6, 6)
     assert isinstance(found, BandMask)

@@ -453,7 +453,7 @@ def mask(
     pattern = read(mask_function)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
-        padding = padding[:, kv_offset : kv_offset + kv_length].to(device, torch.bool)
+        padding = padding[:, kv_offset : kv_offset + kv_length].to(device, torch.bool, copy=True)
     found, shape = None, (batch_size, 1, q_length, kv_length)
     if pattern is not None and (padding is None or padding.shape[0] == batch_size):
         found = describe(pattern, shape, int(q_offset), kv_offset, padding, device, dtype)
