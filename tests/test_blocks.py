@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from metattn.nn import ISAB, MAB, PMA, SAB, AttentionPooling, CausalBlock, CrossAttentionBlock, LayerNorm
+from metattn.nn.norm import layer_norm
 
 DIM, HEADS, BATCH, N, M = 8, 2, 2, 5, 4
 Weights = dict[str, Tensor]
@@ -210,6 +211,36 @@ def test_layer_norm(shape: tuple[int, ...], affine: bool) -> None:
         torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("way", ["itself", "exported", "traced", "compiled"])
+def test_layer_norm_to_third_order_in_programs(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), LayerNorm(5)).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    program: nn.Module = {
+        "itself": lambda: model,
+        "exported": lambda: torch.export.export(model, (x.detach(),)).module(),
+        "traced": lambda: torch.jit.trace(model, (x,)),  # type: ignore[no-untyped-call]
+        "compiled": lambda: torch.compile(model, backend="eager", fullgraph=True),
+    }[way]()
+    weights = dict(model.named_parameters())
+
+    def formula(x: Tensor) -> Tensor:
+        return norm(weights, "1", linear(weights, "0", x))
+
+    orders: list[list[Tensor]] = []
+    for run in (program, formula):
+        total = run(x).sin().sum()
+        orders.append([])
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+            orders[-1].append(gradient)
+            total = gradient.square().sum()
+    for values in zip(*orders, strict=True):
+        torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+
+
 def test_layer_norm_in_few_bits() -> None:
     """bfloat16 is rounded once, at the end; another shape or dtype is refused as by torch."""
     ours = LayerNorm(256, dtype=torch.bfloat16)
@@ -265,6 +296,8 @@ def test_layer_norm_wherever_torchs_goes() -> None:
     torch.testing.assert_close(ours(nested).values(), theirs(nested).values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ours(x.bfloat16()).dtype == theirs(x.bfloat16()).dtype
+    with pytest.raises(TypeError, match=r"bias: expected torch.float32 as weight, got torch.bfloat16"):
+        layer_norm(x.bfloat16(), (6,), ours.weight, ours.bias.bfloat16())
     rejected = [(x[..., 1:], ValueError), (x.int(), TypeError), (x.double(), TypeError)]
     for wrong, error in rejected:  # the same where torch's is not asked
         with pytest.raises(error):

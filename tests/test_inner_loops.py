@@ -1066,9 +1066,11 @@ def test_torchs_own_attention_with_its_formula_asked_for() -> None:
         torch.testing.assert_close(found[1][name], value)
 
 
-@pytest.mark.parametrize("norm", [torch.layer_norm, torch.batch_norm, torch.instance_norm])
-def test_norms_by_torchs_own_names(norm: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("of", [torch, torch.ops.aten], ids=["torch", "aten"])
+@pytest.mark.parametrize("name", ["layer_norm", "batch_norm", "instance_norm"])
+def test_norms_by_torchs_own_names(name: str, of: Any) -> None:
     """Under vmap with weights of every task, against one task after the other."""
+    norm = getattr(of, name)
 
     class Normed(nn.Module):
         def __init__(self) -> None:
@@ -1077,7 +1079,7 @@ def test_norms_by_torchs_own_names(norm: Callable[..., Tensor]) -> None:
             self.bias = nn.Parameter(torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64))
 
         def forward(self, x: Tensor) -> Tensor:
-            if norm is torch.layer_norm:
+            if name == "layer_norm":
                 return norm(x, (3,), self.weight, self.bias, 1e-5, False)
             return norm(x.mT, self.weight, self.bias, None, None, True, 0.1, 1e-5, False).mT
 
@@ -1095,7 +1097,32 @@ def test_norms_by_torchs_own_names(norm: Callable[..., Tensor]) -> None:
     found = maml_loss(model, params, mse_loss, support, query, **options)
     agree(gradient_of(found, params), gradient_of(expected, params))
     with ExactDerivatives(), pytest.raises(NotImplementedError, match="native_layer_norm: its higher"):
-        torch.native_layer_norm(support[0], (3,), None, None, 1e-5)
+        of.native_layer_norm(support[0], (3,), None, None, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, metattn.nn.LayerNorm])
+def test_norms_of_an_exported_program(kind: type[nn.LayerNorm]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), kind(3)).double()
+    generator = torch.Generator().manual_seed(2)
+    support, query = (
+        tuple(torch.randn(TASKS, 5, 3, generator=generator, dtype=torch.float64) for _ in "xy")
+        for _ in range(2)
+    )
+    program = torch.export.export(model, (support[0][0],)).module()
+    losses = []
+    for each in (model, program):
+        params = dict(each.named_parameters())
+        loss = maml_loss(each, params, mse_loss, support, query, optimizer=SGD(0.5), steps=2)
+        losses.append((loss, *gradient_of(loss, params).values()))
+    unrolled_losses = [
+        unrolled(model, of_task(support, i), of_task(query, i), plain_sgd(0.5), 2) for i in range(TASKS)
+    ]
+    expected = torch.stack(unrolled_losses).mean()
+    expected_gradient = gradient_of(expected, dict(model.named_parameters())).values()
+    for found in losses:
+        for values in zip(found, (expected, *expected_gradient), strict=True):
+            torch.testing.assert_close(*values, rtol=1e-9, atol=1e-10)
 
 
 def test_forward_mode_says_where_it_is() -> None:

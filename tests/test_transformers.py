@@ -18,6 +18,7 @@ from helpers import check_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache, masking_utils
 
@@ -592,8 +593,6 @@ def test_a_description_that_was_made_in_inference_mode_or_before() -> None:
 
 
 def test_forward_mode_of_what_was_written_to_a_description() -> None:
-    from torch.autograd import forward_ad
-
     q, k, v, x = (torch.randn(2, h, 6, d, dtype=torch.float64) for h, d in ((2, 4), (2, 4), (2, 4), (1, 6)))
     tangents = []
     for its in (mask(2, 6, 6, dtype=torch.float64), masking_utils.eager_mask(2, 6, 6, dtype=torch.float64)):
@@ -602,8 +601,21 @@ def test_forward_mode_of_what_was_written_to_a_description() -> None:
             # no other values than those that stood there
             its[:, :, :, 0] = forward_ad.make_dual(torch.zeros(2, 1, 6, dtype=torch.float64), x[..., 0])
             tangents.append(forward_ad.unpack_dual(attend(Layer(is_causal=False), q, k, v, its)[0]).tangent)
+    with forward_ad.dual_level():  # the same of a mask that is dual itself, and of its copies
+        direction = torch.zeros(2, 1, 6, 6, dtype=torch.float64)
+        direction[..., 0] = x[..., 0]
+        for looked_at in (False, True):
+            found = mask(2, 6, 6, dtype=torch.float64)
+            assert isinstance(found, BandMask)
+            if looked_at:
+                assert found[0, 0, 0, 0] == 0
+            its = forward_ad.make_dual(found, direction)
+            for same in (its, its.clone(), its.to(torch.float64, copy=True)):
+                o = attend(Layer(is_causal=False), q, k, v, same)[0]
+                tangents.append(forward_ad.unpack_dual(o).tangent)
     assert tangents[1].abs().max() > 0
-    torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
+    for tangent in tangents:
+        torch.testing.assert_close(tangent, tangents[1], rtol=1e-12, atol=1e-12)
 
 
 def test_a_description_is_none_of_the_callers_tensors() -> None:

@@ -303,7 +303,7 @@ class BandMask(Tensor):
         """A mask of its own."""
         names, context = self.__tensor_flatten__()
         inner = {name: getattr(self, name).to(device) for name in names}
-        if not is_changed(self):
+        if not _has_other_values(self):
             inner.pop("filled", None)
         if "filled" in inner:
             inner["filled"] = inner["filled"].to(dtype, copy=True)
@@ -333,14 +333,17 @@ def _refuse_in_compiled_code(name: str) -> None:
 
 def is_changed(mask: BandMask) -> bool:
     """Whether the description may not be true any more, or its numbers have derivatives."""
-    if mask.requires_grad:
+    if mask.requires_grad or _has_other_values(mask):
         return True
+    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return dual and forward_ad.unpack_dual(mask).tangent is not None
+
+
+def _has_other_values(mask: BandMask) -> bool:
+    """In compiled code any that was written to or looked at."""
     if mask.filled is None:
         return False
-    if torch.compiler.is_compiling() or not readable(mask.filled):
-        return True
-    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(mask).tangent is not None
-    return tangent or not torch.equal(mask.filled, mask._described())
+    return not (readable(mask.filled) and torch.equal(mask.filled, mask._described()))
 
 
 def describe(

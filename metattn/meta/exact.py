@@ -44,10 +44,11 @@ class ExactDerivatives(TorchFunctionMode):
             named, places = _NAMED_OTHERWISE[func]
             given = dict(zip(places, args, strict=False)) | dict(kwargs or {})
             func, args, kwargs = named, (), {name: x for name, x in given.items() if "cudnn" not in name}
-        if func in (torch.native_layer_norm, torch.native_batch_norm):
+        if func in _REFUSED:
+            name = _REFUSED[func]
             raise NotImplementedError(
-                f"{func.__name__}: its higher derivatives are wrong under vmap; call torch.nn.functional's "
-                f"{func.__name__.removeprefix('native_')} in an inner loop"
+                f"{name}: its higher derivatives are wrong under vmap; call torch.nn.functional's "
+                f"{name.removeprefix('native_')} in an inner loop"
             )
         if func is layer_norm:
             return exact_layer_norm(*args, **(kwargs or {}))
@@ -59,14 +60,26 @@ class ExactDerivatives(TorchFunctionMode):
 
 
 _BY_CHANNEL = ("input", "weight", "bias", "running_mean", "running_var")
-# torch's own spellings, and what their arguments are called in torch.nn.functional
+
+
+def _spellings(name: str) -> tuple[Callable[..., Any], ...]:
+    """torch's own, and those of exported programs."""
+    packet = getattr(torch.ops.aten, name)
+    return getattr(torch, name), packet, packet.default
+
+
+# other spellings than torch.nn.functional's, and what their arguments are called there
 _NAMED_OTHERWISE: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
-    torch.layer_norm: (layer_norm, ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")),
-    torch.batch_norm: (batch_norm, (*_BY_CHANNEL, "training", "momentum", "eps", "cudnn_enabled")),
-    torch.instance_norm: (
-        instance_norm,
-        (*_BY_CHANNEL, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
-    ),
+    spelling: (named, places)
+    for named, places in (
+        (layer_norm, ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")),
+        (batch_norm, (*_BY_CHANNEL, "training", "momentum", "eps", "cudnn_enabled")),
+        (instance_norm, (*_BY_CHANNEL, "use_input_stats", "momentum", "eps", "cudnn_enabled")),
+    )
+    for spelling in _spellings(named.__name__)
+}
+_REFUSED = {
+    spelling: name for name in ("native_layer_norm", "native_batch_norm") for spelling in _spellings(name)
 }
 
 

@@ -19,7 +19,8 @@ class LayerNorm(nn.LayerNorm):
 
     torch's own is wrong, and says nothing, in its third derivative, and in its second where autograd goes
     back through a gradient that vmap took (pytorch/functorch#534). Forward and first backward are torch's
-    fused ones here too; what is differentiated further, or by torch.func, is made of elementary operations.
+    fused ones here too; what is differentiated further or by torch.func, compiled, exported or in several
+    dtypes is made of elementary operations.
     Arguments, parameters and state dict are torch's; torch.jit.script takes torch's class only.
     """
 
@@ -32,18 +33,19 @@ class LayerNorm(nn.LayerNorm):
             return leaf  # type: ignore[no-any-return]
         shape = tuple(self.normalized_shape)
         given = [t for t in (input, self.weight, self.bias) if t is not None]
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return layer_norm(input, shape, self.weight, self.bias, self.eps)
-        if (
-            torch.compiler.is_compiling()  # to first order
-            or torch._C._get_tracing_state() is not None  # torch.jit.trace
-            or input.is_nested
-            or not torch.is_grad_enabled()
-            or not any(t.requires_grad for t in given)
-        ):
+        if input.is_nested:
             return super().forward(input)
-        if any(t.dtype != input.dtype for t in given) or autocasts(input):
+        if (
+            torch.compiler.is_compiling()  # or exporting, for derivatives that are taken where it runs
+            or torch._C._get_tracing_state() is not None  # torch.jit.trace
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or any(t.dtype != input.dtype for t in given)
+            or autocasts(input)
+        ):
             return layer_norm(input, shape, self.weight, self.bias, self.eps)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+            return super().forward(input)
         normed: Tensor = Fused.apply(input, shape, self.weight, self.bias, self.eps)
         return normed
 
@@ -56,7 +58,8 @@ class Fused(Function):
         ctx: Any, x: Tensor, shape: Dims, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         output: Tensor
-        output, mean, scale = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+        with torch._C.DisableTorchFunction():  # metattn.meta's inner loops refuse it, made by others
+            output, mean, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.shape, ctx.eps = shape, eps
         return output
@@ -114,6 +117,8 @@ def layer_norm(
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
         if t is not None and t.dtype not in dtypes and not casts:
             raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
     normed = affine(standardized(input, tuple(range(-len(shape), 0)), eps), weight, bias)
     return normed.to(torch.float32 if casts else input.dtype).contiguous()
 
