@@ -335,8 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores, shown, seen = evaluate(models, size, options.seed)
     whole = SIZES["full"]
     differs = {
-        "full": f"gradients clipped at a norm of {NORM:g}, without which the set transformer diverged after "
-        "half of the steps; one run in place of five, with the interval over test sets.",
+        "full": f"gradients clipped at a norm of {NORM:g}, one run in place of five, with the interval over "
+        "test sets.",
         "short": f"width {size.width} in place of {whole.width}, {size.steps} steps in place of "
         f"{whole.steps:,}, of which the first 7 of 10 on sets of {size.early[0]} to {size.early[1]} points, "
         f"a rate of {size.rate:g} then {size.later:g} in place of {whole.rate:g} then {whole.later:g}, "

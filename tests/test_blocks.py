@@ -205,10 +205,19 @@ def test_layer_norm(shape: tuple[int, ...], affine: bool) -> None:
         for _ in range(3):
             gradients = torch.autograd.grad(total, leaves, create_graph=True)
             found += gradients
-            total = sum(g.square().sum() for g in gradients)  # type: ignore[assignment]
+            total = torch.stack([g.square().sum() for g in gradients]).sum()
         orders.append(found)
     for values in zip(*orders, strict=True):
         torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+
+
+def three_orders(run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """The gradient in x of a number, of the gradient's square, and of that one's."""
+    total, found = run(x).sin().sum(), []
+    for _ in range(3):
+        found += torch.autograd.grad(total, x, create_graph=True)
+        total = found[-1].square().sum()
+    return found
 
 
 @pytest.mark.parametrize("way", ["itself", "exported", "traced", "compiled"])
@@ -229,16 +238,17 @@ def test_layer_norm_to_third_order_in_programs(way: str) -> None:
     def formula(x: Tensor) -> Tensor:
         return norm(weights, "1", linear(weights, "0", x))
 
-    orders: list[list[Tensor]] = []
-    for run in (program, formula):
-        total = run(x).sin().sum()
-        orders.append([])
-        for _ in range(3):
-            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
-            orders[-1].append(gradient)
-            total = gradient.square().sum()
-    for values in zip(*orders, strict=True):
+    for values in zip(three_orders(program, x), three_orders(formula, x), strict=True):
         torch.testing.assert_close(*values, rtol=1e-8, atol=1e-9)
+
+
+def test_torchs_layer_norm_is_wrong_to_third_order() -> None:
+    """What ours is for: where this fails, torch has been mended."""
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    found, exact = (three_orders(norm, x) for norm in (nn.LayerNorm(5).double(), LayerNorm(5).double()))
+    for ours, theirs in zip(exact[:2], found[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert (found[2] - exact[2]).norm() > 0.01 * exact[2].norm()
 
 
 def test_layer_norm_in_few_bits() -> None:
@@ -327,7 +337,8 @@ def test_sets_of_several_sizes(kind: str, fill: float) -> None:
 
     def both_orders(output: Tensor) -> list[Tensor]:
         first = torch.autograd.grad(output[:, rows].sin().sum(), leaves, create_graph=True)
-        return [output[:, rows], *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]  # type: ignore[arg-type]
+        total = torch.stack([g.square().sum() for g in first]).sum()
+        return [output[:, rows], *first, *torch.autograd.grad(total, leaves)]
 
     found = both_orders(block(*others, last, mask))
     worse = both_orders(block(*others, last.masked_fill(~mask[..., None], fill), mask))

@@ -94,7 +94,7 @@ def _normalised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     x, weight, bias = (options.pop(name) for name in ("input", "weight", "bias"))
     rest = range(2, x.dim())
     if by_batch:
-        output = standardized(x, (0, *rest) if func is batch_norm else tuple(rest), options["eps"])
+        output, _ = standardized(x, (0, *rest) if func is batch_norm else tuple(rest), options["eps"])
     else:
         output = func(x, **options)
     channels = (-1,) + (1,) * len(rest)

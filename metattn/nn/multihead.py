@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own abbreviation)
 from metattn import backends
 from metattn.autodiff import attend
 from metattn.backends import reference
+from metattn.nn.traced import traced_call
 from metattn.problem import Options, dense, has_autocast
 
 
@@ -112,9 +113,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "is_causal": is_causal,
         }
         if isinstance(query, torch.fx.Proxy):  # a leaf of the graph, as torch.nn's modules are
-            path = query.tracer.path_of_module(self)
-            leaf: Any = query.tracer.create_proxy("call_module", path, (query, key, value), arguments)
-            return leaf  # type: ignore[no-any-return]
+            leaf: tuple[Tensor, Tensor | None] = traced_call(self, (query, key, value), arguments)
+            return leaf
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
+from metattn.nn.traced import traced_call
 from metattn.problem import has_autocast
 
 Dims = tuple[int, ...]
@@ -27,11 +28,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """[…, *normalized_shape] → the same. Errors: torch's, or ValueError and TypeError for them."""
         if isinstance(input, torch.fx.Proxy):  # a leaf of the graph, as torch's is
-            leaf: Any = input.tracer.create_proxy(
-                "call_module", input.tracer.path_of_module(self), (input,), {}
-            )
-            return leaf  # type: ignore[no-any-return]
-        shape = tuple(self.normalized_shape)
+            leaf: Tensor = traced_call(self, (input,), {})
+            return leaf
+        shape = self.normalized_shape
         given = [t for t in (input, self.weight, self.bias) if t is not None]
         if input.is_nested:
             return super().forward(input)
@@ -73,10 +72,9 @@ class Fused(Function):
                 gradient, x, ctx.shape, mean, scale, weight, bias, wanted
             )
             return dx, None, dw, db, None
-        wide, dims = widened(x), tuple(range(-len(ctx.shape), 0))
-        centred = wide - wide.mean(dims, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + ctx.eps)
-        normed, gradient = centred * scale, widened(gradient)
+        dims = tuple(range(-len(ctx.shape), 0))
+        normed, scale = standardized(x, dims, ctx.eps)
+        gradient = widened(gradient)
         others = tuple(range(x.dim() - len(ctx.shape)))
 
         def summed(t: Tensor) -> Tensor:
@@ -119,8 +117,8 @@ def layer_norm(
             raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
-    normed = affine(standardized(input, tuple(range(-len(shape), 0)), eps), weight, bias)
-    return normed.to(torch.float32 if casts else input.dtype).contiguous()
+    normed, _ = standardized(input, tuple(range(-len(shape), 0)), eps)
+    return affine(normed, weight, bias).to(torch.float32 if casts else input.dtype).contiguous()
 
 
 def autocasts(x: Tensor) -> bool:
@@ -138,12 +136,12 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def standardized(x: Tensor, dims: Dims, eps: float) -> Tensor:
-    """(x − mean) / √(variance + eps) over some dimensions, in float32 or float64."""
+def standardized(x: Tensor, dims: Dims, eps: float) -> tuple[Tensor, Tensor]:
+    """(x − mean)·scale over some dimensions and the scale, 1 / √(variance + eps), in float32 or float64."""
     x = widened(x)
     centred = x - x.mean(dims, keepdim=True)
-    variance = centred.square().mean(dims, keepdim=True)
-    return centred * torch.rsqrt(variance + eps)
+    scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    return centred * scale, scale
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
