@@ -139,7 +139,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def old_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A compiler that knows no vector instructions: a fourth of the work for those who look at something else."""
+    """A compiler without vector instructions: a fourth of the work, for tests of something else."""
     compiler = tmp_path_factory.mktemp("compiler") / "old-c++"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec c++ "$@"\n')
     compiler.chmod(0o755)
