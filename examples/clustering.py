@@ -334,13 +334,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training[name] = [(smooth * i, round(sum(part) / len(part), 4)) for i, part in enumerate(parts)]
     scores, shown, seen = evaluate(models, size, options.seed)
     whole = SIZES["full"]
+    always = (
+        f"gradients clipped at a norm of {NORM:g}, one run in place of five, with the interval over test "
+        "sets."
+    )
     differs = {
-        "full": f"gradients clipped at a norm of {NORM:g}, one run in place of five, with the interval over "
-        "test sets.",
+        "full": always,
         "short": f"width {size.width} in place of {whole.width}, {size.steps} steps in place of "
         f"{whole.steps:,}, of which the first 7 of 10 on sets of {size.early[0]} to {size.early[1]} points, "
         f"a rate of {size.rate:g} then {size.later:g} in place of {whole.rate:g} then {whole.later:g}, "
-        f"gradients clipped at a norm of {NORM:g}, one run in place of five, with the interval over sets.",
+        f"{always}",
         "tiny": "everything is smaller.",
     }[options.form]
     stopped = [f"{name} after {done}" for name, done in steps.items() if done < size.steps]
