@@ -27,6 +27,7 @@ using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using Results = std::tuple<Tensor, Tensor, Tensor>;  // o, lse, o_lo; or their tangents
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Both = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 #ifdef METATTN_ON_GPU
 thread_local int32_t gpu_of_call = 0;  // q's
@@ -318,12 +319,17 @@ int64_t set_bias_gradient(Call& call) {
   library.def("vjp_jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "    \
               "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor ot, Tensor lt, "              \
               "Tensor? ot_lo, int needs, *, bool tf32=False) -> "                                                      \
-              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)")
+              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)");                                         \
+  library.def("double_backward(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "          \
+              "Tensor? dlse, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, int needs, *, "        \
+              "bool tf32=False) -> "                                                                                   \
+              "(Tensor ot, Tensor lt, Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)")
 
 #define METATTN_IMPLEMENT_OPERATORS(library)       \
   library.impl("forward", TORCH_BOX(&forward));    \
   library.impl("vjp", TORCH_BOX(&vjp));            \
   library.impl("jvp", TORCH_BOX(&jvp));            \
-  library.impl("vjp_jvp", TORCH_BOX(&vjp_jvp))
+  library.impl("vjp_jvp", TORCH_BOX(&vjp_jvp));    \
+  library.impl("double_backward", TORCH_BOX(&double_backward))
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The operators metattn::{forward, vjp, jvp, vjp_jvp} on the CPU.
+// The operators metattn::{forward, vjp, jvp, vjp_jvp, double_backward} on the CPU.
 #include "call.h"
 
 #include <pthread.h>
@@ -124,11 +124,9 @@ Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, M
   return run_key_sweep(metattn::kVjpJvp, call, needs);
 }
 
-using Both = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // jvp and vjp_jvp at once. Where all keys are in one block, that is one sweep.
 Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
-                     Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, int64_t needs) {
+                     Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, int64_t needs, bool) {
   Call call = make_call(METATTN_PROBLEM_NAMES);
   set_first_order(call, o, lse, o_lo, d_o, d_lse);
   set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
@@ -143,14 +141,6 @@ Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(metattn, library) {
-  METATTN_DEFINE_OPERATORS(library);
-  library.def("double_backward(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "
-              "Tensor? dlse, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, int needs) -> "
-              "(Tensor ot, Tensor lt, Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)");
-}
+STABLE_TORCH_LIBRARY(metattn, library) { METATTN_DEFINE_OPERATORS(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) {
-  METATTN_IMPLEMENT_OPERATORS(library);
-  library.impl("double_backward", TORCH_BOX(&double_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from metattn.backends import cuda, operators
+from metattn.layout import MAPS
 from metattn.problem import Constants, Primals, Problem
 
 LIBRARY = Path(__file__).resolve().parents[1] / "build" / "libmetattn_emulated.so"
@@ -46,10 +47,10 @@ objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def install() -> None:
     """To be called before a backend is asked for."""
     torch.ops.load_library(LIBRARY)
-    operators.describe("metattn_emulated")
-    emulated = cuda.Operators("metattn_emulated")
-    for name in operators.MAPS:
-        setattr(cuda, name, getattr(emulated, name))
+    operators.describe("metattn_emulated", lambda q: "cuda")
+    cuda.OPERATORS = cuda.Operators("metattn_emulated")
+    for name in MAPS:
+        setattr(cuda, name, getattr(cuda.OPERATORS, name))
     cuda.library = library  # type: ignore[assignment]
     cuda.unsupported = unsupported
     cuda.unavailable_reason = lambda: None  # type: ignore[assignment]

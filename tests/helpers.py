@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metattn
-from metattn.backends import reference
+from metattn.backends import operators, reference
+from metattn.layout import MAPS, Given
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 FLOAT_DTYPES = {
@@ -325,3 +327,24 @@ def largest_difference(xs: Iterable[Tensor | None], ys: Iterable[Tensor | None])
             assert not difference.isnan().any()
             largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
     return largest
+
+
+class RecordedMaps(TorchDispatchMode):
+    """Which maps run within it as operators, in order, what they are given and which gradients they shall give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Given, Any]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.calls]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace.startswith("metattn"):
+            layout = MAPS[func._opname]
+            _, tensors, needs = operators.parsed(layout, "", args)
+            self.calls.append((layout.name, layout.split(tensors), needs))
+        return func(*args, **(kwargs or {}))

@@ -31,6 +31,7 @@ import metattn
 from metattn import autodiff
 from metattn.backends import available_backends, operators
 from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
+from metattn.layout import MAPS, Cotangents, Given
 from metattn.problem import Options, Primals, Problem, dense, packed
 from metattn.problem import Packing as Lengths
 
@@ -436,20 +437,18 @@ def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
         cu = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
         lengths = Lengths(*cu, max(lengths_q), max(lengths_k))
         problem, primals, constants = packed(x["q"], x["k"], x["v"], lengths, options)
-    shared = operators.flatten(problem, primals, constants)
-    moves = [None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals]
+    moves = Primals(*[None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals])
     results = module.forward(problem, primals, constants)
-    results_t = module.jvp(problem, primals, constants, results, Primals(*moves))
-    cotangents, needs = results[:2], sum(1 << i for i, primal in enumerate(primals) if primal is not None)
+    results_t = module.jvp(problem, primals, constants, results, moves)
+    needs = tuple(primal is not None for primal in primals)
+    given = Given(primals, constants, results, Cotangents(*results[:2]), moves, results_t)
     return {
-        "forward": shared,
-        "vjp": (*shared, *results, *cotangents, needs),
-        "jvp": (*shared, *results, *moves),
-        "vjp_jvp": (*shared, *results, *cotangents, *moves, *results_t, needs),
+        name: operators.arguments_of(layout, problem, given, needs if layout.gives_gradients else None)
+        for name, layout in MAPS.items()
     }
 
 
-OPERATORS = ("forward", "vjp", "jvp", "vjp_jvp")
+OPERATORS = tuple(MAPS)
 
 
 def check_operator(name: str, arguments: tuple[Any, ...], tests: tuple[str, ...]) -> None:
@@ -504,11 +503,11 @@ class TestOperators:
             assert torch.equal(a, b)
 
     def test_flops(self) -> None:
-        """Products with the N×M matrix, 2·N·M·d each: 2 forward, 5 vjp, 5 jvp, 10 vjp_jvp."""
+        """Products with the N×M matrix, 2·N·M·d each: 2 forward, 5 vjp, 5 jvp, 10 vjp_jvp, 15 both."""
         shape = Shape(batch=2, heads=3, n=8, m=16, d=4, dv=4, kv_heads=3)
         arguments = operator_arguments(make_call(shape=shape))
         product = 2 * 2 * 3 * 8 * 16 * 4
-        for operator, products in (("forward", 2), ("vjp", 5), ("jvp", 5), ("vjp_jvp", 10)):
+        for operator, products in (("forward", 2), ("vjp", 5), ("jvp", 5), ("vjp_jvp", 10), ("double_backward", 15)):
             with FlopCounterMode(display=False) as counter:
                 getattr(torch.ops.metattn, operator)(*arguments[operator])
             assert counter.get_total_flops() == products * product, operator

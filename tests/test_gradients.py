@@ -10,14 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OPTIONS, Call, Shape, both_orders, finite, largest_difference, make_call, pairs
+from helpers import (
+    OPTIONS,
+    Call,
+    RecordedMaps,
+    Shape,
+    both_orders,
+    finite,
+    largest_difference,
+    make_call,
+    pairs,
+)
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from metattn import autodiff
 from metattn.autodiff import HigherOrderWarning
-from metattn.problem import Options, Primals, dense
+from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Cotangents, Given
+from metattn.problem import Options, Primals, Results, dense
 
 SMALL = Shape(batch=1, heads=2, n=3, m=3, d=2, dv=1, lengths=((2, 2), (1, 0)))
 TINY = Shape(batch=1, heads=1, n=2, m=2, d=2, dv=1, kv_heads=1, lengths=((1, 2), (1, 0)))
@@ -71,7 +82,7 @@ def test_pair(names: tuple[str, str], backend: str) -> None:
 
 
 class TestEachFunction:
-    """Vjp, Jvp and VjpJvp as functions of all their tensors; what the reference must do says so."""
+    """The maps as functions of all their tensors; what the reference must do says so."""
 
     def functions(
         self, backend: str, names: tuple[str, ...]
@@ -83,31 +94,38 @@ class TestEachFunction:
         problem = problem.on(backend)
         needs = tuple(t is not None for t in primals)
 
-        def forward(*p: Tensor) -> tuple[Any, ...]:
-            return autodiff.Forward.apply(problem, *p, *constants)
+        def given(*p: Tensor) -> Given:
+            start = Given(Primals(*p[:5]), constants)
+            return start._replace(results=Results(*autodiff.call_map(FORWARD, problem, start)))
 
         def vjp(*p: Tensor) -> tuple[Tensor, ...]:
-            return autodiff.Vjp.apply(problem, needs, *p[:5], *constants, *forward(*p[:5]), *p[5:])
+            return autodiff.call_map(VJP, problem, given(*p)._replace(cotangents=Cotangents(*p[5:])), needs)
 
         def jvp(*p: Tensor) -> tuple[Any, ...]:
-            return autodiff.Jvp.apply(problem, *p[:5], *constants, *forward(*p[:5]), *p[5:])
+            return autodiff.call_map(JVP, problem, given(*p)._replace(tangents=Primals(*p[5:])))
+
+        def second(*p: Tensor) -> Given:
+            return given(*p)._replace(cotangents=Cotangents(*p[5:7]), tangents=Primals(*p[7:]))
 
         def vjp_jvp(*p: Tensor) -> tuple[Tensor, ...]:
-            results = jvp(*p[:5], *p[7:])
-            return autodiff.VjpJvp.apply(
-                problem, needs, *p[:5], *constants, *forward(*p[:5]), *p[5:], *results
-            )
+            results_t = Results(*jvp(*p[:5], *p[7:]))
+            return autodiff.call_map(VJP_JVP, problem, second(*p)._replace(results_t=results_t), needs)
 
-        o, lse, _ = forward(*primals)
+        def double_backward(*p: Tensor) -> tuple[Tensor, ...]:
+            ot, lt, _, *gradients = autodiff.call_map(DOUBLE_BACKWARD, problem, second(*p), needs)
+            return ot, lt, *gradients
+
+        o, lse, _ = given(*primals).results
         cotangents = torch.randn_like(o), torch.randn_like(lse)
         tangents = tuple(torch.randn_like(t) for t in primals)
         return {
             "Vjp": (vjp, (*primals, *cotangents)),
             "Jvp": (lambda *p: jvp(*p)[:2], (*primals, *tangents)),
             "VjpJvp": (vjp_jvp, (*primals, *cotangents, *tangents)),
+            "DoubleBackward": (double_backward, (*primals, *cotangents, *tangents)),
         }
 
-    @pytest.mark.parametrize("name", ["Vjp", "Jvp", "VjpJvp"])
+    @pytest.mark.parametrize("name", ["Vjp", "Jvp", "VjpJvp", "DoubleBackward"])
     @pytest.mark.parametrize("names", [("bias", "sinks", "softcap", "dropout", "causal")], ids="+".join)
     def test_derivatives(self, name: str, names: tuple[str, ...], backend: str) -> None:
         function, x = self.functions(backend, names)[name]
@@ -116,15 +134,30 @@ class TestEachFunction:
             warnings.simplefilter("ignore" if name != "Vjp" else "error", HigherOrderWarning)
             assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
 
-    @pytest.mark.parametrize("name", ["Jvp", "VjpJvp"])
+    @pytest.mark.parametrize("name", ["Jvp", "VjpJvp", "DoubleBackward"])
     def test_derivatives_in_the_tangents_are_fused(self, name: str, backend: str) -> None:
-        """Both are linear in the tangents: no warning, and no N×M matrices."""
+        """All are linear in the tangents: no warning, and no N×M matrices, in reverse and in forward mode."""
         function, x = self.functions(backend, ("bias", "sinks"))[name]
         fixed, tangents = x[:-5], x[-5:]
         with warnings.catch_warnings():
             warnings.simplefilter("error", HigherOrderWarning)
             assert gradcheck(
-                lambda *t: function(*fixed, *t), tuple(t.detach().requires_grad_() for t in tangents)
+                lambda *t: function(*fixed, *t),
+                tuple(t.detach().requires_grad_() for t in tangents),
+                check_forward_ad=True,
+            )
+
+    @pytest.mark.parametrize("name", ["Vjp", "VjpJvp"])
+    def test_forward_mode_in_the_cotangents_is_fused(self, name: str, backend: str) -> None:
+        function, x = self.functions(backend, ("bias", "sinks"))[name]
+        cotangents = tuple(t.detach().requires_grad_() for t in x[5:7])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HigherOrderWarning)
+            assert gradcheck(
+                lambda *c: function(*x[:5], *c, *x[7:]),
+                cotangents,
+                check_forward_ad=True,
+                check_backward_ad=False,
             )
 
 
@@ -197,12 +230,8 @@ class TestNoWastedProducts:
         assert recorder.names == ["forward", "vjp"]
         assert recorder.calls[1][1][-1] == needs
         (second,) = torch.autograd.grad(first, x[wanted], first.detach(), materialize_grads=True)
-        if backend == "cpu":
-            assert recorder.names == ["forward", "vjp", "double_backward"]
-            tangents, second_needs = recorder.calls[2][1][5:7]
-        else:
-            assert recorder.names == ["forward", "vjp", "jvp", "vjp_jvp"]
-            tangents, second_needs = recorder.calls[2][1][3], recorder.calls[3][1][-1]
+        assert recorder.names == ["forward", "vjp", "double_backward"]
+        tangents, second_needs = recorder.calls[2][1][5:7]
         assert second_needs == needs
         assert tuple(t is not None for t in tangents) == needs
         leaf = x[wanted].detach().clone().requires_grad_()
@@ -230,21 +259,51 @@ class TestNoWastedProducts:
         do = torch.ones_like(o, requires_grad=True)
         first = torch.autograd.grad(o, x, do, create_graph=True)
         node = first[0].grad_fn
-        fixed = (t if t is None else t.detach() for t in node.saved_tensors[:13])
-        gradients = autodiff.Vjp.apply(node.problem, node.needs, *fixed, do, None)
+        fixed = [t if t is None or t is do else t.detach() for t in node.saved_tensors]
+        gradients = autodiff.call_map(VJP, node.problem, VJP.split(fixed), node.needs)
         recorder.calls.clear()
         torch.autograd.grad(sum(g.sum() for g in gradients[:3]), do)
         assert recorder.names == ["jvp"]
 
-    def test_a_hessian_vector_product_forward_over_reverse(self, backend: str, recorder: Recorder) -> None:
+    def test_a_hessian_vector_product_forward_over_reverse(self, backend: str) -> None:
         """Four maps, none twice: the tangents of o and lse serve vjp_jvp too."""
         call = make_call()
-        torch.func.jvp(
-            torch.func.grad(lambda *x: call.function(backend)(*x)[0].sum(), argnums=(0, 1, 2)),
-            call.tensors,
-            call.tensors,
-        )
-        assert sorted(recorder.names) == ["forward", "jvp", "vjp", "vjp_jvp"]
+        with RecordedMaps() as recorded:
+            torch.func.jvp(
+                torch.func.grad(lambda *x: call.function(backend)(*x)[0].sum(), argnums=(0, 1, 2)),
+                call.tensors,
+                call.tensors,
+            )
+        assert sorted(recorded.names) == ["forward", "jvp", "vjp", "vjp_jvp"]
+
+    def test_a_gradient_of_a_gradient(self, backend: str) -> None:
+        """Three maps, the last of them for all of the second order."""
+        call = make_call()
+
+        def penalty(*x: Tensor) -> Tensor:
+            first = torch.func.grad(lambda *x: call.function(backend)(*x)[0].sum(), (0, 1, 2))(*x)
+            return sum(g.square().sum() for g in first)
+
+        with RecordedMaps() as recorded:
+            torch.func.grad(penalty, (0, 1, 2))(*call.tensors)
+        assert recorded.names == ["forward", "vjp", "double_backward"]
+
+    @pytest.mark.parametrize("product", ["hvp", "vhp"])
+    def test_a_hessian_vector_product_of_torch_autograd_functional(self, product: str, backend: str) -> None:
+        """hvp differentiates a gradient in its cotangent: of a third derivative nothing is asked for."""
+        call = make_call(("bias", "causal"))
+        v = tuple(t.cos() for t in call.tensors)
+
+        def products(function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+            def loss(*x: Tensor) -> Tensor:
+                return function(*x)[0].sin().sum()
+
+            return getattr(torch.autograd.functional, product)(loss, call.tensors, v)[1]
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HigherOrderWarning)
+            found = products(call.function(backend))
+        assert largest_difference(found, products(call.math)) < 1e-12
 
 
 class TestAutogradContract:

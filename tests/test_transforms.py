@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OPTIONS, Call, Shape, finite, largest_difference, make_call
+from helpers import OPTIONS, Call, RecordedMaps, Shape, finite, largest_difference, make_call
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import metattn
-from metattn import autodiff
 from metattn.autodiff import HigherOrderWarning
 
 SMALL = Shape(batch=2, n=3, m=2, d=2, dv=1, lengths=((2, 1), (1, 0), (0, 1)))
@@ -324,49 +323,41 @@ def live(call: Call, backend: str) -> Function:
 class TestFolding:
     """vmap folds into the batch without a copy where the strides allow it, and expands no shared bias."""
 
-    def test_views(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = record(backend, monkeypatch)
+    def test_views(self, backend: str) -> None:
         q, k, v = (torch.randn(EXAMPLES, 2, 2, 4, 3) for _ in range(3))
         shared = torch.randn(1, 2, 4, 3)
         bias = torch.randn(1, 2, 4, 4)
-        vmap(lambda *x: metattn.attention(*x, bias=bias, backend=backend))(q, k, v)
-        primals = seen.pop()
+        with RecordedMaps() as recorded:
+            vmap(lambda *x: metattn.attention(*x, bias=bias, backend=backend))(q, k, v)
+        primals = recorded.calls.pop()[1].primals
         assert primals.q.shape == (2 * EXAMPLES, 2, 4, 3)
         assert [x.data_ptr() for x in primals[:3]] == [x.data_ptr() for x in (q, k, v)]
         assert primals.bias.shape == (1, 2, 4, 4)
-        vmap(lambda x: metattn.attention(x, shared, shared, backend=backend))(q[:, :1])
-        primals = seen.pop()
+        with recorded:
+            vmap(lambda x: metattn.attention(x, shared, shared, backend=backend))(q[:, :1])
+        primals = recorded.calls.pop()[1].primals
         assert primals.k.data_ptr() == shared.data_ptr()
         assert primals.k.stride(0) == 0
 
-    def test_packed_views(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = record(backend, monkeypatch)
+    def test_packed_views(self, backend: str) -> None:
         q = torch.randn(EXAMPLES, 5, 2, 3)
         cu = torch.tensor([0, 2, 5], dtype=torch.int32)
-        vmap(lambda x: metattn.varlen_attention(x, x, x, cu, cu, 3, 3, backend=backend))(q)
-        primals = seen.pop()
+        with RecordedMaps() as recorded:
+            vmap(lambda x: metattn.varlen_attention(x, x, x, cu, cu, 3, 3, backend=backend))(q)
+        primals = recorded.calls.pop()[1].primals
         assert primals.q.shape == (1, 2, 5 * EXAMPLES, 3)
         assert primals.q.data_ptr() == q.data_ptr()
 
-    def test_a_shared_bias_with_a_gradient_is_expanded_by_stride(
-        self, backend: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        seen = record(backend, monkeypatch, "vjp")
+    def test_a_shared_bias_with_a_gradient_is_expanded_by_stride(self, backend: str) -> None:
         q, bias = torch.randn(EXAMPLES, 1, 2, 4, 3), torch.randn(1, 2, 4, 4)
-        vmap(grad(lambda b, x: metattn.attention(x, x, x, bias=b, backend=backend).sum()), (None, 0))(bias, q)
-        primals = seen.pop()
-        assert primals.bias.shape == (EXAMPLES, 2, 4, 4)
-        assert primals.bias.stride(0) == 0
-        assert primals.bias.data_ptr() == bias.data_ptr()
 
+        def loss(bias: Tensor, x: Tensor) -> Tensor:
+            return metattn.attention(x, x, x, bias=bias, backend=backend).sum()
 
-def record(backend: str, monkeypatch: pytest.MonkeyPatch, name: str = "forward") -> list[Any]:
-    module, seen = autodiff.load(backend), []
-    original = getattr(module, name)
-
-    def recording(problem: Any, primals: Any, *arguments: Any) -> Any:
-        seen.append(primals)
-        return original(problem, primals, *arguments)
-
-    monkeypatch.setattr(module, name, recording)
-    return seen
+        with RecordedMaps() as recorded:
+            vmap(grad(loss), (None, 0))(bias, q)
+        name, given, _ = recorded.calls.pop()
+        assert name == "vjp"
+        assert given.primals.bias.shape == (EXAMPLES, 2, 4, 4)
+        assert given.primals.bias.stride(0) == 0
+        assert given.primals.bias.data_ptr() == bias.data_ptr()

@@ -169,6 +169,16 @@ Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, M
   return run_gradients(Map::vjp_jvp, call, needs, tf32);
 }
 
+// jvp, then vjp_jvp with what that gave.
+Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
+                     Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, int64_t needs, bool tf32) {
+  const Results results = jvp(METATTN_PROBLEM_NAMES, o, lse, o_lo, t_q, t_k, t_v, t_bias, t_sinks, tf32);
+  const auto& [o_t, lse_t, o_t_lo] = results;
+  const Maybe rest = o_lo ? Maybe(o_t_lo) : Maybe();
+  return std::tuple_cat(results, vjp_jvp(METATTN_PROBLEM_NAMES, o, lse, o_lo, d_o, d_lse, t_q, t_k, t_v, t_bias, t_sinks,
+                                         o_t, lse_t, rest, needs, tf32));
+}
+
 }  // namespace
 
 // Why no call with heads of these sizes can run on a GPU, or null.

@@ -35,9 +35,9 @@ _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
 
 
-# (backend, a forward operator's arguments) → what it returns, as functions of its primals: for operators that
-# are called by themselves. autodiff, which stands above the backends, sets it.
-differentiable: Callable[[str, tuple[Any, ...]], tuple[Tensor, ...]] | None = None
+# (layout, problem, needs, tensors) → what the map gives, as a function of its tensors: for operators that are called
+# by themselves. autodiff, which stands above the backends, sets it.
+differentiate: Callable[..., tuple[Tensor | None, ...]]
 
 # What use_backend names: for eager code in this thread or task; for Dynamo, which guards a global but cannot
 # trace a ContextVar, the name last entered or restored.
@@ -50,6 +50,13 @@ def load(name: str) -> ModuleType:
     if name not in _loaded:
         _loaded[name] = importlib.import_module(MODULES[name])
     return _loaded[name]
+
+
+def operators_of(name: str) -> Any:
+    """A backend's operators, which carry their derivatives."""
+    from metattn.backends import operators  # slow to import, and there where operators are
+
+    return operators.of_reference() if name == "reference" else load(name).OPERATORS
 
 
 def unavailable_reason(name: str) -> str | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metattn.backends import native, operators
 from metattn.problem import Constants, Primals, Problem
@@ -97,9 +96,11 @@ def too_large(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
 class Operators(operators.Operators):
     """The maps as these operators take them: with what torch allows at the time."""
 
-    def _run(self, map_: str, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
-        return super()._run(map_, *arguments, tf32=operators.allows_tf32(), **more)
+    def keywords(self) -> dict[str, Any]:
+        return {"tf32": operators.allows_tf32()}
 
 
-_OPERATORS = Operators("metattn")
-forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp
+OPERATORS = Operators("metattn")
+forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
+double_backward = OPERATORS.double_backward
+REUSES_DQ = False

@@ -1,4 +1,4 @@
-"""The compiled backend: the operators torch.ops.metattn.{forward, vjp, jvp, vjp_jvp} (csrc/), on the CPU.
+"""The compiled backend: the operators torch.ops.metattn.* (csrc/), on the CPU.
 
 The library is loaded when this module is first asked, never at `import metattn`. What an operator's arguments
 mean is in csrc/ops.cpp.
@@ -12,11 +12,9 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from metattn.backends import IMPORTING_PROCESS, operators
-from metattn.backends.operators import Needs
-from metattn.problem import Constants, Primals, Problem, Results
+from metattn.problem import Constants, Primals, Problem
 
 LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cpu.so"
 
@@ -36,8 +34,7 @@ def unavailable_reason() -> str | None:
     asked = os.environ.get("METATTN_ISA", "")
     if asked and library.metattn_set_isa(asked.encode()) != 0:
         return f"METATTN_ISA={asked} names no instruction set that was built and that this CPU has"
-    operators.describe("metattn")
-    operators.describe_double_backward("metattn")
+    operators.describe("metattn", lambda q: "cpu" if q.device.type == "cpu" else "cuda")
     return None
 
 
@@ -48,28 +45,7 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     return None
 
 
-class Operators(operators.Operators):
-    """The four maps, and two of them at once."""
-
-    def double_backward(
-        self,
-        problem: Problem,
-        primals: Primals,
-        constants: Constants,
-        results: Results,
-        do: Tensor | None,
-        dlse: Tensor | None,
-        tangents: Primals,
-        needs: Needs,
-        dq: Tensor | None = None,
-    ) -> tuple[Results, Primals]:
-        """jvp and vjp_jvp; dq, the gradient that vjp gave for q, helps nothing here."""
-        call = operators.flatten(problem, primals, constants)
-        arguments = (*call, *results, do, dlse, *tangents, operators.wanted(needs))
-        o_t, lse_t, o_t_lo, *found = self._run("double_backward", *arguments)
-        return operators.results_of(primals, o_t, lse_t, o_t_lo), operators.gradients(needs, tuple(found))
-
-
-_OPERATORS = Operators("metattn")
-forward, vjp, jvp, vjp_jvp = _OPERATORS.forward, _OPERATORS.vjp, _OPERATORS.jvp, _OPERATORS.vjp_jvp
-double_backward = _OPERATORS.double_backward
+OPERATORS = operators.Operators("metattn")
+forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
+double_backward = OPERATORS.double_backward
+REUSES_DQ = False

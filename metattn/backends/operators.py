@@ -1,50 +1,62 @@
-"""What torch is told of the four maps as operators: their arguments, shapes (fakes) and costs.
+"""The maps as operators: their schemas, shapes (fakes), costs, and derivatives, wherever torch meets them.
 
-The compiled operators torch.ops.metattn.* (csrc/ops.cpp) and the Triton backend's
-torch.ops.metattn_triton.* take the same, the compiled ones a keyword `tf32` besides: here a call is flattened
-into their arguments, and put together.
+The compiled operators torch.ops.metattn.* (csrc/ops.cpp), the Triton backend's torch.ops.metattn_triton.* and
+the reference's torch.ops.metattn_reference.* take the same; the compiled ones a keyword `tf32` besides.
+
+An operator is differentiable by itself: it carries a kernel for autograd (reverse and forward mode, on every
+level of torch.func), one for torch.func.vmap and one for the older vmap of is_grads_batched. Those make the
+nodes of metattn.autodiff, which stands above the backends and says so by `backends.differentiate`.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from metattn import backends
-from metattn.problem import Constants, Primals, Problem, Results
+from metattn import torch_internals as internals
+from metattn.backends import reference
+from metattn.backends.batching import Fold
+from metattn.backends.maps import Maps
+from metattn.layout import MAPS, Given, Layout, Needs
+from metattn.problem import Primals, Problem
 
-Needs = tuple[bool, bool, bool, bool, bool]
-MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
 ROUNDED = (torch.bfloat16, torch.float16)  # dtypes of results that are computed in a wider one
 CAUSAL = (None, "top-left", "bottom-right")
-PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? slopes, Tensor? rng, "
-    "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, "
-    "int window_left, int window_right, float dropout_p"
+SETTINGS = (
+    "int max_q, int max_k, float scale, float softcap, int causal, int window_left, int window_right, "
+    "float dropout_p"
 )
-RESULTS = "Tensor o, Tensor lse, Tensor? o_lo"
-COTANGENTS = "Tensor? do_, Tensor? dlse"
-TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks"
-SCHEMAS = {
-    "forward": f"({PROBLEM}) -> (Tensor, Tensor, Tensor)",
-    "vjp": f"({PROBLEM}, {RESULTS}, {COTANGENTS}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "jvp": f"({PROBLEM}, {RESULTS}, {TANGENTS}) -> (Tensor, Tensor, Tensor)",
-    "vjp_jvp": f"({PROBLEM}, {RESULTS}, {COTANGENTS}, {TANGENTS}, Tensor ot, Tensor lt, Tensor? ot_lo, "
-    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+GROUPS = {
+    "primals": "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks",
+    "constants": "Tensor? mask, Tensor? slopes, Tensor? rng, Tensor? cu_q, Tensor? cu_k",
+    "results": "Tensor o, Tensor lse, Tensor? o_lo",
+    "cotangents": "Tensor? do_, Tensor? dlse",
+    "tangents": "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks",
+    "results_t": "Tensor ot, Tensor lt, Tensor? ot_lo",
 }
-PRIMALS = 5  # q, k, v, bias, sinks come first in every operator's arguments
-CALL = 18  # and so many describe the problem
+FIRST = 10  # primals and constants come first, then the settings
+CALL = FIRST + SETTINGS.count(",") + 1
 
 
-def flatten(problem: Problem, primals: Primals, constants: Constants) -> tuple[Any, ...]:
-    """What every operator takes first."""
-    return (
-        *primals,
-        *constants,
+def schema(layout: Layout) -> str:
+    """A map's arguments and results, as torch writes them."""
+    arguments = [GROUPS["primals"], GROUPS["constants"], SETTINGS, *map(GROUPS.get, layout.groups[2:])]  # type: ignore[arg-type]
+    if layout.gives_gradients:
+        arguments.append("int needs")
+    count = 3 * layout.gives_results + 5 * layout.gives_gradients
+    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * count)})"
+
+
+def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
+    """What a map's operator takes."""
+    tensors = layout.join(given)
+    settings = (
         problem.max_q,
         problem.max_k,
         problem.scale,
@@ -53,28 +65,38 @@ def flatten(problem: Problem, primals: Primals, constants: Constants) -> tuple[A
         *problem.window,
         problem.dropout_p,
     )
+    last = (sum([1 << index for index, need in enumerate(needs) if need]),) if needs is not None else ()
+    return (*tensors[:FIRST], *settings, *tensors[FIRST:], *last)
 
 
-def unflatten(backend: str, arguments: tuple[Any, ...]) -> tuple[Problem, Primals, Constants]:
-    """The inverse of flatten."""
-    max_q, max_k, scale, softcap, causal, left, right, dropout_p = arguments[10:CALL]
+def parsed(
+    layout: Layout, backend: str, arguments: Sequence[Any]
+) -> tuple[Problem, tuple[Any, ...], Needs | None]:
+    """The inverse; the tensors flat."""
+    max_q, max_k, scale, softcap, causal, left, right, dropout_p = arguments[FIRST:CALL]
     problem = Problem(scale, softcap or None, CAUSAL[causal], (left, right), dropout_p, max_q, max_k, backend)
-    return problem, Primals(*arguments[:PRIMALS]), Constants(*arguments[PRIMALS:10])
+    needs = None
+    end = layout.size + CALL - FIRST
+    if layout.gives_gradients:
+        needs = tuple([bool(arguments[end] >> index & 1) for index in range(len(Primals._fields))])
+    return problem, (*arguments[:FIRST], *arguments[CALL:end]), needs  # type: ignore[return-value]
 
 
-def wanted(needs: Needs) -> int:
-    """The gradients that are needed, a bit each."""
-    return sum(1 << index for index, need in enumerate(needs) if need)
+def found_by(
+    layout: Layout, q: Tensor, needs: Needs | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What an operator returned, with None for the empty tensors that stand for nothing.
 
-
-def gradients(needs: Needs, results: tuple[Tensor, ...]) -> Primals:
-    """An operator's gradients; bound to return tensors, it gives empty ones for what is not needed."""
-    return Primals(*[result if need else None for need, result in zip(needs, results, strict=True)])  # type: ignore[arg-type]
-
-
-def results_of(primals: Primals, o: Tensor, lse: Tensor, o_lo: Tensor) -> Results:
-    """Where o is not rounded there is no o_lo; the operator gives an empty one."""
-    return Results(o, lse, o_lo if primals.q.dtype in ROUNDED else None)
+    Where o is not rounded there is no o_lo; gradients that are not needed are not there.
+    """
+    found: list[Tensor | None] = list(tensors)
+    if layout.gives_results and q.dtype not in ROUNDED:
+        found[2] = None
+    if needs is not None:
+        for index, need in enumerate(needs, len(found) - len(needs)):
+            if not need:
+                found[index] = None
+    return tuple(found)
 
 
 def allows_tf32() -> bool:
@@ -86,63 +108,68 @@ def allows_tf32() -> bool:
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class Operators:
-    """The four maps through a namespace's operators, as a backend offers them."""
+class Operators(Maps):
+    """A namespace's operators; as a backend's functions they have no derivatives of their own."""
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
 
-    def _run(self, map_: str, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
-        operator = getattr(getattr(torch.ops, self.namespace), map_)
-        if torch.compiler.is_compiling():
-            return operator(*arguments, **more)  # type: ignore[no-any-return]
-        with torch._C._AutoDispatchBelowAutograd():  # the Functions that call it are its derivatives already
-            return operator(*arguments, **more)  # type: ignore[no-any-return]
+    def keywords(self) -> dict[str, Any]:
+        """What the operators take besides."""
+        return {}
 
-    def forward(self, problem: Problem, primals: Primals, constants: Constants) -> Results:
-        """o, lse, and what rounding o lost."""
-        return results_of(primals, *self._run("forward", *flatten(problem, primals, constants)))
+    def call(
+        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None = None
+    ) -> tuple[Any, ...]:
+        """What the map gives, flat, by its operator, which carries the derivatives."""
+        operator = getattr(getattr(torch.ops, self.namespace), layout.name).default
+        tensors = operator(*arguments_of(layout, problem, given, needs), **self.keywords())
+        return found_by(layout, given.primals.q, needs, tensors)
 
-    def vjp(
-        self,
-        problem: Problem,
-        primals: Primals,
-        constants: Constants,
-        results: Results,
-        do: Tensor | None,
-        dlse: Tensor | None,
-        needs: Needs,
-    ) -> Primals:
-        """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-        call = flatten(problem, primals, constants)
-        return gradients(needs, self._run("vjp", *call, *results, do, dlse, wanted(needs)))
-
-    def jvp(
-        self, problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
-    ) -> Results:
-        """The tangents of what forward gives."""
-        call = flatten(problem, primals, constants)
-        return results_of(primals, *self._run("jvp", *call, *results, *tangents))
-
-    def vjp_jvp(
-        self,
-        problem: Problem,
-        primals: Primals,
-        constants: Constants,
-        results: Results,
-        do: Tensor | None,
-        dlse: Tensor | None,
-        tangents: Primals,
-        results_t: Results,
-        needs: Needs,
-    ) -> Primals:
-        """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-        call = flatten(problem, primals, constants)
-        arguments = (*call, *results, do, dlse, *tangents, *results_t, wanted(needs))
-        return gradients(needs, self._run("vjp_jvp", *arguments))
+    def run(
+        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        with internals.below_autograd():
+            return self.call(layout, problem, given, needs)
 
 
-def fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+# Operators written in Python.
+
+
+def define(namespace: str, backend: str, maps: Any) -> None:
+    """Operators of a backend's functions (maps.forward, …), for tensors of every device."""
+    library = _library(namespace)
+    for layout in MAPS.values():
+        library.define(layout.name + schema(layout))
+        library.impl(layout.name, _kernel(layout, backend, maps), "CompositeExplicitAutograd")
+
+
+def _kernel(layout: Layout, backend: str, maps: Any) -> Callable[..., tuple[Tensor, ...]]:
+    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+        problem, tensors, needs = parsed(layout, backend, arguments)
+        found = layout.run(getattr(maps, layout.name), problem, layout.split(tensors), needs)
+        return _tensors(found, arguments[0])
+
+    return kernel
+
+
+@functools.cache
+def of_reference() -> Operators:
+    """The reference's, for whom its functions are not enough: transforms of torch.func, recordings."""
+    define("metattn_reference", "reference", reference)
+    describe("metattn_reference", lambda q: "reference")
+    return Operators("metattn_reference")
+
+
+def _tensors(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors: empty ones for what there is not."""
+    return tuple([like.new_empty(0) if t is None else t for t in found])
+
+
+# Shapes.
+
+
+def _fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     width = v.shape[3]
     o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
@@ -150,118 +177,165 @@ def fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo
 
 
-def fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
+def _fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
     needs = arguments[-1]
-    q, k, v, bias, sinks = arguments[:PRIMALS]
+    primals = Primals(*arguments[: len(Primals._fields)])
 
     def gradient(index: int, primal: Tensor, contiguous: bool) -> Tensor:
         if not needs >> index & 1:
-            return q.new_empty(0)  # type: ignore[no-any-return]
+            return primals.q.new_empty(0)
         return primal.new_empty(primal.shape) if contiguous else torch.empty_like(primal)
 
-    return (
-        gradient(0, q, False),
-        gradient(1, k, False),
-        gradient(2, v, False),
-        gradient(3, bias, True),
-        gradient(4, sinks, True),
-    )
+    return tuple(gradient(index, primal, index > 2) for index, primal in enumerate(primals))  # type: ignore[arg-type]
 
 
-def fake_double_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return *fake_results(*arguments), *fake_gradients(*arguments)
+def _fake(layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
+        results = _fake_results(*arguments) if layout.gives_results else ()
+        return (*results, *(_fake_gradients(*arguments) if layout.gives_gradients else ()))
+
+    return fake
 
 
-def _products(
-    arguments: tuple[Any, ...], of_width_d: int, of_width_dv: int
-) -> int:  # shapes stand for tensors in flop formulas
+# Costs.
+
+
+def _flops(layout: Layout) -> Callable[..., int]:
     """FLOP of products with the N×M matrix: 2·B·H·N·M times the width, masked entries counted too."""
-    q, k, v = arguments[:3]
-    batch, heads, rows, d = q
-    keys, dv = k[2], v[3]
-    if arguments[8] is not None:  # packed: every sequence at most max_q × max_k
-        batch, rows, keys = arguments[8][0] - 1, arguments[10], arguments[11]
-    return int(2 * batch * heads * rows * keys * (of_width_d * d + of_width_dv * dv))
+
+    def count(*arguments: Any, **_: Any) -> int:  # shapes stand for tensors in flop formulas
+        problem, tensors, needs = parsed(layout, "", arguments)
+        given = layout.split(tensors)
+        (batch, heads, rows, d), keys, dv = given.primals.q, given.primals.k[2], given.primals.v[3]
+        if given.constants.cu_q is not None:  # packed: every sequence at most max_q × max_k
+            batch, rows, keys = given.constants.cu_q[0] - 1, problem.max_q, problem.max_k
+        of_d, of_dv = 0, 0
+        if layout.name == "forward":
+            of_d, of_dv = 1, 1
+        if layout.name == "vjp":
+            of_d, of_dv = _products_of_vjp(given, needs)
+        if layout.name in ("jvp", "double_backward"):
+            of_d, of_dv = _products_of_jvp(given)
+        if layout.name in ("vjp_jvp", "double_backward"):  # however many products are shared
+            more_d, more_dv = _products_of_vjp_jvp(given, needs)
+            of_d, of_dv = of_d + more_d, of_dv + more_dv
+        return int(2 * batch * heads * rows * keys * (of_d * d + of_dv * dv))
+
+    return count
 
 
-def _flop_forward(*arguments: Any, **_: Any) -> int:
-    return _products(arguments, 1, 1)
-
-
-def _flop_vjp(*arguments: Any, **_: Any) -> int:
+def _products_of_vjp(given: Given, needs: Any) -> tuple[int, int]:
     """S; dP where there is a dO; then one product a gradient."""
-    has_do, needs = arguments[21] is not None, arguments[23]
-    return _products(arguments, 1 + (needs & 1) + (needs >> 1 & 1), has_do + (has_do and needs >> 2 & 1))
+    has_do = given.cotangents.do is not None
+    return 1 + needs[0] + needs[1], has_do + (has_do and needs[2])
 
 
-def _flop_jvp(*arguments: Any, **_: Any) -> int:
-    tangent_q, tangent_k, tangent_v, tangent_bias = (x is not None for x in arguments[21:25])
-    scores = tangent_q or tangent_k or tangent_bias
-    return _products(arguments, 1 + tangent_q + tangent_k, scores + tangent_v)
+def _products_of_jvp(given: Given) -> tuple[int, int]:
+    has_q, has_k, has_v, has_bias, _ = (tangent is not None for tangent in given.tangents)
+    return 1 + has_q + has_k, (has_q or has_k or has_bias) + has_v
 
 
-def _flop_vjp_jvp(*arguments: Any, **_: Any) -> int:
-    has_do = arguments[21] is not None
-    tangent_q, tangent_k, tangent_v = (x is not None for x in arguments[23:26])
-    need_q, need_k, need_v = (arguments[31] >> index & 1 for index in range(3))
-    of_d = 1 + tangent_q + tangent_k + need_q * (1 + tangent_k) + need_k * (1 + tangent_q)
-    return _products(arguments, of_d, has_do * (1 + tangent_v + need_v))
+def _products_of_vjp_jvp(given: Given, needs: Any) -> tuple[int, int]:
+    has_do = given.cotangents.do is not None
+    has_q, has_k, has_v = (tangent is not None for tangent in given.tangents[:3])
+    of_d = 1 + has_q + has_k + needs[0] * (1 + has_k) + needs[1] * (1 + has_q)
+    return of_d, has_do * (1 + has_v + needs[2])
 
 
-def _flop_double_backward(*arguments: Any, **rest: Any) -> int:
-    """As jvp and vjp_jvp are counted, however many products are shared."""
-    *given, needs = arguments
-    results_t = (None, None, None)
-    jvp_arguments = (*given[:21], *given[23:28])
-    return _flop_jvp(*jvp_arguments, **rest) + _flop_vjp_jvp(*given, *results_t, needs, **rest)
+# Derivatives.
+
+_LIBRARIES: dict[str, torch.library.Library] = {}  # what a Library registers ends with it
 
 
-_DERIVATIVES: dict[str, torch.library.Library] = {}  # what a Library registers ends with it
+def _library(namespace: str) -> torch.library.Library:
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _LIBRARIES[namespace]
 
 
-def _register_derivatives(namespace: str, name: str) -> None:
-    """What an operator is to autograd and torch.func where it is called by itself, as exported programs do.
+def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[Tensor], str]) -> None:
+    operator = getattr(getattr(torch.ops, namespace), layout.name).default
 
-    Left alone, torch would warn and hand on no gradient.
+    def autograd(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        """A node where a derivative is asked for, on the level of torch.func that is at work."""
+        if not internals.recording(arguments):
+            with internals.below_autograd():
+                return operator(*arguments, **more)  # type: ignore[no-any-return]
+        problem, tensors, needs = parsed(layout, backend_of(arguments[0]), arguments)
+        found = backends.differentiate(layout, problem, needs, tensors)
+        return _tensors(found, arguments[0])
+
+    def vmap(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        """torch.func.vmap's batching rule."""
+        problem, tensors, needs = parsed(layout, "", arguments)
+        bare, dims, level = internals.unbatched(tensors)
+        with internals.beyond_vmap():
+            found, places = _folded(problem, bare, dims, needs, more)
+        return tuple(map(internals.batched, found, places, [level] * len(found)))
+
+    def legacy_vmap(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        """The same for is_grads_batched, whose levels an operator meets all at once."""
+        problem, tensors, needs = parsed(layout, "", arguments)
+        return _of_levels(internals.legacy_depth(), problem, tensors, needs, more)
+
+    def _of_levels(
+        level: int, problem: Problem, tensors: Sequence[Any], needs: Needs | None, more: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        if level == 0:
+            given = layout.split(tensors)
+            return operator(*arguments_of(layout, problem, given, needs), **more)  # type: ignore[no-any-return]
+        bare, dims = _legacy_unbatched(tensors, level)
+        if all(dim is None for dim in dims):
+            return _of_levels(level - 1, problem, tensors, needs, more)
+        fold = Fold(layout, _size(bare, dims), bare, dims, needs)
+        found = _of_levels(level - 1, problem, layout.join(fold.given), needs, more)
+        return tuple(
+            # in front in memory too: forward mode writes to a tangent through strides
+            x if place is None else internals.legacy_batched(x.movedim(place, 0).contiguous(), level)
+            for x, place in zip(*fold.unfold(found), strict=True)
+        )
+
+    def _folded(
+        problem: Problem,
+        bare: Sequence[Any],
+        dims: Sequence[int | None],
+        needs: Needs | None,
+        more: dict[str, Any],
+    ) -> tuple[list[Tensor], list[int | None]]:
+        if all(dim is None for dim in dims):
+            found = operator(*arguments_of(layout, problem, layout.split(bare), needs), **more)
+            return found, [None] * len(found)
+        fold = Fold(layout, _size(bare, dims), bare, dims, needs)
+        return fold.unfold(operator(*arguments_of(layout, problem, fold.given, needs), **more))
+
+    library = _library(namespace)
+    library.impl(layout.name, autograd, "Autograd")
+    library.impl(layout.name, vmap, "FuncTorchBatched")
+    library.impl(layout.name, legacy_vmap, "Batched")
+
+
+def _size(bare: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(x.shape[dim] for x, dim in zip(bare, dims, strict=True) if dim is not None)
+
+
+def _legacy_unbatched(tensors: Sequence[Any], level: int) -> tuple[list[Any], list[int | None]]:
+    """Tensors without a level's dimension, and where it was.
+
+    A tensor with that dimension of size 1 is taken for one without: what comes of it is the same.
     """
-    operator = getattr(getattr(torch.ops, namespace), name).default
-
-    def with_graph(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
-        if name != "forward" or backends.differentiable is None:
-            raise NotImplementedError(
-                f"{namespace}::{name} has no derivative as an operator: differentiate metattn's functions"
-            )
-        compiled = "cpu" if arguments[0].device.type == "cpu" else "cuda"
-        return backends.differentiable("triton" if namespace == "metattn_triton" else compiled, arguments)
-
-    def autograd(keys: Any, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        needed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if needed or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            return with_graph(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **more)  # type: ignore[no-any-return]
-
-    library = _DERIVATIVES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
-    library.impl(name, autograd, "Autograd", with_keyset=True)
-    library.impl(name, with_graph, "FuncTorchDynamicLayerFrontMode")
+    bare: list[Any] = []
+    dims: list[int | None] = []
+    for x in tensors:
+        mapped = internals.legacy_unbatched(x, level) if internals.batched_in_backward([x]) else None
+        is_mapped = mapped is not None and mapped.shape[0] != 1
+        bare.append(mapped if is_mapped else x if mapped is None else mapped[0])
+        dims.append(0 if is_mapped else None)
+    return bare, dims
 
 
-def describe(namespace: str) -> None:
-    """Tells torch the shapes, costs and derivatives of a namespace's four operators."""
-    for name, fake, flop in (
-        ("forward", fake_results, _flop_forward),
-        ("jvp", fake_results, _flop_jvp),
-        ("vjp", fake_gradients, _flop_vjp),
-        ("vjp_jvp", fake_gradients, _flop_vjp_jvp),
-    ):
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-        register_flop_formula(getattr(getattr(torch.ops, namespace), name))(flop)
-        _register_derivatives(namespace, name)
-
-
-def describe_double_backward(namespace: str) -> None:
-    """The same for an operator that does the work of jvp and vjp_jvp."""
-    torch.library.register_fake(f"{namespace}::double_backward", fake_double_backward)
-    register_flop_formula(getattr(torch.ops, namespace).double_backward)(_flop_double_backward)
-    _register_derivatives(namespace, "double_backward")
+def describe(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
+    """Tells torch the shapes, costs and derivatives of a namespace's operators."""
+    for layout in MAPS.values():
+        torch.library.register_fake(f"{namespace}::{layout.name}", _fake(layout))
+        register_flop_formula(getattr(getattr(torch.ops, namespace), layout.name))(_flops(layout))
+        _register_derivatives(namespace, layout, backend_of)

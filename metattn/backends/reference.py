@@ -19,10 +19,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from metattn.layout import Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
+REUSES_DQ = False
 Term = Tensor | float  # a term that is absent is the number 0.0: formulas stay as they are written
-Needs = tuple[bool, bool, bool, bool, bool]
 Output = TypeVar("Output")
 
 
@@ -255,7 +256,7 @@ def _in_full_precision(map_: Callable[..., Output]) -> Callable[..., Output]:
     return run
 
 
-# The four maps.
+# The maps.
 
 
 @_in_full_precision
@@ -344,6 +345,22 @@ def vjp_jvp(
         bias=dst if needs[3] else None,
         sinks=-pt_sink * d - state.p_sink * dt if needs[4] else None,
     )
+
+
+def double_backward(
+    problem: Problem,
+    primals: Primals,
+    constants: Constants,
+    results: Results,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    tangents: Primals,
+    needs: Needs,
+    dq: Tensor | None = None,
+) -> tuple[Results, Primals]:
+    """jvp, then vjp_jvp."""
+    results_t = jvp(problem, primals, constants, results, tangents)
+    return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
 
 
 def _score_gradient(state: State, do: Term, dlse: Term) -> tuple[Term, Tensor, Tensor]:

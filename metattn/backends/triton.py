@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from metattn.backends import operators, tuned
-from metattn.backends.operators import ROUNDED, Needs
+from metattn.backends.operators import ROUNDED
 from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
+from metattn.backends.maps import Maps
+from metattn.layout import MAPS, NO_PRIMALS, Given, Layout, Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
 try:
@@ -42,9 +44,6 @@ except Exception as error:  # a Triton that does not fit this torch or Python fa
 
 OLDEST_COMPILER = (3, 6)  # comes with torch 2.10, the oldest that is supported
 MOST_FEATURES = 256
-NONE5 = Primals(None, None, None, None, None)  # type: ignore[arg-type]
-NO_RESULTS = None, None, None
-ALL: Needs = (True, True, True, True, True)
 PLANS = 1024  # plans are kept for so many different calls, those that were used last
 STATISTICS = 5  # fields of kernels.call.Statistics
 WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
@@ -234,7 +233,7 @@ class Planner:
         results: Results | None = None,
         do: Tensor | None = None,
         dlse: Tensor | None = None,
-        tangents: Primals = NONE5,
+        tangents: Primals = NO_PRIMALS,
         results_t: Results | None = None,
         dq: Tensor | None = None,
     ) -> Given:
@@ -483,190 +482,57 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, copy=True)
 
 
-# Plans are made and run here. A call's tensors, in order: primals, constants, results, do, dlse, tangents,
-# their results, dq.
+# Plans are made and run here.
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _plan(map_: str, here: Setting, problem: Problem, needs: Needs, of: tuple[Like | None, ...]) -> Plan:
-    given = [stand_in(each) for each in of]
-    primals, constants, results = Primals(*given[:5]), Constants(*given[5:10]), Results(*given[10:13])  # type: ignore[arg-type]
-    do, dlse, tangents, results_t = given[13], given[14], Primals(*given[15:20]), Results(*given[20:23])  # type: ignore[arg-type]
-    planner = Planner(here, problem, primals, constants)
-    found: tuple[Any, ...]
-    if map_ == "forward":
-        found = (planner.forward(),)
-    elif map_ == "vjp":
-        found = (planner.vjp(results, do, dlse, needs),)
-    elif map_ == "jvp":
-        found = (planner.jvp(results, tangents),)
-    elif map_ == "vjp_jvp":
-        found = (planner.vjp_jvp(results, do, dlse, tangents, results_t, needs),)
-    else:
-        found = planner.double_backward(results, do, dlse, tangents, needs, given[23])
-    return Plan(given, planner.rooms, planner.launches, planner.made, found)
+def _plan(map_: str, here: Setting, problem: Problem, needs: Needs | None, of: tuple[Like | None, ...]) -> Plan:
+    """The plan of a map's call: on the tensors of its layout, and dq after them."""
+    *tensors, dq = stand_ins = [stand_in(each) for each in of]
+    layout = MAPS[map_]
+    given = layout.split(tensors)
+    planner = Planner(here, problem, given.primals, given.constants)
+    found = getattr(planner, map_)(*layout.spread(given, needs)[2:], *([dq] if map_ == "double_backward" else []))
+    flat = (*found[0], *found[1]) if map_ == "double_backward" else tuple(found)
+    return Plan(stand_ins, planner.rooms, planner.launches, planner.made, flat)
 
 
-def _launch(
-    map_: str,
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Sequence[Tensor | None] = NO_RESULTS,
-    do: Tensor | None = None,
-    dlse: Tensor | None = None,
-    tangents: Sequence[Tensor | None] = NONE5,
-    results_t: Sequence[Tensor | None] = NO_RESULTS,
-    dq: Tensor | None = None,
-    needs: Needs = ALL,
-) -> tuple[Any, ...]:
-    """Plans a map's call, or finds the plan of one that was alike, and runs it."""
-    if constants.mask is not None:
-        constants = constants._replace(mask=constants.mask.view(torch.uint8))
-    tensors = (*primals, *constants, *results, do, dlse, *tangents, *results_t, dq)
-    # torch's own operators see to the negative bit; a pointer does not
-    given = [None if t is None else t.resolve_neg() for t in tensors]
-    device = primals.q.device
-    plan = _plan(map_, setting(device), problem, needs, likes(given))
-    with on(device):
-        return plan.run(given, device, run)
+class Launches(Maps):
+    """The maps, launched."""
+
+    def run(
+        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """Plans a map's call, or finds the plan of one that was alike, and runs it."""
+        constants = given.constants
+        if constants.mask is not None:
+            given = given._replace(constants=constants._replace(mask=constants.mask.view(torch.uint8)))
+        # torch's own operators see to the negative bit; a pointer does not
+        tensors = [None if t is None else t.resolve_neg() for t in (*layout.join(given), dq)]
+        device = given.primals.q.device
+        plan = _plan(layout.name, setting(device), problem, needs, likes(tensors))
+        with on(device):
+            return plan.run(tensors, device, run)
 
 
-# The four maps as operators, for what cannot launch: torch.compile's tracer and tensors without data.
+class _Backend(Launches):
+    """The same; by operators what cannot be launched: what is traced, a mode looks at, or has no data."""
 
-_LIBRARY = torch.library.Library("metattn_triton", "FRAGMENT")
-_OPERATORS = operators.Operators("metattn_triton")
-
-
-def _traced(q: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(q) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def _tensors(found: Results | Primals, like: Tensor) -> tuple[Tensor, ...]:
-    """An operator returns tensors: empty ones for what there is not."""
-    return tuple(like.new_empty(0) if t is None else t for t in found)
+    def run(
+        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        traced = (
+            torch.compiler.is_compiling()
+            or type(given.primals.q) not in (Tensor, torch.nn.Parameter)
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
+        return OPERATORS.run(layout, problem, given, needs) if traced else super().run(layout, problem, given, needs, dq)
 
 
-def _needs(bits: int) -> Needs:
-    return tuple(bool(bits >> index & 1) for index in range(operators.PRIMALS))  # type: ignore[return-value]
+OPERATORS = operators.Operators("metattn_triton")
+operators.define("metattn_triton", "triton", Launches())
+operators.describe("metattn_triton", lambda q: "triton")
 
-
-def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    return _tensors(_launch("forward", *_call(arguments))[0], arguments[0])
-
-
-def _vjp_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    *results, do, dlse, bits = arguments[operators.CALL :]
-    found = _launch("vjp", *_call(arguments), results, do, dlse, needs=_needs(bits))
-    return _tensors(found[0], arguments[0])
-
-
-def _jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors = arguments[operators.CALL :]
-    found = _launch("jvp", *_call(arguments), tensors[:3], tangents=tensors[3:])
-    return _tensors(found[0], arguments[0])
-
-
-def _vjp_jvp_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, bits = arguments[operators.CALL :]
-    results, (do, dlse), tangents, results_t = tensors[:3], tensors[3:5], tensors[5:10], tensors[10:]
-    found = _launch("vjp_jvp", *_call(arguments), results, do, dlse, tangents, results_t, needs=_needs(bits))
-    return _tensors(found[0], arguments[0])
-
-
-def _call(arguments: tuple[Any, ...]) -> tuple[Problem, Primals, Constants]:
-    return operators.unflatten("triton", arguments)
-
-
-for _name, _implementation in (
-    ("forward", _forward_operator),
-    ("vjp", _vjp_operator),
-    ("jvp", _jvp_operator),
-    ("vjp_jvp", _vjp_jvp_operator),
-):
-    _LIBRARY.define(_name + operators.SCHEMAS[_name])
-    for _device in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _implementation, _device)
-operators.describe("metattn_triton")
-
-
-# The backend's four maps.
-
-
-def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
-    """o, lse, and what rounding o lost."""
-    if _traced(primals.q):
-        return _OPERATORS.forward(problem, primals, constants)
-    results: Results = _launch("forward", problem, primals, constants)[0]
-    return results
-
-
-def vjp(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    needs: Needs,
-) -> Primals:
-    """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-    if _traced(primals.q):
-        return _OPERATORS.vjp(problem, primals, constants, results, do, dlse, needs)
-    gradients: Primals = _launch("vjp", problem, primals, constants, results, do, dlse, needs=needs)[0]
-    return gradients
-
-
-def jvp(
-    problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
-) -> Results:
-    """The tangents of what forward gives."""
-    if _traced(primals.q):
-        return _OPERATORS.jvp(problem, primals, constants, results, tangents)
-    results_t: Results = _launch("jvp", problem, primals, constants, results, tangents=tangents)[0]
-    return results_t
-
-
-def vjp_jvp(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    tangents: Primals,
-    results_t: Results,
-    needs: Needs,
-) -> Primals:
-    """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-    rest = results, do, dlse, tangents, results_t
-    if _traced(primals.q):
-        return _OPERATORS.vjp_jvp(problem, primals, constants, *rest, needs)
-    gradients: Primals = _launch("vjp_jvp", problem, primals, constants, *rest, needs=needs)[0]
-    return gradients
-
-
-def double_backward(
-    problem: Problem,
-    primals: Primals,
-    constants: Constants,
-    results: Results,
-    do: Tensor | None,
-    dlse: Tensor | None,
-    tangents: Primals,
-    needs: Needs,
-    dq: Tensor | None = None,
-) -> tuple[Results, Primals]:
-    """jvp and vjp_jvp: of short problems in one launch, and where dq, the gradient that vjp gave for q, is at
-    hand, of others by one row pass.
-    """
-    if _traced(primals.q):
-        results_t = jvp(problem, primals, constants, results, tangents)
-        return results_t, vjp_jvp(problem, primals, constants, results, do, dlse, tangents, results_t, needs)
-    given = problem, primals, constants, results, do, dlse, tangents
-    results_t, gradients = _launch("double_backward", *given, dq=dq, needs=needs)
-    return results_t, gradients
+_BACKEND = _Backend()
+forward, vjp, jvp, vjp_jvp = _BACKEND.forward, _BACKEND.vjp, _BACKEND.jvp, _BACKEND.vjp_jvp
+double_backward = _BACKEND.double_backward

@@ -1,0 +1,158 @@
+"""vmap of a map: the mapped dimension is folded into the batch, and comes back in what the map gives.
+
+Dense tensors: [X, B, …] → [X·B, …]. Packed sequences: [1, H, total, …] mapped → [1, H, X·total, …], and X times
+as many sequences. Nothing is copied that lies in memory as the folded tensor would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metattn.layout import Cotangents, Given, Layout, Needs
+from metattn.problem import Constants, Primals, Results
+
+PER_HEAD = ("bias", "sinks")  # these have a batch dimension of 1 where one serves all
+
+
+class Fold:
+    """The tensors of a call of which some have a dimension in front that is mapped over, `size` long.
+
+    dims: the mapped dimension of each tensor, None where it has none. Raises NotImplementedError for
+    cu_seqlens that are mapped.
+    """
+
+    def __init__(
+        self, layout: Layout, size: int, tensors: Sequence[Any], dims: Sequence[Any], needs: Needs | None
+    ) -> None:
+        self.size = size
+        self.layout, self.dims = layout, layout.split(dims)
+        given = layout.split(tensors)
+        self.constants = given.constants
+        if self.dims.constants.cu_q is not None or self.dims.constants.cu_k is not None:
+            raise NotImplementedError(
+                "cu_seqlens: expected the same for every example of a vmap, got mapped ones"
+            )
+        self.packed = given.constants.cu_q is not None
+        self.axis = 2 if self.packed else 0
+        self.primals = Primals(*map(_example_shape, given.primals, self.dims.primals))
+        self.batch = given.constants.cu_q.shape[0] - 1 if self.packed else self.primals.q[0]  # type: ignore[union-attr]
+        self.needs = dict(zip(Primals._fields, needs or (False,) * 5, strict=True))
+        self.given = self._folded(given)
+
+    def _folded(self, given: Given) -> Given:
+        dims = self.dims
+        # one bias or one row of sinks stays one where it serves all; a gradient or a tangent needs each its own
+        alone = {
+            name: not self.needs[name]
+            and all(
+                x is None or (dim is None and x.shape[0] == 1)
+                for x, dim in (
+                    (getattr(given.primals, name), getattr(dims.primals, name)),
+                    (getattr(given.tangents, name), getattr(dims.tangents, name)),
+                )
+            )
+            for name in PER_HEAD
+        }
+        return Given(
+            self._primals(given.primals, dims.primals, alone),
+            self._constants(given.constants, dims.constants),
+            Results(*map(self._row, given.results, dims.results)),  # type: ignore[arg-type]
+            Cotangents(*map(self._row, given.cotangents, dims.cotangents)),
+            self._primals(given.tangents, dims.tangents, alone),
+            Results(*map(self._row, given.results_t, dims.results_t)),  # type: ignore[arg-type]
+        )
+
+    def _primals(self, primals: Primals, dims: Primals, alone: dict[str, bool]) -> Primals:
+        return Primals(
+            *map(self._row, primals[:3], dims[:3]),  # type: ignore[arg-type]
+            **{  # type: ignore[arg-type]
+                name: self._shared(getattr(primals, name), getattr(dims, name), alone[name])
+                for name in PER_HEAD
+            },
+        )
+
+    def _constants(self, constants: Constants, dims: Constants) -> Constants:
+        mask, slopes, rng, cu_q, cu_k = constants
+        return Constants(
+            self._shared(mask, dims.mask, _serves_all(mask, dims.mask)),
+            self._shared(slopes, dims.slopes, _serves_all(slopes, dims.slopes)),
+            self._shared(rng, dims.rng, False),
+            self._sequences(cu_q, self.primals.q),
+            self._sequences(cu_k, self.primals.k),
+        )
+
+    def _row(self, x: Tensor | None, dim: int | None) -> Tensor | None:
+        """q, k, v, o, lse and what is shaped like them."""
+        if x is None:
+            return None
+        if dim is None:
+            shape = x.shape
+            x = x.unsqueeze(self.axis).expand(*shape[: self.axis], self.size, *shape[self.axis :])
+        else:
+            x = x.movedim(dim, self.axis)
+        return x.flatten(self.axis, self.axis + 1)
+
+    def _shared(self, x: Tensor | None, dim: int | None, alone: bool) -> Tensor | None:
+        """bias, sinks, mask, slopes, rng: the first dimension is the batch or 1."""
+        if x is None or alone:
+            return x
+        x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+        if x.shape[0] == x.shape[1] == 1:  # one for all examples: no copy
+            return x[0].expand(self.size * self.batch, *x.shape[2:])
+        return x.expand(self.size, self.batch, *x.shape[2:]).flatten(0, 1)
+
+    def _sequences(self, cu: Tensor | None, example: Any) -> Tensor | None:
+        """The offsets of every example's sequences, one example after the other."""
+        if cu is None:
+            return None
+        tokens = example[2]
+        first = torch.arange(self.size, device=cu.device, dtype=cu.dtype) * tokens
+        end = torch.full((1,), self.size * tokens, device=cu.device, dtype=cu.dtype)
+        return torch.cat([(cu[:-1] + first.unsqueeze(1)).flatten(), end])
+
+    def unfold(self, found: Sequence[Tensor]) -> tuple[list[Tensor], list[int | None]]:
+        """What the map's operator gave, with the mapped dimension back, and where that is.
+
+        Tensors without elements that stand for nothing have none.
+        """
+        tensors: list[Tensor] = list(found)
+        places: list[int | None] = [None] * len(found)
+        start = 0
+        if self.layout.gives_results:
+            for index in range(3):
+                if tensors[index].dim() > 1:
+                    tensors[index], places[index] = self._rows(tensors[index], self.primals.q), self.axis
+            start = 3
+        if self.layout.gives_gradients:
+            for index, (name, example) in enumerate(self.primals._asdict().items(), start):
+                if not self.needs[name]:
+                    continue
+                if name in PER_HEAD:
+                    tensors[index], places[index] = self._of_shared(tensors[index], example), 0
+                else:
+                    tensors[index], places[index] = self._rows(tensors[index], example), self.axis
+        return tensors, places
+
+    def _rows(self, x: Tensor, example: Any) -> Tensor:
+        return x.unflatten(self.axis, (self.size, example[self.axis]))
+
+    def _of_shared(self, x: Tensor, example: Any) -> Tensor:
+        x = x.unflatten(0, (self.size, self.batch))
+        return x.sum(1, keepdim=True) if example[0] == 1 and self.batch != 1 else x
+
+
+def _example_shape(x: Tensor | None, dim: int | None) -> Any:
+    if x is None:
+        return None
+    shape = list(x.shape)
+    if dim is not None:
+        del shape[dim]
+    return shape
+
+
+def _serves_all(x: Tensor | None, dim: int | None) -> bool:
+    return x is None or (dim is None and x.shape[0] == 1)

@@ -1,0 +1,158 @@
+"""torch's own functions that it does not document: each with why it is needed and what would replace it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+# Function.apply binds default arguments first, 70 µs a call, and hands the call to functorch's interpreters,
+# which make a class for each. Replaced by: an autograd Function of C++ in the stable ABI.
+_bare_apply = torch._C._FunctionBase.__dict__["apply"]
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is active. Replaced by: a public question of this kind."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def batched_in_backward(tensors: Sequence[Any]) -> bool:
+    """Whether a tensor is batched by is_grads_batched or vectorize=True, torch's older vmap.
+
+    Functions of autograd lose their graph within it; operators do not. Replaced by: torch.func.vmap there.
+    """
+    return any(isinstance(x, Tensor) and _functorch.is_legacy_batchedtensor(x) for x in tensors)
+
+
+def recorded_below() -> bool:
+    """Whether what runs is being recorded as operators by torch.jit.trace."""
+    return torch._C._get_tracing_state() is not None
+
+
+def any_dual(tensors: Sequence[Any]) -> bool:
+    """Whether a tensor has a tangent of forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def recording(tensors: Sequence[Any]) -> bool:
+    """Whether a derivative of a function of these tensors is asked for, in reverse or forward mode."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return True
+    return any_dual(tensors)
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Within it operators are called without their derivatives.
+
+    Replaced by: redispatch from a kernel of the stable ABI.
+    """
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return, attr-defined]
+
+
+def apply_function(function: Any, *arguments: Any) -> Any:
+    """An autograd Function's node made on the current level of torch.func alone, or of eager PyTorch.
+
+    Its forward has to go on below autograd, by an operator: that meets the transforms further out.
+    """
+    # what was saved in a transform may be used after the transform's end
+    alive = [_functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments]
+    if not transformed():
+        return _bare_apply(function, *alive)
+    before = _functorch.get_single_level_autograd_function_allowed()
+    _functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return _bare_apply(function, *alive)
+    finally:
+        _functorch.set_single_level_autograd_function_allowed(before)
+
+
+@contextmanager
+def outer_levels() -> Iterator[None]:
+    """Within a Function's forward both modes of differentiation are off; the transforms further out need them.
+
+    Each of those turns off again what was off where it began.
+    """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # type: ignore[no-untyped-call]
+        yield
+
+
+def forward_mode() -> AbstractContextManager[None]:
+    """Within a Function's jvp forward mode is off; the tangents of an outer jvp would be lost.
+
+    With it on again, a saved tensor must lose its tangent of this level, the one that is being propagated.
+    """
+    return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def without_tangent(x: Tensor) -> Tensor:
+    """A tensor without its tangent of this level."""
+    return forward_ad.unpack_dual(x).primal
+
+
+def demanded(node: Any, inputs: Sequence[Any], needed: Sequence[bool]) -> tuple[bool, ...]:
+    """needs_input_grad of a Function's inputs, without what the running backward pass does not go on to.
+
+    autograd.grad(y, x) runs a node for some of its inputs; ctx names all that could have a gradient.
+    Replaced by: a ctx that knows.
+    """
+    functions = iter(node.next_functions)  # of the inputs that are tensors
+    sources = [next(functions)[0] if isinstance(x, Tensor) else None for x in inputs]
+    return tuple([need and _runs(source) for need, source in zip(needed, sources, strict=True)])
+
+
+def _runs(function: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(function)
+    except RuntimeError:  # a leaf that autograd.grad was asked for: the question is refused
+        return True
+
+
+# torch.func.vmap, seen from an operator's batching rule. torch.library.register_vmap does the same with more
+# work a call.
+
+
+def unbatched(tensors: Sequence[Any]) -> tuple[list[Any], list[int | None], int]:
+    """Tensors without the dimension of the innermost vmap, where that was (None: nowhere), and its level."""
+    level = _functorch.current_level()
+    bare: list[Any] = []
+    dims: list[int | None] = []
+    for x in tensors:
+        inner, dim = _functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None)
+        bare.append(inner)
+        dims.append(dim)
+    return bare, dims, level
+
+
+def batched(x: Tensor, dim: int | None, level: int) -> Tensor:
+    """A tensor whose dimension is that of the vmap of this level."""
+    return x if dim is None else _functorch._add_batch_dim(x, dim, level)
+
+
+def beyond_vmap() -> AbstractContextManager[None]:
+    """Within a batching rule: operators go on to the transforms further out."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+    return torch._C._ExcludeDispatchKeyGuard(keys)  # type: ignore[no-any-return]
+
+
+def legacy_depth() -> int:
+    """How many of torch's older vmaps are nested here."""
+    depth: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return depth
+
+
+def legacy_unbatched(x: Tensor, level: int) -> Tensor:
+    """A tensor with a level's dimension in front; of size 1 where it has none."""
+    return torch._remove_batch_dim(x, level, 1, 0)  # type: ignore[no-any-return, attr-defined]
+
+
+def legacy_batched(x: Tensor, level: int) -> Tensor:
+    """The inverse."""
+    return torch._add_batch_dim(x, 0, level)  # type: ignore[no-any-return, attr-defined]
