@@ -7,21 +7,35 @@
 
 namespace metattn::METATTN_ISA {
 
+// The sequence whose unit it is: first_unit[seq] <= unit < first_unit[seq + 1].
+static inline int64_t packed_sequence_of(const Params& p, int64_t unit) {
+  int64_t seq = 0, past = p.batch;
+  while (past - seq > 1) {
+    const int64_t middle = seq + (past - seq) / 2;
+    if (p.first_unit[middle] <= unit) seq = middle;
+    else past = middle;
+  }
+  return seq;
+}
+
 // A Map of a row sweep offers:
 //   pack(seq, kv_head, s, key0, keys, block)   packs one block of keys
 //   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results; or end
 //                                              asks for the tiles once more, by true
 template <class T, class Map>
 static void row_sweep(const Params& p, int64_t unit, Map& map) {
-  int64_t seq = 0, past = p.batch;  // first_unit[seq] <= unit < first_unit[seq + 1]
-  while (past - seq > 1) {
-    const int64_t middle = seq + (past - seq) / 2;
-    if (p.first_unit[middle] <= unit) seq = middle;
-    else past = middle;
+  int64_t seq, within;  // the unit's sequence, and its place among that's units
+  if (p.first_unit == nullptr) {
+    const int64_t units = (p.n + p.row_chunk - 1) / p.row_chunk * p.kv_heads;
+    seq = unit / units;
+    within = unit % units;
+  } else {
+    seq = packed_sequence_of(p, unit);
+    within = unit - p.first_unit[seq];
   }
   const Sequence s = sequence(p, seq);
-  const int64_t kv_head = (unit - p.first_unit[seq]) % p.kv_heads;
-  const int64_t row_begin = (unit - p.first_unit[seq]) / p.kv_heads * p.row_chunk;
+  const int64_t kv_head = within % p.kv_heads;
+  const int64_t row_begin = within / p.kv_heads * p.row_chunk;
   const int64_t row_end = smaller(row_begin + p.row_chunk, s.n);
   const int64_t key_begin = attended_keys(p, s, row_begin).lo / kKeys * kKeys;
   const int64_t key_end = attended_keys(p, s, row_end - 1).hi;
