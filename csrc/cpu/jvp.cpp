@@ -121,7 +121,9 @@ struct Jvp {
           p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
       excess[r] += static_cast<double>(weight * (tangent - base[r]));
     }
-    load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, tile.s.q0 + tile.row0 + r, 0, p.dv, row, scratch_row);
+    const int64_t i = tile.s.q0 + tile.row0 + r;
+    load_wide_row(p.o, offset_of(p.o, tile.seq, tile.head, i), p.dv, wide_dv, row);
+    add_low(p.o_lo, tile.seq, tile.head, i, 0, p.dv, row, scratch_row);
     T largest_term = 0, largest = 0;
     for (int64_t col = 0; col < p.dv; ++col) {
       const T term = static_cast<T>(excess[r]) * row[col];

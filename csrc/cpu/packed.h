@@ -175,7 +175,7 @@ struct KeySums {
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
     return {wanted ? arena.take<T>(blocks * kKeys * padded<T>(width)) : nullptr, width};
   }
-  void clear(int64_t blocks) { memset(data, 0, sizeof(T) * blocks * kKeys * padded<T>(width)); }
+  void clear(int64_t keys) { memset(data, 0, sizeof(T) * keys * padded<T>(width)); }
   void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block) {
     gemm<true>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
                data + block * kKeys * padded<T>(width), padded<T>(width), true);

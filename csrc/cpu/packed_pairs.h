@@ -281,7 +281,7 @@ struct KeySums<Pairs> {
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
     return {wanted ? arena.take<float>(blocks * kKeys * tiles_wide(width)) : nullptr, width};
   }
-  void clear(int64_t blocks) { memset(data, 0, sizeof(float) * blocks * kKeys * tiles_wide(width)); }
+  void clear(int64_t keys) { memset(data, 0, sizeof(float) * round_up(keys, kKeys) * tiles_wide(width)); }
   void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
            int64_t block) {
     by.round_pairs(tile, weights);

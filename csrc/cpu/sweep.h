@@ -62,7 +62,7 @@ static inline int64_t row_sweep_blocks(const Params& p) { return (p.m + kKeys - 
 static inline int64_t key_sweep_blocks(const Params& p) { return (p.key_chunk + kKeys - 1) / kKeys; }
 
 // A Map of a key sweep offers pack as above, and
-//   begin_keys(blocks), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
+//   begin_keys(keys), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
 //   begin(tile), visit(tile, block), end(tile, chunk)           a block of rows; end also when no tile was visited
 template <class T, class Map>
 static void key_sweep(const Params& p, int64_t unit, Map& map) {
@@ -83,7 +83,7 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
         const int64_t key0 = chunk_begin + block * kKeys;
         map.pack(seq, kv_head, s, key0, smaller(kKeys, chunk_end - key0), block);
       }
-      map.begin_keys(blocks);
+      map.begin_keys(larger(0, chunk_end - chunk_begin));
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t row0 = 0; row0 < s.n; row0 += kRows) {
           Tile tile{seq, head, kv_head, s, row0, smaller(kRows, s.n - row0), 0, 0, 0, false};
@@ -129,9 +129,9 @@ struct KeySweepResults {
     rows = arena.take<T>(kLanes<T> * larger(padded<T>(p.d), padded<T>(p.dv)));
   }
 
-  void begin_keys(int64_t blocks) {
-    if (want_k) grad_k.clear(blocks);
-    if (want_v) grad_v.clear(blocks);
+  void begin_keys(int64_t keys) {
+    if (want_k) grad_k.clear(keys);
+    if (want_v) grad_v.clear(keys);
   }
   void begin_rows(const Tile& tile) {
     if (want_q) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
@@ -227,7 +227,7 @@ struct GradientSweep {
     scratch_row = arena.take<T>(padded<T>(p.dv));
   }
 
-  void begin_keys(int64_t blocks) { results.begin_keys(blocks); }
+  void begin_keys(int64_t keys) { results.begin_keys(keys); }
   void end_keys(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys) {
     results.end_keys(seq, kv_head, at, key0, keys);
   }
