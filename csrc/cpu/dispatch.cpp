@@ -178,6 +178,12 @@ struct Walk {
   std::atomic<int64_t> next{0};
 };
 
+int64_t next_unit(void* walk) {
+  Walk& w = *static_cast<Walk*>(walk);
+  const int64_t unit = w.next.fetch_add(1, std::memory_order_relaxed);
+  return unit < w.units ? unit : -1;
+}
+
 struct Range1d {
   void (*body)(void* context, int64_t begin, int64_t end);
   void* context;
@@ -252,9 +258,8 @@ bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
     Walk walk{p, kernel, units, scratch.data(), stride};
     threads.for_each(tasks,
                      [](void* context, int task) {
-                       Walk& w = *static_cast<Walk*>(context);
-                       for (int64_t unit; (unit = w.next.fetch_add(1)) < w.units;)
-                         w.kernel.run_unit(w.p, unit, w.scratch + task * w.scratch_stride);
+                       const Walk& w = *static_cast<const Walk*>(context);
+                       w.kernel.run_units(w.p, w.scratch + task * w.scratch_stride, next_unit, context);
                      },
                      &walk);
   }

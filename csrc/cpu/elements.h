@@ -13,12 +13,14 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 static inline int64_t panel_of(int64_t width) {
   const int64_t vectors = larger(1, (width + kLanes<T> - 1) / kLanes<T>);
+  if (vectors <= kPanelVectors) return vectors * kLanes<T>;
   const int64_t count = (vectors + kPanelVectors - 1) / kPanelVectors;
   return (vectors + count - 1) / count * kLanes<T>;
 }
 template <class T>
 static inline int64_t padded(int64_t width) {
-  return round_up(width, panel_of<T>(width));
+  const int64_t panel = panel_of<T>(width);
+  return width <= panel ? panel : round_up(width, panel);
 }
 
 // Hands out aligned pieces of a thread's scratch memory; over a null base it only counts them.

@@ -184,7 +184,7 @@ struct KeySweepResults {
       const T* found = sums.of_keys(first, rows);
       for (int64_t i = 0; i < smaller(kLanes<T>, keys - first); ++i)
         store_row(view, offset_of(view, seq, kv_head, at + first + i), view.stride[3], sums.width, factor,
-                  found + i * padded<T>(sums.width));
+                  found + i * sums.wide);
     }
   }
 };
@@ -256,9 +256,9 @@ struct GradientSweep {
 // The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
 #define METATTN_MAP_KERNEL(Map, sweep, A)                                  \
   {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },          \
-   [](const Params& p, int64_t unit, char* scratch) {                      \
+   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) { \
      Map<A> map(p, scratch);                                               \
-     sweep<Compute<A>>(p, unit, map);                                      \
+     for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
    }}
 #ifdef METATTN_PAIRS
 #define METATTN_MAP_KERNELS(Map, sweep) {{}, {}, METATTN_MAP_KERNEL(Map, sweep, Pairs)}

@@ -185,12 +185,13 @@ static void add_low(const View& low, int64_t seq, int64_t head, int64_t i, int64
 template <class A, class T>
 static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
                      const PackedRows<A>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
+  const int64_t wide = padded<T>(dv);
   for (int64_t r = 0; r < tile.rows; ++r) {
     result[r] = 0;
     if (dead[r]) continue;
     const int64_t i = tile.s.q0 + tile.row0 + r;
     if (d_o) {
-      load_wide_row(values, offset_of(values, tile.seq, tile.head, i), dv, padded<T>(dv), row);
+      load_wide_row(values, offset_of(values, tile.seq, tile.head, i), dv, wide, row);
       add_low(low, tile.seq, tile.head, i, 0, dv, row, scratch);
       result[r] = d_o.dot(r, row);
     }
