@@ -83,16 +83,17 @@ struct PackedKeys {
   bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
                  bool* strange) {
     T* const natural_block = block_at(block);
-    Bits<T> found = {};
     for (int64_t key = 0; key < keys; ++key) {
       T* const target = wide == panel ? natural_block + key * panel : row;
       load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, target);
-      for (int64_t c = 0; c < wide; c += kLanes<T>) found |= strange_lanes<T>(load(target + c));
       if (wide == panel) continue;
       for (int64_t c = 0; c < wide; c += panel)
         memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
     for (int64_t key = keys; key < round_up(keys, kLanes<T>); ++key) erase(block, key);
+    Bits<T> found = {};
+    for (int64_t c = 0; c < wide; c += panel)
+      for (int64_t i = 0; i < keys * panel; i += kLanes<T>) found |= strange_lanes<T>(load(natural_block + c * kKeys + i));
     if (!any_set(found)) return false;
     for (int64_t key = 0; key < keys; ++key)
       for (int64_t c = 0; c < wide; c += panel)
