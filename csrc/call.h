@@ -5,16 +5,11 @@
 // METATTN_ON_GPU: tensors must be on a GPU, and values that lie there are not read.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
+#include <array>
 #include <cmath>
-#include <optional>
-#include <tuple>
 
 #include "params.h"
+#include "tensor.h"
 
 namespace {
 
@@ -22,32 +17,26 @@ using metattn::Causal;
 using metattn::DType;
 using metattn::Params;
 using metattn::View;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using Results = std::tuple<Tensor, Tensor, Tensor>;  // o, lse, o_lo; or their tangents
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Both = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::array<Tensor, 3>;  // o, lse, o_lo; or their tangents
+using Gradients = std::array<Tensor, 5>;
 
 #ifdef METATTN_ON_GPU
 thread_local int32_t gpu_of_call = 0;  // q's
-bool is_here(const Tensor& x) { return x.is_cuda() && x.get_device_index() == gpu_of_call; }
+bool is_here(const Tensor& x) { return x.device_type() == codes.cuda && x.device_index() == gpu_of_call; }
 constexpr const char* kHere = "q's GPU";
 #else
-bool is_here(const Tensor& x) { return x.is_cpu(); }
+bool is_here(const Tensor& x) { return x.device_type() == codes.cpu; }
 constexpr const char* kHere = "the CPU";
 #endif
 
 // ---- tensors as views ----
 
 DType dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
-  }
+  const int32_t code = x.dtype();
+  if (code == codes.f32) return DType::f32;
+  if (code == codes.f64) return DType::f64;
+  if (code == codes.bf16) return DType::bf16;
+  if (code == codes.f16) return DType::f16;
   STD_TORCH_CHECK(false, "metattn: ", name, " must be float64, float32, bfloat16 or float16");
 }
 
@@ -56,29 +45,45 @@ void check_sizes(const Tensor& x, const char* name, std::initializer_list<int64_
   STD_TORCH_CHECK(is_here(x), "metattn: ", name, " must be on ", kHere);
   STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()), "metattn: ", name, " must have ", sizes.size(),
                   " dimensions, has ", x.dim());
-  int64_t dim = 0;
-  for (const int64_t size : sizes) {
-    const int64_t have = x.size(dim);
-    STD_TORCH_CHECK(have == size || (broadcast && have == 1), "metattn: ", name, " must have size ", size,
-                    " in dimension ", dim, ", has ", have);
-    ++dim;
+  const int64_t* have = x.sizes();
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    const int64_t size = sizes.begin()[dim];
+    STD_TORCH_CHECK(have[dim] == size || (broadcast && have[dim] == 1), "metattn: ", name, " must have size ", size,
+                    " in dimension ", dim, ", has ", have[dim]);
   }
 }
 
 View strided(const Tensor& x, DType dtype, bool broadcast, bool packed) {
-  View view{static_cast<char*>(x.data_ptr()), dtype, {0, 0, 0, 0}};
+  View view{x.data(), dtype, {0, 0, 0, 0}};
   static char empty;
   if (view.data == nullptr) view.data = &empty;  // an empty tensor is present all the same
-  for (int64_t dim = 0; dim < x.dim(); ++dim) view.stride[dim] = broadcast && x.size(dim) == 1 ? 0 : x.stride(dim);
+  const int64_t dims = x.dim(), *sizes = x.sizes(), *strides = x.strides();
+  for (int64_t dim = 0; dim < dims; ++dim) view.stride[dim] = broadcast && sizes[dim] == 1 ? 0 : strides[dim];
   if (packed) view.stride[0] = 0;  // sequences follow each other along the rows
   return view;
 }
 
+// What every operator is given first.
+struct Problem {
+  Tensor q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k;
+  int64_t max_q, max_k;
+  double scale, softcap;
+  int64_t causal, window_left, window_right;
+  double dropout_p;
+};
+#define METATTN_PROBLEM_SCHEMA                                                                                  \
+  "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? slopes, Tensor? rng, "      \
+  "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
+  "int window_right, float dropout_p"
+Problem take_problem(Arguments& in) {  // braces: from left to right
+  return {in.tensor(),  in.tensor(),  in.tensor(), in.maybe(), in.maybe(),   in.maybe(),   in.maybe(),   in.maybe(), in.maybe(),
+          in.maybe(),   in.integer(), in.integer(), in.real(), in.real(), in.integer(), in.integer(), in.integer(), in.real()};
+}
+
 // One call of a map, being filled in.
 struct Call {
+  const Problem& given;
   Params p{};
-  Tensor q, k, v;
-  Maybe bias, sinks;
   bool packed = false;
   bool is_double = false;
   int64_t leading = 0;  // size of dimension 0 of q: B, or 1 when packed
@@ -97,7 +102,7 @@ struct Call {
   }
   View statistic(const Tensor& x, const char* name) const {
     check_sizes(x, name, {leading, p.heads, rows}, false);
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "metattn: ", name, " must be float64");
+    STD_TORCH_CHECK(x.dtype() == codes.f64, "metattn: ", name, " must be float64");
     return strided(x, DType::f64, false, packed);
   }
   View bias_like(const Tensor& x, const char* name) const {
@@ -110,34 +115,20 @@ struct Call {
   }
   // As q where the width is q's, so that a layout is kept; else contiguous.
   Tensor new_query(int64_t width) const {
-    if (width == p.d) return torch::stable::empty_like(q);
-    return torch::stable::new_empty(q, {leading, p.heads, rows, width});
+    if (width == p.d) return empty_like(given.q);
+    return empty(given.q, {leading, p.heads, rows, width}, given.q.dtype());
   }
-  Tensor new_statistic() const {
-    return torch::stable::new_empty(q, {leading, p.heads, rows}, ScalarType::Double);
-  }
-  ScalarType compute_type() const { return is_double ? ScalarType::Double : ScalarType::Float; }
-  Tensor nothing() const { return torch::stable::new_empty(q, {0}); }
+  Tensor new_statistic() const { return empty(given.q, {leading, p.heads, rows}, codes.f64); }
+  int32_t compute_type() const { return is_double ? codes.f64 : codes.f32; }
+  Tensor nothing() const { return empty(given.q, {0}, given.q.dtype()); }
 };
-
-#define METATTN_PROBLEM_ARGUMENTS                                                                                  \
-  Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe mask, Maybe slopes, Maybe rng, Maybe cu_q, Maybe cu_k, \
-      int64_t max_q, int64_t max_k, double scale, double softcap, int64_t causal, int64_t window_left,                \
-      int64_t window_right, double dropout_p
-#define METATTN_PROBLEM_NAMES                                                                                    \
-  q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left, window_right, \
-      dropout_p
-#define METATTN_PROBLEM_SCHEMA                                                                                  \
-  "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? slopes, Tensor? rng, "      \
-  "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
-  "int window_right, float dropout_p"
 
 // The offsets of packed sequences, checked; `longest` becomes that of the sequences there are.
 const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_t most, int64_t& longest) {
   STD_TORCH_CHECK(is_here(cu) && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous() &&
-                      cu.scalar_type() == ScalarType::Int,
+                      cu.dtype() == codes.i32,
                   "metattn: ", name, " must be a contiguous int32 tensor of at least one offset");
-  const int32_t* data = static_cast<const int32_t*>(cu.const_data_ptr());
+  const int32_t* data = reinterpret_cast<const int32_t*>(cu.data());
 #ifdef METATTN_ON_GPU
   static_cast<void>(total);
   longest = most;
@@ -155,34 +146,37 @@ const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_
   return data;
 }
 
-Call make_call(METATTN_PROBLEM_ARGUMENTS) {
+Call make_call(const Problem& given) {
 #ifdef METATTN_ON_GPU
-  gpu_of_call = q.get_device_index();
+  gpu_of_call = given.q.device_index();
 #endif
-  Call call{{}, q, k, v, bias, sinks};
+  Call call{given};
   Params& p = call.p;
+  const auto& [q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left,
+               window_right, dropout_p] = given;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "metattn: q, k and v must have 4 dimensions");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+  STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(),
                   "metattn: q, k and v must have one dtype");
   call.is_double = dtype_of(q, "q") == DType::f64;
-  call.packed = cu_q.has_value();
-  STD_TORCH_CHECK(call.packed == cu_k.has_value(), "metattn: cu_q and cu_k go together");
-  call.leading = q.size(0);
-  call.rows = q.size(2);
-  call.keys = k.size(2);
-  p.heads = q.size(1);
-  p.kv_heads = k.size(1);
-  p.d = q.size(3);
+  call.packed = bool(cu_q);
+  STD_TORCH_CHECK(call.packed == bool(cu_k), "metattn: cu_q and cu_k go together");
+  const int64_t *q_sizes = q.sizes(), *k_sizes = k.sizes();
+  call.leading = q_sizes[0];
+  call.rows = q_sizes[2];
+  call.keys = k_sizes[2];
+  p.heads = q_sizes[1];
+  p.kv_heads = k_sizes[1];
+  p.d = q_sizes[3];
   p.dv = v.size(3);
   STD_TORCH_CHECK(p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0, "metattn: ", p.heads,
                   " query heads are no multiple of ", p.kv_heads, " key heads");
   if (call.packed) {
     STD_TORCH_CHECK(call.leading == 1, "metattn: a packed problem has a leading dimension of 1");
-    STD_TORCH_CHECK(cu_q->dim() == 1 && cu_k->dim() == 1 && cu_q->size(0) == cu_k->size(0),
+    STD_TORCH_CHECK(cu_q.dim() == 1 && cu_k.dim() == 1 && cu_q.size(0) == cu_k.size(0),
                     "metattn: cu_q and cu_k must have one length");
-    p.batch = cu_q->size(0) - 1;
-    p.cu_q = offsets(*cu_q, "cu_q", call.rows, max_q, p.n);
-    p.cu_k = offsets(*cu_k, "cu_k", call.keys, max_k, p.m);
+    p.batch = cu_q.size(0) - 1;
+    p.cu_q = offsets(cu_q, "cu_q", call.rows, max_q, p.n);
+    p.cu_k = offsets(cu_k, "cu_k", call.keys, max_k, p.m);
     call.mask_rows = max_q;
     call.mask_keys = max_k;
   } else {
@@ -193,20 +187,20 @@ Call make_call(METATTN_PROBLEM_ARGUMENTS) {
   p.q = call.query_like(q, "q", p.d);
   p.k = call.key_like(k, "k", p.d);
   p.v = call.key_like(v, "v", p.dv);
-  if (bias) p.bias = call.bias_like(*bias, "bias");
-  if (sinks) p.sinks = call.head_like(*sinks, "sinks");
-  if (slopes) p.slopes = call.head_like(*slopes, "slopes");
+  if (bias) p.bias = call.bias_like(bias, "bias");
+  if (sinks) p.sinks = call.head_like(sinks, "sinks");
+  if (slopes) p.slopes = call.head_like(slopes, "slopes");
   if (mask) {
-    check_sizes(*mask, "mask", {p.batch, p.heads, call.mask_rows, call.mask_keys}, true);
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "metattn: mask must be bool");
-    p.mask = strided(*mask, DType::f32, true, false);
+    check_sizes(mask, "mask", {p.batch, p.heads, call.mask_rows, call.mask_keys}, true);
+    STD_TORCH_CHECK(mask.dtype() == codes.boolean, "metattn: mask must be bool");
+    p.mask = strided(mask, DType::f32, true, false);
   }
   if (rng) {
-    check_sizes(*rng, "rng", {p.batch, 2}, false);
-    STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long, "metattn: rng must be int64");
-    p.rng = reinterpret_cast<const int64_t*>(strided(*rng, DType::f64, false, false).data);
-    p.rng_stride[0] = rng->stride(0);
-    p.rng_stride[1] = rng->stride(1);
+    check_sizes(rng, "rng", {p.batch, 2}, false);
+    STD_TORCH_CHECK(rng.dtype() == codes.i64, "metattn: rng must be int64");
+    p.rng = reinterpret_cast<const int64_t*>(strided(rng, DType::f64, false, false).data);
+    p.rng_stride[0] = rng.strides()[0];
+    p.rng_stride[1] = rng.strides()[1];
     STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "metattn: dropout_p must lie in [0, 1]");
     p.dropout_p = dropout_p;
     p.dropout_threshold = static_cast<uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
@@ -224,73 +218,74 @@ Call make_call(METATTN_PROBLEM_ARGUMENTS) {
 
 // Allocates o, lse and, for dtypes that o is rounded to, o_lo (no elements otherwise).
 Results new_results(Call& call) {
-  const bool rounded = call.q.scalar_type() != call.compute_type();
+  const bool rounded = call.given.q.dtype() != call.compute_type();
   Tensor o = call.new_query(call.p.dv), lse = call.new_statistic();
   // bfloat16 for float16 too: where o overflows, o_lo holds it
-  Tensor o_lo = rounded ? torch::stable::new_empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, ScalarType::BFloat16)
-                        : call.nothing();
+  Tensor o_lo = rounded ? empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, codes.bf16) : call.nothing();
   call.p.out_o = call.query_like(o, "o", call.p.dv);
   call.p.out_lse = call.statistic(lse, "lse");
   if (rounded) call.p.out_o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
-  return {o, lse, o_lo};
+  return {std::move(o), std::move(lse), std::move(o_lo)};
 }
 
-void set_results(Call& call, const Tensor& o, const Tensor& lse, const Maybe& o_lo) {
+// o, lse and o_lo, or their tangents, as a later map is given them.
+Results take_results(Arguments& in) { return {in.tensor(), in.tensor(), in.maybe()}; }
+void set_results(Call& call, const Results& results) {
+  const auto& [o, lse, o_lo] = results;
   call.p.o = call.query_like(o, "o", call.p.dv);
   call.p.lse = call.statistic(lse, "lse");
-  if (o_lo) call.p.o_lo = call.query_like(*o_lo, "o_lo", call.p.dv);
+  if (o_lo) call.p.o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
 }
-void set_cotangents(Call& call, const Maybe& d_o, const Maybe& d_lse) {
-  if (d_o) call.p.d_o = call.query_like(*d_o, "do", call.p.dv);
-  if (d_lse) call.p.d_lse = call.statistic(*d_lse, "dlse");
-}
-void set_tangents(Call& call, const Maybe& t_q, const Maybe& t_k, const Maybe& t_v, const Maybe& t_bias,
-                  const Maybe& t_sinks) {
-  if (t_q) call.p.t_q = call.query_like(*t_q, "tq", call.p.d);
-  if (t_k) call.p.t_k = call.key_like(*t_k, "tk", call.p.d);
-  if (t_v) call.p.t_v = call.key_like(*t_v, "tv", call.p.dv);
-  STD_TORCH_CHECK(!t_bias || call.bias, "metattn: tbias without a bias");
-  if (t_bias) call.p.t_bias = call.bias_like(*t_bias, "tbias");
-  STD_TORCH_CHECK(!t_sinks || call.sinks, "metattn: tsinks without sinks");
-  if (t_sinks) call.p.t_sinks = call.head_like(*t_sinks, "tsinks");
-}
-
-// What both gradients' operators are given besides the call.
-void set_first_order(Call& call, const Tensor& o, const Tensor& lse, const Maybe& o_lo, const Maybe& d_o,
-                     const Maybe& d_lse) {
-  set_results(call, o, lse, o_lo);
-  set_cotangents(call, d_o, d_lse);
-}
-void set_tangent_results(Call& call, const Tensor& o_t, const Tensor& lse_t, const Maybe& o_t_lo) {
+// Without o_t_lo where o is not rounded.
+void set_tangent_results(Call& call, const Results& results, bool rounded) {
+  const auto& [o_t, lse_t, o_t_lo] = results;
   call.p.o_t = call.query_like(o_t, "ot", call.p.dv);
   call.p.lse_t = call.statistic(lse_t, "lt");
-  if (o_t_lo) call.p.o_t_lo = call.query_like(*o_t_lo, "ot_lo", call.p.dv);
+  if (rounded) call.p.o_t_lo = call.query_like(o_t_lo, "ot_lo", call.p.dv);
 }
 
-// Allocates what is needed of dQ, dK and dV; what is not needed has no elements.
-struct NewGradients {
-  Tensor q, k, v;
+struct Cotangents {
+  Tensor o, lse;
 };
-NewGradients new_gradients(Call& call, int64_t needs) {
+Cotangents take_cotangents(Arguments& in) { return {in.maybe(), in.maybe()}; }
+void set_cotangents(Call& call, const Cotangents& given) {
+  if (given.o) call.p.d_o = call.query_like(given.o, "do", call.p.dv);
+  if (given.lse) call.p.d_lse = call.statistic(given.lse, "dlse");
+}
+
+struct Tangents {
+  Tensor q, k, v, bias, sinks;
+};
+Tangents take_tangents(Arguments& in) { return {in.maybe(), in.maybe(), in.maybe(), in.maybe(), in.maybe()}; }
+void set_tangents(Call& call, const Tangents& given) {
+  if (given.q) call.p.t_q = call.query_like(given.q, "tq", call.p.d);
+  if (given.k) call.p.t_k = call.key_like(given.k, "tk", call.p.d);
+  if (given.v) call.p.t_v = call.key_like(given.v, "tv", call.p.dv);
+  STD_TORCH_CHECK(!given.bias || call.given.bias, "metattn: tbias without a bias");
+  if (given.bias) call.p.t_bias = call.bias_like(given.bias, "tbias");
+  STD_TORCH_CHECK(!given.sinks || call.given.sinks, "metattn: tsinks without sinks");
+  if (given.sinks) call.p.t_sinks = call.head_like(given.sinks, "tsinks");
+}
+
+// Allocates what is needed of dQ, dK and dV; what is not needed has no elements. The bias' and the sinks' are left.
+Gradients new_gradients(Call& call, int64_t needs) {
   Params& p = call.p;
-  STD_TORCH_CHECK(!(needs & metattn::kNeedBias) || call.bias, "metattn: a bias gradient is asked for without a bias");
-  STD_TORCH_CHECK(!(needs & metattn::kNeedSinks) || call.sinks, "metattn: a sinks gradient is asked for without sinks");
-  STD_TORCH_CHECK(!(needs & metattn::kNeedSinks) || call.sinks->scalar_type() == call.compute_type(),
+  const Problem& given = call.given;
+  STD_TORCH_CHECK(!(needs & metattn::kNeedBias) || given.bias, "metattn: a bias gradient is asked for without a bias");
+  STD_TORCH_CHECK(!(needs & metattn::kNeedSinks) || given.sinks, "metattn: a sinks gradient is asked for without sinks");
+  STD_TORCH_CHECK(!(needs & metattn::kNeedSinks) || given.sinks.dtype() == call.compute_type(),
                   "metattn: sinks must have the compute dtype");
   p.needs = needs;
-  NewGradients made{call.nothing(), call.nothing(), call.nothing()};
-  if (needs & metattn::kNeedQ) {
-    made.q = torch::stable::empty_like(call.q);
-    p.grad_q = call.query_like(made.q, "dq", p.d);
-  }
-  if (needs & metattn::kNeedK) {
-    made.k = torch::stable::empty_like(call.k);
-    p.grad_k = call.key_like(made.k, "dk", p.d);
-  }
-  if (needs & metattn::kNeedV) {
-    made.v = torch::stable::empty_like(call.v);
-    p.grad_v = call.key_like(made.v, "dv", p.dv);
-  }
+  Gradients made;
+  auto& [q, k, v, bias, sinks] = made;
+  q = needs & metattn::kNeedQ ? empty_like(given.q) : call.nothing();
+  k = needs & metattn::kNeedK ? empty_like(given.k) : call.nothing();
+  v = needs & metattn::kNeedV ? empty_like(given.v) : call.nothing();
+  if (needs & metattn::kNeedQ) p.grad_q = call.query_like(q, "dq", p.d);
+  if (needs & metattn::kNeedK) p.grad_k = call.key_like(k, "dk", p.d);
+  if (needs & metattn::kNeedV) p.grad_v = call.key_like(v, "dv", p.dv);
+  if (!(needs & metattn::kNeedBias)) bias = call.nothing();
+  if (!(needs & metattn::kNeedSinks)) sinks = call.nothing();
   return made;
 }
 
@@ -299,12 +294,19 @@ NewGradients new_gradients(Call& call, int64_t needs) {
 int64_t set_bias_gradient(Call& call) {
   int64_t step = 1;
   for (int dim = 3; dim >= 0; --dim) {
-    const int64_t size = call.bias->size(dim);
+    const int64_t size = call.given.bias.size(dim);
     call.p.bias_size[dim] = size;
     call.p.grad_bias_stride[dim + 1] = size == 1 ? 0 : step;
     step *= size;
   }
   return step;
+}
+
+void set_sinks_gradient(Call& call, Tensor& grad_sinks) {
+  Params& p = call.p;
+  p.sinks_batch = call.given.sinks.size(0);
+  grad_sinks = zeros(call.given.sinks, {p.sinks_batch, p.heads}, call.given.sinks.dtype());
+  p.grad_sinks = grad_sinks.data();
 }
 
 // tf32: whether float32 products may be taken in TF32; CPUs have none, and pass over it.
@@ -325,11 +327,11 @@ int64_t set_bias_gradient(Call& call) {
               "bool tf32=False) -> "                                                                                   \
               "(Tensor ot, Tensor lt, Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)")
 
-#define METATTN_IMPLEMENT_OPERATORS(library)       \
-  library.impl("forward", TORCH_BOX(&forward));    \
-  library.impl("vjp", TORCH_BOX(&vjp));            \
-  library.impl("jvp", TORCH_BOX(&jvp));            \
-  library.impl("vjp_jvp", TORCH_BOX(&vjp_jvp));    \
-  library.impl("double_backward", TORCH_BOX(&double_backward))
+#define METATTN_IMPLEMENT_OPERATORS(library) \
+  library.impl("forward", forward);          \
+  library.impl("vjp", vjp);                  \
+  library.impl("jvp", jvp);                  \
+  library.impl("vjp_jvp", vjp_jvp);          \
+  library.impl("double_backward", double_backward)
 
 }  // namespace

@@ -3,8 +3,6 @@
 
 #include <pthread.h>
 
-#include <vector>
-
 #include "cpu/dispatch.h"
 
 namespace {
@@ -42,101 +40,127 @@ void run(metattn::MapName map, const Call& call) {
 
 // ---- the four maps ----
 
-Results forward(METATTN_PROBLEM_ARGUMENTS, bool) {
-  Call call = make_call(METATTN_PROBLEM_NAMES);
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  Call call = make_call(problem);
   Results results = new_results(call);
   run(metattn::kForward, call);
-  return results;
+  put(stack, std::move(results));
 }
 
-Results jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe t_q, Maybe t_k, Maybe t_v, Maybe t_bias,
-            Maybe t_sinks, bool) {
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_results(call, o, lse, o_lo);
-  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
+void jvp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Tangents tangents = take_tangents(in);
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_tangents(call, tangents);
   Results results = new_results(call);
   run(metattn::kJvp, call);
-  return results;
+  put(stack, std::move(results));
+}
+
+// Parts of dQ, one for each chunk of keys.
+Tensor set_q_parts(Call& call) {
+  Params& p = call.p;
+  const std::initializer_list<int64_t> sizes{p.key_chunks, call.leading, p.heads, call.rows, p.d};
+  // a short sequence of a packed problem has fewer chunks than the longest: its other parts stay zero
+  Tensor parts = (call.packed ? zeros : empty)(call.given.q, sizes, call.compute_type());
+  p.grad_q_parts = parts.data();
+  p.grad_q_parts_stride[3] = p.d;
+  p.grad_q_parts_stride[2] = call.rows * p.d;
+  p.grad_q_parts_stride[1] = call.packed ? 0 : p.heads * call.rows * p.d;
+  p.grad_q_parts_stride[0] = call.leading * p.heads * call.rows * p.d;
+  return parts;
+}
+
+// Allocates the bias' gradient; the parts that it is the sum of, where it is not made in place.
+Tensor set_bias_parts(Call& call, Tensor& grad_bias) {
+  Params& p = call.p;
+  const Tensor& bias = call.given.bias;
+  const int64_t* sizes = bias.sizes();
+  p.grad_bias_parts = sizes[3] == 1 ? p.key_chunks : 1;
+  const int64_t elements = set_bias_gradient(call);
+  p.grad_bias_stride[0] = p.grad_bias_parts == 1 ? 0 : elements;
+  if (p.grad_bias_parts == 1 && bias.dtype() == call.compute_type()) {
+    grad_bias = zeros(bias, {sizes[0], sizes[1], sizes[2], sizes[3]}, bias.dtype());
+    p.grad_bias = grad_bias.data();
+    return {};
+  }
+  Tensor parts = zeros(bias, {p.grad_bias_parts, sizes[0], sizes[1], sizes[2], sizes[3]}, call.compute_type());
+  p.grad_bias = parts.data();
+  grad_bias = empty(bias, {sizes[0], sizes[1], sizes[2], sizes[3]}, bias.dtype());
+  p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
+  return parts;
 }
 
 // Runs a key sweep for the gradients that are needed.
 Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   Params& p = call.p;
-  const NewGradients made = new_gradients(call, needs);
-  const ScalarType compute = call.compute_type();
+  Gradients made = new_gradients(call, needs);
+  Tensor q_parts, bias_parts;
   if (needs & metattn::kNeedBias) {  // a broadcast bias has one owner for all that it is broadcast over
-    p.all_batches = call.bias->size(0) == 1;
-    p.all_heads = call.bias->size(1) == 1;
+    p.all_batches = call.given.bias.size(0) == 1;
+    p.all_heads = call.given.bias.size(1) == 1;
   }
   metattn::plan_key_sweep(p);
-
-  Tensor grad_bias = call.nothing(), grad_sinks = call.nothing(), q_parts = call.nothing(), bias_parts = call.nothing();
-  if (needs & metattn::kNeedQ && p.key_chunks > 1) {
-    const std::vector<int64_t> sizes{p.key_chunks, call.leading, p.heads, call.rows, p.d};
-    // a short sequence of a packed problem has fewer chunks than the longest: its other parts stay zero
-    q_parts = call.packed ? torch::stable::new_zeros(call.q, sizes, compute)
-                          : torch::stable::new_empty(call.q, sizes, compute);
-    p.grad_q_parts = static_cast<char*>(q_parts.data_ptr());
-    p.grad_q_parts_stride[3] = p.d;
-    p.grad_q_parts_stride[2] = call.rows * p.d;
-    p.grad_q_parts_stride[1] = call.packed ? 0 : p.heads * call.rows * p.d;
-    p.grad_q_parts_stride[0] = call.leading * p.heads * call.rows * p.d;
-  }
-  if (needs & metattn::kNeedBias) {
-    const Tensor& bias = *call.bias;
-    const std::vector<int64_t> sizes(bias.sizes().begin(), bias.sizes().end());
-    p.grad_bias_parts = sizes[3] == 1 ? p.key_chunks : 1;
-    const bool direct = p.grad_bias_parts == 1 && bias.scalar_type() == compute;
-    bias_parts = torch::stable::new_zeros(bias, {p.grad_bias_parts, sizes[0], sizes[1], sizes[2], sizes[3]}, compute);
-    p.grad_bias = static_cast<char*>(bias_parts.data_ptr());
-    const int64_t elements = set_bias_gradient(call);
-    p.grad_bias_stride[0] = p.grad_bias_parts == 1 ? 0 : elements;
-    if (direct) {
-      grad_bias = torch::stable::view(bias_parts, {sizes[0], sizes[1], sizes[2], sizes[3]});
-    } else {
-      grad_bias = torch::stable::new_empty(bias, {sizes[0], sizes[1], sizes[2], sizes[3]});
-      p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
-    }
-  }
-  if (needs & metattn::kNeedSinks) {
-    p.sinks_batch = call.sinks->size(0);
-    grad_sinks = torch::stable::new_zeros(*call.sinks, {p.sinks_batch, p.heads});
-    p.grad_sinks = static_cast<char*>(grad_sinks.data_ptr());
-  }
+  if (needs & metattn::kNeedQ && p.key_chunks > 1) q_parts = set_q_parts(call);
+  if (needs & metattn::kNeedBias) bias_parts = set_bias_parts(call, made[3]);
+  if (needs & metattn::kNeedSinks) set_sinks_gradient(call, made[4]);
   run(map, call);
-  return {made.q, made.k, made.v, grad_bias, grad_sinks};
+  return made;
 }
 
-Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs,
-              bool) {
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_first_order(call, o, lse, o_lo, d_o, d_lse);
-  return run_key_sweep(metattn::kVjp, call, needs);
+void vjp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Cotangents cotangents = take_cotangents(in);
+  const int64_t needs = in.integer();
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_cotangents(call, cotangents);
+  put(stack, run_key_sweep(metattn::kVjp, call, needs));
 }
 
-Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
-                  Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, Maybe o_t_lo,
-                  int64_t needs, bool) {
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_first_order(call, o, lse, o_lo, d_o, d_lse);
-  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
-  set_tangent_results(call, o_t, lse_t, o_t_lo);
-  return run_key_sweep(metattn::kVjpJvp, call, needs);
+void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Cotangents cotangents = take_cotangents(in);
+  const Tangents tangents = take_tangents(in);
+  const Results given_t = take_results(in);
+  const int64_t needs = in.integer();
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_cotangents(call, cotangents);
+  set_tangents(call, tangents);
+  set_tangent_results(call, given_t, bool(given_t[2]));
+  put(stack, run_key_sweep(metattn::kVjpJvp, call, needs));
 }
 
 // jvp and vjp_jvp at once. Where all keys are in one block, that is one sweep.
-Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
-                     Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, int64_t needs, bool) {
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_first_order(call, o, lse, o_lo, d_o, d_lse);
-  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
+void double_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Cotangents cotangents = take_cotangents(in);
+  const Tangents tangents = take_tangents(in);
+  const int64_t needs = in.integer();
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_cotangents(call, cotangents);
+  set_tangents(call, tangents);
   Results results = new_results(call);
-  if (!call.sinks && metattn::keys_fit_a_block(call.p))
-    return std::tuple_cat(results, run_key_sweep(metattn::kDoubleBackward, call, needs));
-  run(metattn::kJvp, call);
-  const auto& [o_t, lse_t, o_t_lo] = results;
-  set_tangent_results(call, o_t, lse_t, call.p.out_o_lo ? Maybe(o_t_lo) : Maybe());
-  return std::tuple_cat(results, run_key_sweep(metattn::kVjpJvp, call, needs));
+  const bool at_once = !problem.sinks && metattn::keys_fit_a_block(call.p);
+  if (!at_once) {
+    run(metattn::kJvp, call);
+    set_tangent_results(call, results, bool(call.p.out_o_lo));
+  }
+  Gradients gradients = run_key_sweep(at_once ? metattn::kDoubleBackward : metattn::kVjpJvp, call, needs);
+  put(put(stack, std::move(results)), std::move(gradients));
 }
 
 }  // namespace
@@ -144,3 +168,8 @@ Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo
 STABLE_TORCH_LIBRARY(metattn, library) { METATTN_DEFINE_OPERATORS(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+
+// The same without derivatives, for code whose derivatives were taken when it was compiled.
+STABLE_TORCH_LIBRARY(metattn_bare, library) { METATTN_DEFINE_OPERATORS(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(metattn_bare, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }

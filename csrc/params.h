@@ -85,7 +85,7 @@ struct Params {
   int64_t key_chunk;            // key sweeps: keys of a unit, a multiple of the key block
   int64_t key_chunks;
   bool all_batches, all_heads;  // key sweeps: a unit walks every batch (head), so that it owns a broadcast bias gradient
-  const int64_t* first_unit;    // row sweeps: [batch + 1] first unit of each sequence
+  const int64_t* first_unit;    // row sweeps: [batch + 1] first unit of each packed sequence; null: all have as many
 
   // On a GPU (csrc/cuda): what a row pass tells a column pass and the sums after it, compute type
   // [kStatistics, B, Hq, N]; over (field, seq, head), rows contiguous.

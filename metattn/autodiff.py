@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from metattn import backends
 from metattn import torch_internals as internals
@@ -454,7 +454,7 @@ def _reference_jvp(
 ) -> Tensors:
     """The tangents of the reference's map, inside a Function's jvp: its operations have forward mode themselves."""
     duals = [
-        x if x is None or t is None else forward_ad.make_dual(x, t)
+        x if x is None or t is None else internals.with_tangent(x, t)
         for x, t in zip(layout.join(given), layout.join(move), strict=True)
     ]
     found = layout.run(getattr(reference, layout.name), problem, layout.split(duals), needs)
@@ -462,7 +462,7 @@ def _reference_jvp(
 
 
 def _tangent(x: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(x).tangent
+    tangent = internals.tangent_of(x)
     return torch.zeros_like(x) if tangent is None else tangent
 
 

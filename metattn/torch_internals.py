@@ -35,10 +35,31 @@ def recorded_below() -> bool:
 
 
 def any_dual(tensors: Sequence[Any]) -> bool:
-    """Whether a tensor has a tangent of forward mode."""
-    if forward_ad._current_level < 0:
+    """Whether a tensor has a tangent of forward mode.
+
+    torch.autograd.forward_ad knows of a level only if it opened it; code that Dynamo made opens them otherwise.
+    Replaced by: a public question of this kind.
+    """
+    if forward_ad._current_level < 0 and not (
+        transformed() and _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
+    ):
         return False
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(isinstance(x, Tensor) and tangent_of(x) is not None for x in tensors)
+
+
+def tangent_of(x: Tensor) -> Tensor | None:
+    """A tensor's tangent on this level; torch has one level of forward mode, functorch's are wrapped around it."""
+    return torch._VF._unpack_dual(x, level=0).tangent  # type: ignore[no-any-return, attr-defined]
+
+
+def with_tangent(x: Tensor, tangent: Tensor) -> Tensor:
+    """A tensor with a tangent on this level."""
+    return torch._VF._make_dual(x, tangent, level=0)  # type: ignore[no-any-return, attr-defined]
+
+
+def without_tangent(x: Tensor) -> Tensor:
+    """A tensor without its tangent on this level."""
+    return torch._VF._unpack_dual(x, level=0).primal  # type: ignore[no-any-return, attr-defined]
 
 
 def recording(tensors: Sequence[Any]) -> bool:
@@ -89,11 +110,6 @@ def forward_mode() -> AbstractContextManager[None]:
     With it on again, a saved tensor must lose its tangent of this level, the one that is being propagated.
     """
     return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def without_tangent(x: Tensor) -> Tensor:
-    """A tensor without its tangent of this level."""
-    return forward_ad.unpack_dual(x).primal
 
 
 def demanded(node: Any, inputs: Sequence[Any], needed: Sequence[bool]) -> tuple[bool, ...]:

@@ -95,12 +95,14 @@ std::atomic<const Isa*>& active_isa() {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are independent of each other, so a row sweep may be cut by the number of threads.
+// Rows are independent of each other, so a row sweep may be cut by the number of threads. A packed problem's sequences have
+// units of their own count, which `first_unit` receives.
 int64_t plan_row_sweep(Params& p, int threads, std::vector<int64_t>& first_unit) {
   const int64_t pairs = p.batch * p.kv_heads;
   const int64_t pieces = pairs > 0 ? ceil_div(4 * threads, pairs) : 1;
   p.row_chunk = ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock;
   if (p.row_chunk < 2 * kRowBlock) p.row_chunk = 2 * kRowBlock;
+  if (p.cu_q == nullptr) return ceil_div(p.n, p.row_chunk) * pairs;
   first_unit.resize(p.batch + 1);
   for (int64_t seq = 0; seq < p.batch; ++seq)
     first_unit[seq + 1] = first_unit[seq] + ceil_div(sequence(p, seq).n, p.row_chunk) * p.kv_heads;
@@ -126,6 +128,47 @@ const MapKernel& kernel_of(const Isa& isa, MapName map, const Params& p, bool is
   return isa.maps[map][is_double ? kDouble : kFloat];
 }
 
+// To wake a thread takes about as long as so many products of elements.
+constexpr double kWorthAThread = 1 << 17;
+
+// How many threads share a map's units.
+int tasks_of(const Params& p, int64_t units, int threads) {
+  const double products = 1.0 * p.batch * p.heads * p.n * p.m * (p.d + p.dv);
+  const int64_t worth = products < kWorthAThread * threads ? static_cast<int64_t>(products / kWorthAThread) + 1 : threads;
+  return static_cast<int>(units < worth ? units : worth);
+}
+
+// Scratch memory of a call. Of a single thread, a moderate piece is kept for its next call: to get it anew takes longer than
+// a small problem does.
+constexpr size_t kKeptBytes = 1 << 20;
+
+using Memory = std::unique_ptr<char, void (*)(void*)>;
+Memory allocate(size_t bytes) { return {static_cast<char*>(std::aligned_alloc(64, bytes)), std::free}; }
+
+class Scratch {
+ public:
+  Scratch(size_t stride, int tasks) : owned_(nullptr, std::free) {
+    const size_t bytes = stride * tasks;
+    if (tasks > 1 || bytes > kKeptBytes) {
+      owned_ = allocate(bytes);
+      data_ = owned_.get();
+      return;
+    }
+    thread_local Memory kept(nullptr, std::free);
+    thread_local size_t kept_bytes = 0;
+    if (kept_bytes < bytes) {
+      kept = allocate(bytes);
+      kept_bytes = kept == nullptr ? 0 : bytes;
+    }
+    data_ = kept.get();
+  }
+  char* data() const { return data_; }
+
+ private:
+  Memory owned_;
+  char* data_;
+};
+
 struct Walk {
   const Params& p;
   const MapKernel& kernel;
@@ -134,6 +177,12 @@ struct Walk {
   size_t scratch_stride;
   std::atomic<int64_t> next{0};
 };
+
+int64_t next_unit(void* walk) {
+  Walk& w = *static_cast<Walk*>(walk);
+  const int64_t unit = w.next.fetch_add(1, std::memory_order_relaxed);
+  return unit < w.units ? unit : -1;
+}
 
 struct Range1d {
   void (*body)(void* context, int64_t begin, int64_t end);
@@ -202,16 +251,15 @@ bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
   }
   const MapKernel& kernel = kernel_of(isa, map, p, is_double);
   if (units > 0) {
-    const int tasks = static_cast<int>(units < threads.count ? units : threads.count);
+    const int tasks = tasks_of(p, units, threads.count);
     const size_t stride = (kernel.scratch_bytes(p) + 127) / 64 * 64;
-    const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(64, stride * tasks)), std::free);
-    if (memory == nullptr) return false;
-    Walk walk{p, kernel, units, memory.get(), stride};
+    const Scratch scratch(stride, tasks);
+    if (scratch.data() == nullptr) return false;
+    Walk walk{p, kernel, units, scratch.data(), stride};
     threads.for_each(tasks,
                      [](void* context, int task) {
-                       Walk& w = *static_cast<Walk*>(context);
-                       for (int64_t unit; (unit = w.next.fetch_add(1)) < w.units;)
-                         w.kernel.run_unit(w.p, unit, w.scratch + task * w.scratch_stride);
+                       const Walk& w = *static_cast<const Walk*>(context);
+                       w.kernel.run_units(w.p, w.scratch + task * w.scratch_stride, next_unit, context);
                      },
                      &walk);
   }

@@ -13,12 +13,14 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 static inline int64_t panel_of(int64_t width) {
   const int64_t vectors = larger(1, (width + kLanes<T> - 1) / kLanes<T>);
+  if (vectors <= kPanelVectors) return vectors * kLanes<T>;
   const int64_t count = (vectors + kPanelVectors - 1) / kPanelVectors;
   return (vectors + count - 1) / count * kLanes<T>;
 }
 template <class T>
 static inline int64_t padded(int64_t width) {
-  return round_up(width, panel_of<T>(width));
+  const int64_t panel = panel_of<T>(width);
+  return width <= panel ? panel : round_up(width, panel);
 }
 
 // Hands out aligned pieces of a thread's scratch memory; over a null base it only counts them.
@@ -128,7 +130,6 @@ static inline __m256i narrowed(Vec<float> x) {
 static inline Vec<float> widened(__m256i bits) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
-static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
 
 static inline void store_row(const float* row, int64_t count, float factor, int64_t stride, BFloat16* target) {
   if (stride != 1) return store_row<BFloat16, float>(row, count, factor, stride, target);
@@ -138,6 +139,9 @@ static inline void store_row(const float* row, int64_t count, float factor, int6
   }
 }
 #endif
+
+template <class T>
+constexpr DType kOwnDType = sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 
 // row[i] = view[offset + i·stride] for i < count.
 template <class T>
@@ -154,26 +158,26 @@ constexpr int64_t kRowsAhead = 8;
 // The same with zeros behind, up to `wide` elements: whole vectors.
 template <class T>
 static inline void load_wide_row(const View& view, int64_t offset, int64_t width, int64_t wide, T* row) {
-  constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
-  if (view.dtype == own && view.stride[3] == 1) {
+  if (view.dtype == kOwnDType<T> && view.stride[3] == 1) {
     const T* source = reinterpret_cast<const T*>(view.data) + offset;
-    for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(T)))
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
       __builtin_prefetch(source + kRowsAhead * view.stride[2] + c);
-    int64_t c = 0;
-    for (; c + kLanes<T> <= width; c += kLanes<T>) {
-      Vec<T> x;
-      memcpy(&x, source + c, sizeof x);
-      store(row + c, x);
+      store(row + c, load_first(source + c, width - c));
     }
-    for (; c < width; ++c) row[c] = source[c];
   } else {
     load_row(view, offset, view.stride[3], width, row);
+    for (int64_t c = width; c < round_up(width, kLanes<T>); ++c) row[c] = 0;
   }
-  for (int64_t c = width; c < wide; ++c) row[c] = 0;
+  for (int64_t c = round_up(width, kLanes<T>); c < wide; c += kLanes<T>) store(row + c, Vec<T>{});
 }
 // view[offset + i·stride] = factor·row[i] for i < count.
 template <class T>
 static void store_row(const View& view, int64_t offset, int64_t stride, int64_t count, T factor, const T* row) {
+  if (view.dtype == kOwnDType<T> && stride == 1) {
+    T* const target = reinterpret_cast<T*>(view.data) + offset;
+    for (int64_t c = 0; c < count; c += kLanes<T>) store_first(target + c, count - c, load_first(row + c, count - c) * factor);
+    return;
+  }
   switch (view.dtype) {
     case DType::f64: return store_row(row, count, factor, stride, reinterpret_cast<double*>(view.data) + offset);
     case DType::f32: return store_row(row, count, factor, stride, reinterpret_cast<float*>(view.data) + offset);

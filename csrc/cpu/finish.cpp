@@ -39,7 +39,8 @@ double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t 
   for (int64_t c0 = 0; c0 < width; c0 += kSpan) {
     const int64_t span = smaller(kSpan, width - c0);
     load_row(b, offset_of(b, seq, head, row) + c0 * b.stride[3], b.stride[3], span, y);
-    load_row_in_two(a, a_lo, seq, head, row, c0, span, x, low);
+    load_row(a, offset_of(a, seq, head, row) + c0 * a.stride[3], a.stride[3], span, x);
+    add_low(a_lo, seq, head, row, c0, span, x, low);
     for (int64_t c = 0; c < span; ++c) total += x[c] * y[c];
   }
   return total;

@@ -53,10 +53,10 @@ struct Forward {
   void begin(const Tile& tile) {
     q.pack(p, p.q, tile, nullptr, row);
     memset(acc, 0, sizeof(T) * tile.rows * wide_dv);
-    memset(totals, 0, sizeof(T) * tile.rows * kLanes<T>);
-    memset(added, 0, sizeof(T) * tile.rows * kLanes<T>);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
+      store(totals + r * kLanes<T>, Vec<T>{});
+      store(added + r * kLanes<T>, Vec<T>{});
       reference[r] = 0;
       limit[r] = log_reference[r] = -kInfinity<T>;
       large[r] = false;

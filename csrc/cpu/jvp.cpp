@@ -121,21 +121,21 @@ struct Jvp {
           p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
       excess[r] += static_cast<double>(weight * (tangent - base[r]));
     }
-    load_row_in_two(p.o, p.o_lo, tile.seq, tile.head, tile.s.q0 + tile.row0 + r, 0, p.dv, row, scratch_row);
-    T largest_term = 0, largest = 0;
-    for (int64_t col = 0; col < p.dv; ++col) {
-      const T term = static_cast<T>(excess[r]) * row[col];
-      o_t[col] -= term;
+    const int64_t i = tile.s.q0 + tile.row0 + r;
+    load_wide_row(p.o, offset_of(p.o, tile.seq, tile.head, i), p.dv, wide_dv, row);
+    add_low(p.o_lo, tile.seq, tile.head, i, 0, p.dv, row, scratch_row);
+    Vec<T> largest_term = {}, largest = {};
+    for (int64_t col = 0; col < wide_dv; col += kLanes<T>) {
+      const Vec<T> term = load(row + col) * static_cast<T>(excess[r]);
+      const Vec<T> less = load(o_t + col) - term;
+      store(o_t + col, less);
       largest_term = larger_magnitude(term, largest_term);
-      largest = larger_magnitude(o_t[col], largest);
+      largest = larger_magnitude(less, largest);
     }
-    return largest_term > kCancellation * largest;
+    return max_element<T>(largest_term) > kCancellation * max_element<T>(largest);
   }
 
-  static T larger_magnitude(T x, T so_far) {
-    const T magnitude = x < 0 ? -x : x;
-    return magnitude > so_far ? magnitude : so_far;
-  }
+  static Vec<T> larger_magnitude(Vec<T> x, Vec<T> so_far) { return maximum<T>(x < 0 ? -x : x, so_far); }
 
   bool end(const Tile& tile) {
     bool lossy = false;

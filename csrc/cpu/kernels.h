@@ -8,10 +8,11 @@
 
 namespace metattn {
 
-// One map for one compute type: the scratch bytes of a thread, and the work of one unit.
+// One map for one compute type: the scratch bytes of a thread, and the work of the units that next(walk) names, one after
+// the other until it names −1.
 struct MapKernel {
   size_t (*scratch_bytes)(const Params&);
-  void (*run_unit)(const Params&, int64_t unit, char* scratch);
+  void (*run_units)(const Params&, char* scratch, int64_t (*next)(void* walk), void* walk);
 };
 
 // kDoubleBackward: jvp and vjp_jvp of problems whose keys are all in one block.

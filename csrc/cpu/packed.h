@@ -23,18 +23,18 @@ struct Scope {};
 template <class T>
 struct PackedRows {
   T* data = nullptr;
-  int64_t width = 0, panel = 0;
+  int64_t width = 0, wide = 0, panel = 0;
 
   // summed_over: whether products sum over these rows.
   static PackedRows take(Arena& arena, const View& view, int64_t width, bool /*summed_over*/) {
-    return {view ? arena.take<T>(kRows * padded<T>(width)) : nullptr, width, panel_of<T>(width)};
+    const int64_t wide = padded<T>(width);
+    return {view ? arena.take<T>(kRows * wide) : nullptr, width, wide, panel_of<T>(width)};
   }
   explicit operator bool() const { return data != nullptr; }
   Operand<T> rows() const { return panels(data, kRows, panel); }
   Panels<T> columns() const { return {data, panel, kRows * panel}; }
 
   void pack(const Params& p, const View& view, const Tile& tile, const bool* dead, T* row) {
-    const int64_t wide = padded<T>(width);
     T* const whole = wide == panel ? data : nullptr;  // rows of a single panel are loaded in place
     for (int64_t r = 0; r < tile.rows; ++r) {
       load_live_row(p, view, tile, r, dead, width, wide, whole != nullptr ? whole + r * panel : row);
@@ -45,7 +45,7 @@ struct PackedRows {
   // Σ over columns of this row times `other`, a padded plain row.
   T dot(int64_t r, const T* other) const {
     Vec<T> total = {};
-    for (int64_t c = 0; c < padded<T>(width); c += panel)
+    for (int64_t c = 0; c < wide; c += panel)
       for (int64_t i = 0; i < panel; i += kLanes<T>) total += load(data + c * kRows + r * panel + i) * load(other + c + i);
     return sum<T>(total);
   }
@@ -83,16 +83,17 @@ struct PackedKeys {
   bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
                  bool* strange) {
     T* const natural_block = block_at(block);
-    Bits<T> found = {};
     for (int64_t key = 0; key < keys; ++key) {
       T* const target = wide == panel ? natural_block + key * panel : row;
       load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, target);
-      for (int64_t c = 0; c < wide; c += kLanes<T>) found |= strange_lanes<T>(load(target + c));
       if (wide == panel) continue;
       for (int64_t c = 0; c < wide; c += panel)
         memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
     for (int64_t key = keys; key < round_up(keys, kLanes<T>); ++key) erase(block, key);
+    Bits<T> found = {};
+    for (int64_t c = 0; c < wide; c += panel)
+      for (int64_t i = 0; i < keys * panel; i += kLanes<T>) found |= strange_lanes<T>(load(natural_block + c * kKeys + i));
     if (!any_set(found)) return false;
     for (int64_t key = 0; key < keys; ++key)
       for (int64_t c = 0; c < wide; c += panel)
@@ -170,19 +171,20 @@ struct WeightedSums {
 template <class T>
 struct KeySums {
   T* data = nullptr;
-  int64_t width = 0;
+  int64_t width = 0, wide = 0;
 
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
-    return {wanted ? arena.take<T>(blocks * kKeys * padded<T>(width)) : nullptr, width};
+    const int64_t wide = padded<T>(width);
+    return {wanted ? arena.take<T>(blocks * kKeys * wide) : nullptr, width, wide};
   }
-  void clear(int64_t blocks) { memset(data, 0, sizeof(T) * blocks * kKeys * padded<T>(width)); }
+  void clear(int64_t keys) { memset(data, 0, sizeof(T) * keys * wide); }
   void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block) {
     gemm<true>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
-               data + block * kKeys * padded<T>(width), padded<T>(width), true);
+               data + block * kKeys * wide, wide, true);
   }
   // The sums of kLanes keys, counted from the unit's first, from a multiple of that on: [kLanes][padded(width)], in `rows`
   // or where they are.
-  const T* of_keys(int64_t first, T* /*rows*/) const { return data + first * padded<T>(width); }
+  const T* of_keys(int64_t first, T* /*rows*/) const { return data + first * wide; }
 };
 
 }  // namespace metattn::METATTN_ISA

@@ -276,12 +276,12 @@ struct WeightedSums<Pairs> {
 template <>
 struct KeySums<Pairs> {
   float* data = nullptr;
-  int64_t width = 0;
+  int64_t width = 0, wide = 0;
 
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
-    return {wanted ? arena.take<float>(blocks * kKeys * tiles_wide(width)) : nullptr, width};
+    return {wanted ? arena.take<float>(blocks * kKeys * tiles_wide(width)) : nullptr, width, padded<float>(width)};
   }
-  void clear(int64_t blocks) { memset(data, 0, sizeof(float) * blocks * kKeys * tiles_wide(width)); }
+  void clear(int64_t keys) { memset(data, 0, sizeof(float) * round_up(keys, kKeys) * tiles_wide(width)); }
   void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
            int64_t block) {
     by.round_pairs(tile, weights);
@@ -298,7 +298,7 @@ struct KeySums<Pairs> {
       for (int64_t i = 0; i < kPairTile; ++i) square[i] = load(corner + (c + i) * kKeys);
       transpose<float>(square);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kPairTile; ++i) store(rows + i * padded<float>(width) + c, square[i]);
+      for (int64_t i = 0; i < kPairTile; ++i) store(rows + i * wide + c, square[i]);
     }
     return rows;
   }

@@ -7,21 +7,35 @@
 
 namespace metattn::METATTN_ISA {
 
+// The sequence whose unit it is: first_unit[seq] <= unit < first_unit[seq + 1].
+static inline int64_t packed_sequence_of(const Params& p, int64_t unit) {
+  int64_t seq = 0, past = p.batch;
+  while (past - seq > 1) {
+    const int64_t middle = seq + (past - seq) / 2;
+    if (p.first_unit[middle] <= unit) seq = middle;
+    else past = middle;
+  }
+  return seq;
+}
+
 // A Map of a row sweep offers:
 //   pack(seq, kv_head, s, key0, keys, block)   packs one block of keys
 //   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results; or end
 //                                              asks for the tiles once more, by true
 template <class T, class Map>
 static void row_sweep(const Params& p, int64_t unit, Map& map) {
-  int64_t seq = 0, past = p.batch;  // first_unit[seq] <= unit < first_unit[seq + 1]
-  while (past - seq > 1) {
-    const int64_t middle = seq + (past - seq) / 2;
-    if (p.first_unit[middle] <= unit) seq = middle;
-    else past = middle;
+  int64_t seq, within;  // the unit's sequence, and its place among that's units
+  if (p.first_unit == nullptr) {
+    const int64_t units = (p.n + p.row_chunk - 1) / p.row_chunk * p.kv_heads;
+    seq = unit / units;
+    within = unit % units;
+  } else {
+    seq = packed_sequence_of(p, unit);
+    within = unit - p.first_unit[seq];
   }
   const Sequence s = sequence(p, seq);
-  const int64_t kv_head = (unit - p.first_unit[seq]) % p.kv_heads;
-  const int64_t row_begin = (unit - p.first_unit[seq]) / p.kv_heads * p.row_chunk;
+  const int64_t kv_head = within % p.kv_heads;
+  const int64_t row_begin = within / p.kv_heads * p.row_chunk;
   const int64_t row_end = smaller(row_begin + p.row_chunk, s.n);
   const int64_t key_begin = attended_keys(p, s, row_begin).lo / kKeys * kKeys;
   const int64_t key_end = attended_keys(p, s, row_end - 1).hi;
@@ -48,7 +62,7 @@ static inline int64_t row_sweep_blocks(const Params& p) { return (p.m + kKeys - 
 static inline int64_t key_sweep_blocks(const Params& p) { return (p.key_chunk + kKeys - 1) / kKeys; }
 
 // A Map of a key sweep offers pack as above, and
-//   begin_keys(blocks), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
+//   begin_keys(keys), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
 //   begin(tile), visit(tile, block), end(tile, chunk)           a block of rows; end also when no tile was visited
 template <class T, class Map>
 static void key_sweep(const Params& p, int64_t unit, Map& map) {
@@ -69,7 +83,7 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
         const int64_t key0 = chunk_begin + block * kKeys;
         map.pack(seq, kv_head, s, key0, smaller(kKeys, chunk_end - key0), block);
       }
-      map.begin_keys(blocks);
+      map.begin_keys(larger(0, chunk_end - chunk_begin));
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t row0 = 0; row0 < s.n; row0 += kRows) {
           Tile tile{seq, head, kv_head, s, row0, smaller(kRows, s.n - row0), 0, 0, 0, false};
@@ -115,9 +129,9 @@ struct KeySweepResults {
     rows = arena.take<T>(kLanes<T> * larger(padded<T>(p.d), padded<T>(p.dv)));
   }
 
-  void begin_keys(int64_t blocks) {
-    if (want_k) grad_k.clear(blocks);
-    if (want_v) grad_v.clear(blocks);
+  void begin_keys(int64_t keys) {
+    if (want_k) grad_k.clear(keys);
+    if (want_v) grad_v.clear(keys);
   }
   void begin_rows(const Tile& tile) {
     if (want_q) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
@@ -170,7 +184,7 @@ struct KeySweepResults {
       const T* found = sums.of_keys(first, rows);
       for (int64_t i = 0; i < smaller(kLanes<T>, keys - first); ++i)
         store_row(view, offset_of(view, seq, kv_head, at + first + i), view.stride[3], sums.width, factor,
-                  found + i * padded<T>(sums.width));
+                  found + i * sums.wide);
     }
   }
 };
@@ -213,7 +227,7 @@ struct GradientSweep {
     scratch_row = arena.take<T>(padded<T>(p.dv));
   }
 
-  void begin_keys(int64_t blocks) { results.begin_keys(blocks); }
+  void begin_keys(int64_t keys) { results.begin_keys(keys); }
   void end_keys(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys) {
     results.end_keys(seq, kv_head, at, key0, keys);
   }
@@ -242,9 +256,9 @@ struct GradientSweep {
 // The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
 #define METATTN_MAP_KERNEL(Map, sweep, A)                                  \
   {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },          \
-   [](const Params& p, int64_t unit, char* scratch) {                      \
+   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) { \
      Map<A> map(p, scratch);                                               \
-     sweep<Compute<A>>(p, unit, map);                                      \
+     for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
    }}
 #ifdef METATTN_PAIRS
 #define METATTN_MAP_KERNELS(Map, sweep) {{}, {}, METATTN_MAP_KERNEL(Map, sweep, Pairs)}

@@ -66,6 +66,15 @@ __attribute__((noinline)) static void scale_row(T* row, int64_t cols, T factor) 
   for (int64_t j = 0; j < cols; j += kLanes<T>) store(row + j, load(row + j) * factor);
 }
 
+// −inf before `lo` and from `hi` on: by whole vectors, which are read as such.
+template <class T>
+static inline void hide_outside(T* row, int64_t cols, int64_t lo, int64_t hi) {
+  const Vec<T> hidden = splat(-kInfinity<T>);
+  for (int64_t j = 0; j < smaller(lo, cols); j += kLanes<T>) store(row + j, joined<T>(hidden, load(row + j), lo - j));
+  for (int64_t j = hi / kLanes<T> * kLanes<T>; j < cols; j += kLanes<T>)
+    store(row + j, joined<T>(load(row + j), hidden, hi - j));
+}
+
 // The tile [kRows][kKeys] of Exponents: scale·QKᵀ with softcap, bias and ALiBi, or QKᵀ alone; −inf where masked.
 // tanh_tile receives tanh(R / c) where there is a softcap; row is scratch.
 template <class A, class T>
@@ -99,9 +108,7 @@ static void scores(const Params& p, const Exponents<T>& exponents, const Tile& t
       }
     }
     const Range range = tile.partial ? attended_keys(p, tile.s, i) : Range{tile.key0, tile.key0 + tile.keys};
-    const int64_t lo = smaller(range.lo - tile.key0, tile.cols);
-    for (int64_t j = 0; j < lo; ++j) s_row[j] = -kInfinity<T>;
-    for (int64_t j = larger(0, smaller(range.hi - tile.key0, tile.keys)); j < tile.cols; ++j) s_row[j] = -kInfinity<T>;
+    hide_outside(s_row, tile.cols, range.lo - tile.key0, larger(0, smaller(range.hi - tile.key0, tile.keys)));
   }
 }
 
@@ -164,12 +171,10 @@ struct LogSumExp {
   }
 };
 
-// A row of a tensor that is kept in two parts: without the lost digits, D = rowsum(dO∘O) would be off by as much as
-// the dP − D of a sharply peaked row is large.
+// Elements of a row of a tensor that is kept in two parts, the first of which is in `row`: without the lost digits,
+// D = rowsum(dO∘O) would be off by as much as the dP − D of a sharply peaked row is large.
 template <class T>
-static void load_row_in_two(const View& high, const View& low, int64_t seq, int64_t head, int64_t i, int64_t first,
-                            int64_t count, T* row, T* scratch) {
-  load_row(high, offset_of(high, seq, head, i) + first * high.stride[3], high.stride[3], count, row);
+static void add_low(const View& low, int64_t seq, int64_t head, int64_t i, int64_t first, int64_t count, T* row, T* scratch) {
   if (!low) return;
   load_row(low, offset_of(low, seq, head, i) + first * low.stride[3], low.stride[3], count, scratch);
   for (int64_t c = 0; c < count; ++c) row[c] = (is_finite(row[c]) ? row[c] : 0) + scratch[c];
@@ -180,13 +185,14 @@ static void load_row_in_two(const View& high, const View& low, int64_t seq, int6
 template <class A, class T>
 static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
                      const PackedRows<A>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
+  const int64_t wide = padded<T>(dv);
   for (int64_t r = 0; r < tile.rows; ++r) {
     result[r] = 0;
     if (dead[r]) continue;
     const int64_t i = tile.s.q0 + tile.row0 + r;
     if (d_o) {
-      for (int64_t c = dv; c < padded<T>(dv); ++c) row[c] = 0;
-      load_row_in_two(values, low, tile.seq, tile.head, i, 0, dv, row, scratch);
+      load_wide_row(values, offset_of(values, tile.seq, tile.head, i), dv, wide, row);
+      add_low(low, tile.seq, tile.head, i, 0, dv, row, scratch);
       result[r] = d_o.dot(r, row);
     }
     if (minus) result[r] -= static_cast<T>(*double_at(minus, tile.seq, tile.head, i));

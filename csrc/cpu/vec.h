@@ -116,6 +116,47 @@ static inline bool any_above(V x, T limit) {
 }
 #endif
 
+template <class T, int... I>
+static inline Bits<T> counted(Lanes<I...>) {
+  return Bits<T>{I...};
+}
+// Lanes from `first` on, from y; those before, from x.
+template <class T>
+static inline Vec<T> joined(Vec<T> x, Vec<T> y, int64_t first) {
+  using Index = decltype(Bits<T>{}[0] + 0);
+  return counted<T>(AllLanes<T>{}) < Bits<T>{} + static_cast<Index>(first) ? x : y;
+}
+
+// The first `count` elements at `source`, of no more than a vector, zeros behind; and the first ones of a vector, stored.
+#if METATTN_VECTOR_BYTES == 64
+static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
+static inline Vec<float> load_first(const float* source, int64_t count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), source);
+}
+static inline Vec<double> load_first(const double* source, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), source);
+}
+static inline void store_first(float* target, int64_t count, Vec<float> x) {
+  _mm512_mask_storeu_ps(target, first_lanes(count), x);
+}
+static inline void store_first(double* target, int64_t count, Vec<double> x) {
+  _mm512_mask_storeu_pd(target, static_cast<__mmask8>(first_lanes(count)), x);
+}
+#else
+template <class T>
+static inline Vec<T> load_first(const T* source, int64_t count) {
+  Vec<T> x = {};
+  if (count >= kLanes<T>) memcpy(&x, source, sizeof x);
+  else for (int64_t i = 0; i < count; ++i) x[i] = source[i];
+  return x;
+}
+template <class T>
+static inline void store_first(T* target, int64_t count, Vec<T> x) {
+  if (count >= kLanes<T>) memcpy(target, &x, sizeof x);
+  else for (int64_t i = 0; i < count; ++i) target[i] = x[i];
+}
+#endif
+
 // Transposes a square of kLanes rows in registers: squares of Step in each pair of rows change places.
 template <class T, int Step, int... I>
 static inline void exchange_squares(Vec<T>& x, Vec<T>& y, Lanes<I...>) {

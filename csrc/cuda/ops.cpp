@@ -24,13 +24,13 @@ constexpr int64_t kFewKeys = 128;     // up to so many, weights are multiplied i
 Gpu gpu_of(const Tensor& q) {
   int bytes = 0, major = 0;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-    STD_TORCH_CHECK(cudaDeviceGetAttribute(value, attribute, q.get_device_index()) == cudaSuccess,
+    STD_TORCH_CHECK(cudaDeviceGetAttribute(value, attribute, q.device_index()) == cudaSuccess,
                     "metattn: the GPU does not say how much shared memory it has, or what it computes");
   };
   ask(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&major, cudaDevAttrComputeCapabilityMajor);
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.device_index(), &stream));
   return {static_cast<size_t>(bytes), stream, major >= 8};
 }
 using Guard = torch::stable::accelerator::DeviceGuard;
@@ -74,32 +74,39 @@ const char* objection(DType dtype, int64_t d, int64_t dv, const Gpu& gpu, bool t
 // cancel, as T − τ must.
 void run(Map map, Call& call, bool tf32) {
   Params& p = call.p;
-  const Gpu gpu = gpu_of(call.q);
+  const Gpu gpu = gpu_of(call.given.q);
   p.twice = p.m <= kFewKeys;
   tf32 = tf32 && gpu.from_80 && p.q.dtype == DType::f32 && objection(DType::f32, p.d, p.dv, gpu, true) == nullptr;
   const char* error = start(map, p, gpu, tf32);
   STD_TORCH_CHECK(error == nullptr, "metattn: ", error);
 }
 
-int32_t device_of(const Tensor& q) { return q.is_cpu() ? 0 : q.get_device_index(); }
+int32_t device_of(const Tensor& q) { return q.device_type() == codes.cpu ? 0 : q.device_index(); }
 
-Results forward(METATTN_PROBLEM_ARGUMENTS, bool tf32) {
-  const Guard guard(device_of(q));
-  Call call = make_call(METATTN_PROBLEM_NAMES);
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const bool tf32 = in.flag();
+  const Guard guard(device_of(problem.q));
+  Call call = make_call(problem);
   Results results = new_results(call);
   run(Map::forward, call, tf32);
-  return results;
+  put(stack, std::move(results));
 }
 
-Results jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe t_q, Maybe t_k, Maybe t_v, Maybe t_bias,
-            Maybe t_sinks, bool tf32) {
-  const Guard guard(device_of(q));
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_results(call, o, lse, o_lo);
-  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
+void jvp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Tangents tangents = take_tangents(in);
+  const bool tf32 = in.flag();
+  const Guard guard(device_of(problem.q));
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_tangents(call, tangents);
   Results results = new_results(call);
   run(Map::jvp, call, tf32);
-  return results;
+  put(stack, std::move(results));
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -114,69 +121,94 @@ int64_t bias_parts(const Params& p) {
   return parts > 0 ? parts : 1;
 }
 
+// Allocates the bias' gradient; the parts that it is the sum of, where it is not made in place.
+Tensor set_bias_parts(Call& call, Tensor& grad_bias) {
+  Params& p = call.p;
+  const Tensor& bias = call.given.bias;
+  const int64_t* sizes = bias.sizes();
+  // blocks that position leaves out are never visited
+  grad_bias = zeros(bias, {sizes[0], sizes[1], sizes[2], sizes[3]}, bias.dtype());
+  p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
+  p.own_bias = sizes[0] == p.batch && sizes[1] == p.heads && sizes[2] == call.mask_rows && sizes[3] == call.mask_keys;
+  p.bias_parts_stride = set_bias_gradient(call);
+  if (p.own_bias) {
+    p.grad_bias = p.grad_bias_out.data;
+    return {};
+  }
+  p.grad_bias_parts = bias_parts(p);
+  Tensor parts = zeros(bias, {p.grad_bias_parts, p.bias_parts_stride}, call.compute_type());
+  p.grad_bias = parts.data();
+  return parts;
+}
+
 Gradients run_gradients(Map map, Call& call, int64_t needs, bool tf32) {
   Params& p = call.p;
-  const NewGradients made = new_gradients(call, needs);
-  const ScalarType compute = call.compute_type();
-  Tensor grad_bias = call.nothing(), grad_sinks = call.nothing(), bias_parts_tensor = call.nothing();
-  const Tensor statistics = torch::stable::new_empty(
-      call.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, compute);
-  p.statistics = static_cast<char*>(statistics.data_ptr());
+  Gradients made = new_gradients(call, needs);
+  const Tensor statistics =
+      empty(call.given.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, call.compute_type());
+  p.statistics = statistics.data();
   p.statistics_stride[2] = call.rows;
   p.statistics_stride[1] = call.packed ? 0 : p.heads * call.rows;
   p.statistics_stride[0] = call.leading * p.heads * call.rows;
-  if (needs & metattn::kNeedBias) {
-    const Tensor& bias = *call.bias;
-    // blocks that position leaves out are never visited
-    grad_bias = torch::stable::new_zeros(bias, {bias.size(0), bias.size(1), bias.size(2), bias.size(3)});
-    p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
-    p.own_bias = bias.size(0) == p.batch && bias.size(1) == p.heads && bias.size(2) == call.mask_rows &&
-                 bias.size(3) == call.mask_keys;
-    p.bias_parts_stride = set_bias_gradient(call);
-    if (p.own_bias) {
-      p.grad_bias = p.grad_bias_out.data;
-    } else {
-      p.grad_bias_parts = bias_parts(p);
-      bias_parts_tensor = torch::stable::new_zeros(bias, {p.grad_bias_parts, p.bias_parts_stride}, compute);
-      p.grad_bias = static_cast<char*>(bias_parts_tensor.data_ptr());
-    }
-  }
-  if (needs & metattn::kNeedSinks) {
-    p.sinks_batch = call.sinks->size(0);
-    grad_sinks = torch::stable::new_zeros(*call.sinks, {p.sinks_batch, p.heads});
-    p.grad_sinks = static_cast<char*>(grad_sinks.data_ptr());
-  }
+  Tensor parts;
+  if (needs & metattn::kNeedBias) parts = set_bias_parts(call, made[3]);
+  if (needs & metattn::kNeedSinks) set_sinks_gradient(call, made[4]);
   run(map, call, tf32);
-  return {made.q, made.k, made.v, grad_bias, grad_sinks};
+  return made;
 }
 
-Gradients vjp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, int64_t needs,
-              bool tf32) {
-  const Guard guard(device_of(q));
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_first_order(call, o, lse, o_lo, d_o, d_lse);
-  return run_gradients(Map::vjp, call, needs, tf32);
+void vjp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Cotangents cotangents = take_cotangents(in);
+  const int64_t needs = in.integer();
+  const bool tf32 = in.flag();
+  const Guard guard(device_of(problem.q));
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_cotangents(call, cotangents);
+  put(stack, run_gradients(Map::vjp, call, needs, tf32));
 }
 
-Gradients vjp_jvp(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
-                  Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, Tensor o_t, Tensor lse_t, Maybe o_t_lo,
-                  int64_t needs, bool tf32) {
-  const Guard guard(device_of(q));
-  Call call = make_call(METATTN_PROBLEM_NAMES);
-  set_first_order(call, o, lse, o_lo, d_o, d_lse);
-  set_tangents(call, t_q, t_k, t_v, t_bias, t_sinks);
-  set_tangent_results(call, o_t, lse_t, o_t_lo);
-  return run_gradients(Map::vjp_jvp, call, needs, tf32);
+void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Cotangents cotangents = take_cotangents(in);
+  const Tangents tangents = take_tangents(in);
+  const Results given_t = take_results(in);
+  const int64_t needs = in.integer();
+  const bool tf32 = in.flag();
+  const Guard guard(device_of(problem.q));
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_cotangents(call, cotangents);
+  set_tangents(call, tangents);
+  set_tangent_results(call, given_t, bool(given_t[2]));
+  put(stack, run_gradients(Map::vjp_jvp, call, needs, tf32));
 }
 
 // jvp, then vjp_jvp with what that gave.
-Both double_backward(METATTN_PROBLEM_ARGUMENTS, Tensor o, Tensor lse, Maybe o_lo, Maybe d_o, Maybe d_lse, Maybe t_q,
-                     Maybe t_k, Maybe t_v, Maybe t_bias, Maybe t_sinks, int64_t needs, bool tf32) {
-  const Results results = jvp(METATTN_PROBLEM_NAMES, o, lse, o_lo, t_q, t_k, t_v, t_bias, t_sinks, tf32);
-  const auto& [o_t, lse_t, o_t_lo] = results;
-  const Maybe rest = o_lo ? Maybe(o_t_lo) : Maybe();
-  return std::tuple_cat(results, vjp_jvp(METATTN_PROBLEM_NAMES, o, lse, o_lo, d_o, d_lse, t_q, t_k, t_v, t_bias, t_sinks,
-                                         o_t, lse_t, rest, needs, tf32));
+void double_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Problem problem = take_problem(in);
+  const Results given = take_results(in);
+  const Cotangents cotangents = take_cotangents(in);
+  const Tangents tangents = take_tangents(in);
+  const int64_t needs = in.integer();
+  const bool tf32 = in.flag();
+  const Guard guard(device_of(problem.q));
+  Call call = make_call(problem);
+  set_results(call, given);
+  set_cotangents(call, cotangents);
+  set_tangents(call, tangents);
+  Results results = new_results(call);
+  run(Map::jvp, call, tf32);
+  set_tangent_results(call, results, bool(call.p.out_o_lo));
+  call.p.out_o = call.p.out_lse = call.p.out_o_lo = View{};
+  Gradients gradients = run_gradients(Map::vjp_jvp, call, needs, tf32);
+  put(put(stack, std::move(results)), std::move(gradients));
 }
 
 }  // namespace
@@ -204,6 +236,7 @@ extern "C" __attribute__((visibility("default"))) int64_t metattn_cuda_shared_me
 
 // the schemas are the CPU library's
 STABLE_TORCH_LIBRARY_IMPL(metattn, CUDA, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+STABLE_TORCH_LIBRARY_IMPL(metattn_bare, CUDA, library) { METATTN_IMPLEMENT_OPERATORS(library); }
 #else
 extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(int64_t bytes) {
   emulated_shared_memory = static_cast<size_t>(bytes);
@@ -213,4 +246,6 @@ extern "C" __attribute__((visibility("default"))) void metattn_emulate_from_80(i
 }
 STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
 STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+STABLE_TORCH_LIBRARY(metattn_emulated_bare, library) { METATTN_DEFINE_OPERATORS(library); }
+STABLE_TORCH_LIBRARY_IMPL(metattn_emulated_bare, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
 #endif

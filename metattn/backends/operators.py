@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from metattn import backends
 from metattn import torch_internals as internals
-from metattn.backends import reference
+from metattn.backends import inductor, reference
 from metattn.backends.batching import Fold
 from metattn.backends.maps import Maps
 from metattn.layout import MAPS, Given, Layout, Needs
@@ -137,11 +137,12 @@ class Operators(Maps):
 
 
 def define(namespace: str, backend: str, maps: Any) -> None:
-    """Operators of a backend's functions (maps.forward, …), for tensors of every device."""
-    library = _library(namespace)
+    """Operators of a backend's functions (maps.forward, …), for tensors of every device, and their bare twins."""
     for layout in MAPS.values():
-        library.define(layout.name + schema(layout))
-        library.impl(layout.name, _kernel(layout, backend, maps), "CompositeExplicitAutograd")
+        kernel = _kernel(layout, backend, maps)
+        for each in (namespace, inductor.bare(namespace)):
+            _library(each).define(layout.name + schema(layout))
+            _library(each).impl(layout.name, kernel, "CompositeExplicitAutograd")
 
 
 def _kernel(layout: Layout, backend: str, maps: Any) -> Callable[..., tuple[Tensor, ...]]:
@@ -189,8 +190,9 @@ def _fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
     return tuple(gradient(index, primal, index > 2) for index, primal in enumerate(primals))  # type: ignore[arg-type]
 
 
-def _fake(layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
+def _fake(namespace: str, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
     def fake(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
+        inductor.prepare(namespace)
         results = _fake_results(*arguments) if layout.gives_results else ()
         return (*results, *(_fake_gradients(*arguments) if layout.gives_gradients else ()))
 
@@ -334,8 +336,12 @@ def _legacy_unbatched(tensors: Sequence[Any], level: int) -> tuple[list[Any], li
 
 
 def describe(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
-    """Tells torch the shapes, costs and derivatives of a namespace's operators."""
+    """Tells torch the shapes, costs and derivatives of a namespace's operators; of their bare twins the shapes."""
+    twins = inductor.bare(namespace)
     for layout in MAPS.values():
-        torch.library.register_fake(f"{namespace}::{layout.name}", _fake(layout))
+        fake = _fake(namespace, layout)
+        for each in (namespace, twins):
+            torch.library.register_fake(f"{each}::{layout.name}", fake)
+        _library(twins).impl(layout.name, torch.library.fallthrough_kernel, "Autograd")
         register_flop_formula(getattr(getattr(torch.ops, namespace), layout.name))(_flops(layout))
         _register_derivatives(namespace, layout, backend_of)
