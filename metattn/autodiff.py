@@ -62,6 +62,8 @@ def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None
     """A map of tensors that may be differentiated, recorded or compiled."""
     backend = load(problem.backend)
     if torch.compiler.is_compiling():
+        if internals.duals_from_outside():
+            return _not_compiled(layout, problem, given, needs)
         if problem.backend == "reference":  # differentiable by itself, and what it does can be compiled
             return layout.run(getattr(backend, layout.name), problem, given, needs)
         return operators_of(problem.backend).call(layout, problem, given, needs)
@@ -71,6 +73,12 @@ def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None
     if not internals.recording(tensors):
         return layout.run(getattr(backend, layout.name), problem, given, needs)
     return internals.apply_function(FUNCTIONS[layout.name], problem, needs, *tensors)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _not_compiled(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> Any:
+    """The same in eager PyTorch; refused under fullgraph=True."""
+    return call_map(layout, problem, given, needs)
 
 
 def _differentiate(

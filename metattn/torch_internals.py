@@ -47,6 +47,18 @@ def any_dual(tensors: Sequence[Any]) -> bool:
     return any(isinstance(x, Tensor) and tangent_of(x) is not None for x in tensors)
 
 
+_forward_ad_globals = forward_ad.__dict__  # a dict of ours: of torch's modules Dynamo guards nothing
+
+
+def duals_from_outside() -> bool:
+    """For code that is being compiled: whether it is given dual numbers.
+
+    Inductor's code loses their tangents, without a word. What is read here Dynamo guards. Under a transform
+    inside of what is compiled it would see the transform's own level.
+    """
+    return not transformed() and _forward_ad_globals["_current_level"] >= 0  # type: ignore[no-any-return]
+
+
 def tangent_of(x: Tensor) -> Tensor | None:
     """A tensor's tangent on this level; torch has one level of forward mode, functorch's are wrapped around it."""
     return torch._VF._unpack_dual(x, level=0).tangent  # type: ignore[no-any-return, attr-defined]
