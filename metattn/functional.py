@@ -341,7 +341,7 @@ def _to_4d(
     if len(q_batch) == 2 and q_batch == k_batch == v_batch:
         return q_batch, query, key, value
     if enable_gqa:
-        if not (q_batch and k_batch and v_batch):
+        if min(len(q_batch), len(k_batch), len(v_batch)) == 0:  # Dynamo takes no truth of a Size
             raise ValueError(
                 f"enable_gqa: expected at least 3 dimensions, got query of shape {list(query.shape)}, "
                 f"key of {list(key.shape)}, value of {list(value.shape)}"
@@ -358,7 +358,7 @@ def _to_4d(
         batch, kv_batch = (*lead, heads), (*lead, key.shape[-3])
     else:
         batch = kv_batch = _broadcast(q_batch, k_batch, v_batch)
-        if batch and all(not b or b[-1] == 1 for b in (k_batch, v_batch)):
+        if len(batch) > 0 and all(len(b) == 0 or b[-1] == 1 for b in (k_batch, v_batch)):
             kv_batch = (*batch[:-1], 1)  # one key head for all queries: a group, nothing expanded
     return batch, _flatten(query, batch), _flatten(key, kv_batch), _flatten(value, kv_batch)
 
@@ -386,7 +386,7 @@ def _flatten(t: Tensor, batch: Sequence[int]) -> Tensor:
         t = t.expand(*batch, rows, features)
     if len(batch) == 2:
         return t
-    return t.reshape(math.prod(batch[:-1]), batch[-1] if batch else 1, rows, features)
+    return t.reshape(math.prod(batch[:-1]), batch[-1] if len(batch) > 0 else 1, rows, features)
 
 
 def _mask_to_4d(attn_mask: Tensor, batch: Sequence[int]) -> Tensor:

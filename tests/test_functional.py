@@ -612,26 +612,6 @@ class TestCompiled:
         torch.testing.assert_close(self.compiled(inside)(Q), expected)
         assert backends.named() is None
 
-    def test_override(self) -> None:
-        def call(q: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, K, V)
-
-        def inside(q: Tensor) -> Tensor:
-            with metattn.sdpa_override():
-                return F.scaled_dot_product_attention(q, K, V)
-
-        def kernel_inside(q: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.MATH):
-                return F.scaled_dot_product_attention(q, K, V)
-
-        expected = call(Q)
-        torch.testing.assert_close(self.compiled(inside)(Q), expected)
-        with metattn.sdpa_override() as override:
-            torch.testing.assert_close(self.compiled(call)(Q), expected)
-            assert override.calls == 1
-            torch.testing.assert_close(self.compiled(kernel_inside)(Q), expected)
-            assert override.calls == 1
-
     def test_autocast(self) -> None:
         def call(q: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from metattn import backends
 from metattn.autodiff import attend
 from metattn.backends import reference
 from metattn.nn.traced import traced_call
-from metattn.problem import Options, dense, has_autocast
+from metattn.problem import Call, Options, dense, has_autocast
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -121,43 +121,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             nested: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **arguments)
             return nested
-        self._check(
-            query, key, value, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal
-        )
-
-        batched, batch_first = query.dim() == 3, self.batch_first or query.dim() == 2
-        q, k, v = self._project(query, key, value)
-        if not batched:
-            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        if not batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        batch = q.shape[0]
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).expand(batch, 1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.to(v.dtype).expand(batch, 1, -1)], dim=1)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        # [B, L|S, E] → [B, H, L|S, E/H], a view
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-
+        layout = Layout(self.num_heads, self.batch_first, self.add_zero_attn)
+        parameters = self._parameters_of_attention()
+        masks = (attn_mask, key_padding_mask)
+        check(query, key, value, masks, is_causal, self.embed_dim, layout, parameters)
         # torch reads the hint only where no masks have to be merged and no weights are asked for
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask, bias = _merge(None if causal else attn_mask, key_padding_mask, q, k.shape[2])
-        options = Options(mask, bias, causal, dropout_p=self.dropout if self.training else 0.0)
-        problem, primals, constants = dense(q, k, v, options)
-        o, _ = attend(backends.choose(problem, primals, constants, None), primals, constants)
-        o = o.transpose(1, 2).flatten(-2)  # [B, L, E]
-        if not batch_first:
-            o = o.transpose(0, 1)
-        output = F.linear(o, self.out_proj.weight, self.out_proj.bias)
-
+        dropout_p = self.dropout if self.training else 0.0
+        output, call = multihead(query, key, value, masks, causal, dropout_p, layout, parameters)
         weights = None
         if need_weights:
-            weights = reference.weights(problem, primals, constants)
+            weights = reference.weights(*call)
             weights = weights.mean(1) if average_attn_weights else weights
-        if not batched:
-            output, weights = output.squeeze(0), None if weights is None else weights.squeeze(0)
+            weights = weights if query.dim() == 3 else weights.squeeze(0)
         return output, weights
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -168,91 +144,169 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "model and script that, or take torch.export or torch.compile"
         )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projected query, key and value; one product for those that are the same tensor."""
-        size, bias = self.embed_dim, self.in_proj_bias
-        if self._qkv_same_embed_dim:
-            weight = self.in_proj_weight
-            if query is key and key is value:
-                q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
-                return q, k, v
-            if key is value:
-                q = F.linear(query, weight[:size], None if bias is None else bias[:size])
-                k, v = F.linear(key, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
-                return q, k, v
-            w_q, w_k, w_v = weight.chunk(3)
-        else:
-            w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
-        return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+    def _parameters_of_attention(self) -> Parameters:
+        packed = self._qkv_same_embed_dim
+        in_proj = (
+            self.in_proj_weight if packed else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        out_proj = self.out_proj
+        return Parameters(
+            in_proj, self.in_proj_bias, out_proj.weight, out_proj.bias, self.bias_k, self.bias_v
+        )
 
-    def _check(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-    ) -> None:
-        """Refuse what does not fit together, before anything is computed."""
-        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+
+class Layout(NamedTuple):
+    """How multihead attention reads its inputs."""
+
+    num_heads: int
+    batch_first: bool
+    add_zero_attn: bool
+
+
+class Parameters(NamedTuple):
+    """Those of multihead attention."""
+
+    in_proj: Tensor | tuple[Tensor, Tensor, Tensor]  # packed, or for query, key and value
+    in_bias: Tensor | None
+    out_proj: Tensor
+    out_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+
+Masks = tuple[Tensor | None, Tensor | None]  # attn_mask, key_padding_mask
+
+
+def multihead(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    causal: bool,
+    dropout_p: float,
+    layout: Layout,
+    parameters: Parameters,
+) -> tuple[Tensor, Call]:
+    """The output for inputs that were checked, and the call to attention inside.
+
+    With `causal` the attn_mask is not read.
+    """
+    attn_mask, key_padding_mask = masks
+    batched, batch_first = query.dim() == 3, layout.batch_first or query.dim() == 2
+    q, k, v = _project(query, key, value, parameters)
+    if not batched:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    if not batch_first:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    batch = q.shape[0]
+    if parameters.bias_k is not None and parameters.bias_v is not None:
+        k = torch.cat([k, parameters.bias_k.to(k.dtype).expand(batch, 1, -1)], dim=1)
+        v = torch.cat([v, parameters.bias_v.to(v.dtype).expand(batch, 1, -1)], dim=1)
+    if layout.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    # [B, L|S, E] → [B, H, L|S, E/H], a view
+    q, k, v = (x.unflatten(-1, (layout.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+
+    mask, bias = _merge(None if causal else attn_mask, key_padding_mask, q, k.shape[2])
+    problem, primals, constants = dense(q, k, v, Options(mask, bias, causal, dropout_p=dropout_p))
+    o, _ = attend(backends.choose(problem, primals, constants, None), primals, constants)
+    o = o.transpose(1, 2).flatten(-2)  # [B, L, E]
+    if not batch_first:
+        o = o.transpose(0, 1)
+    output = F.linear(o, parameters.out_proj, parameters.out_bias)
+    return output if batched else output.squeeze(0), (problem, primals, constants)
+
+
+def _project(
+    query: Tensor, key: Tensor, value: Tensor, parameters: Parameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The projected query, key and value; one product for those that are the same tensor."""
+    weight, bias = parameters.in_proj, parameters.in_bias
+    if isinstance(weight, Tensor):
+        size = weight.shape[1]
+        if query is key and key is value:
+            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+            return q, k, v
+        if key is value:
+            q = F.linear(query, weight[:size], None if bias is None else bias[:size])
+            k, v = F.linear(key, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
+            return q, k, v
+        w_q, w_k, w_v = weight.chunk(3)
+    else:
+        w_q, w_k, w_v = weight
+    b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+    return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    is_causal: bool,
+    embed_dim: int,
+    layout: Layout,
+    parameters: Parameters,
+) -> None:
+    """Refuse what does not fit together, before anything is computed."""
+    num_heads, batch_first, _ = layout
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
+    if (parameters.bias_k is None) != (parameters.bias_v is None):
+        given, missing = ("bias_k", "bias_v") if parameters.bias_v is None else ("bias_v", "bias_k")
+        raise ValueError(f"{missing}: expected a parameter beside {given}, got None")
+    dtype, device = parameters.out_proj.dtype, query.device.type
+    casts = has_autocast(device) and torch.is_autocast_enabled(device)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+        if tensor.dtype != dtype and not (casts and tensor.is_floating_point()):
+            raise TypeError(f"{name}: expected the module's dtype, {dtype}, got {tensor.dtype}")
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query: expected 2 or 3 dimensions, got {query.dim()}: {list(query.shape)}")
+    weight = parameters.in_proj
+    kdim, vdim = (embed_dim,) * 2 if isinstance(weight, Tensor) else (w.shape[1] for w in weight[1:])
+    for name, tensor, size in (("key", key, kdim), ("value", value, vdim)):
+        if tensor.dim() != query.dim():
             raise ValueError(
-                f"num_heads: expected a divisor of embed_dim={self.embed_dim}, got {self.num_heads}"
+                f"{name}: expected as many dimensions as query, {query.dim()}, got {list(tensor.shape)}"
             )
-        if (self.bias_k is None) != (self.bias_v is None):
-            given, missing = ("bias_k", "bias_v") if self.bias_v is None else ("bias_v", "bias_k")
-            raise ValueError(f"{missing}: expected a parameter beside {given}, got None")
-        dtype, device = self.out_proj.weight.dtype, query.device.type
-        casts = has_autocast(device) and torch.is_autocast_enabled(device)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.layout != torch.strided:
-                raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
-            if tensor.dtype != dtype and not (casts and tensor.is_floating_point()):
-                raise TypeError(f"{name}: expected the module's dtype, {dtype}, got {tensor.dtype}")
-        if query.dim() not in (2, 3):
-            raise ValueError(f"query: expected 2 or 3 dimensions, got {query.dim()}: {list(query.shape)}")
-        for name, tensor, size in (("key", key, self.kdim), ("value", value, self.vdim)):
-            if tensor.dim() != query.dim():
-                raise ValueError(
-                    f"{name}: expected as many dimensions as query, {query.dim()}, got {list(tensor.shape)}"
-                )
-            if tensor.shape[-1] != size:
-                raise ValueError(f"{name}: expected {size} features, got {list(tensor.shape)}")
-        if query.shape[-1] != self.embed_dim:
-            raise ValueError(f"query: expected {self.embed_dim} features, got {list(query.shape)}")
-        if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                "key, value: expected the same shape but for the features, "
-                f"got {list(key.shape)}, {list(value.shape)}"
-            )
-        batch_dim, length_dim = (0, -2) if self.batch_first or query.dim() == 2 else (1, 0)
-        batch: tuple[int, ...] = () if query.dim() == 2 else (query.shape[batch_dim],)
-        if batch and key.shape[batch_dim] != batch[0]:
-            raise ValueError(
-                f"query, key: expected the same batch size, got {list(query.shape)}, {list(key.shape)} "
-                f"with batch_first={self.batch_first}"
-            )
-        scores = (query.shape[length_dim], key.shape[length_dim])
-        blocks = (self.num_heads * (batch[0] if batch else 1), *scores)
-        for name, mask, shapes in (
-            ("key_padding_mask", key_padding_mask, [(*batch, scores[1])]),
-            ("attn_mask", attn_mask, [scores, blocks]),
-        ):
-            if mask is None:
-                continue
-            if not isinstance(mask, Tensor):
-                raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{name}: expected bool or a floating-point dtype, got {mask.dtype}")
-            if tuple(mask.shape) not in shapes:
-                expected = " or ".join(str(list(shape)) for shape in shapes)
-                raise ValueError(f"{name}: expected shape {expected}, got {list(mask.shape)}")
-        if is_causal and attn_mask is None:
-            raise ValueError(
-                "is_causal: expected the causal mask as attn_mask beside this hint, got attn_mask=None"
-            )
+        if tensor.shape[-1] != size:
+            raise ValueError(f"{name}: expected {size} features, got {list(tensor.shape)}")
+    if query.shape[-1] != embed_dim:
+        raise ValueError(f"query: expected {embed_dim} features, got {list(query.shape)}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            "key, value: expected the same shape but for the features, "
+            f"got {list(key.shape)}, {list(value.shape)}"
+        )
+    batch_dim, length_dim = (0, -2) if batch_first or query.dim() == 2 else (1, 0)
+    batch: tuple[int, ...] = () if query.dim() == 2 else (query.shape[batch_dim],)
+    if batch and key.shape[batch_dim] != batch[0]:
+        raise ValueError(
+            f"query, key: expected the same batch size, got {list(query.shape)}, {list(key.shape)} "
+            f"with batch_first={batch_first}"
+        )
+    scores = (query.shape[length_dim], key.shape[length_dim])
+    blocks = (num_heads * (batch[0] if batch else 1), *scores)
+    for name, mask, shapes in (
+        ("key_padding_mask", masks[1], [(*batch, scores[1])]),
+        ("attn_mask", masks[0], [scores, blocks]),
+    ):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(mask).__name__}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{name}: expected bool or a floating-point dtype, got {mask.dtype}")
+        if tuple(mask.shape) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name}: expected shape {expected}, got {list(mask.shape)}")
+    if is_causal and masks[0] is None:
+        raise ValueError(
+            "is_causal: expected the causal mask as attn_mask beside this hint, got attn_mask=None"
+        )
 
 
 def _merge(
