@@ -390,7 +390,9 @@ class _Kept:
 
 def _double_backward(problem: Problem, given: Given, needs: Needs, dq: _Kept | None) -> tuple[Any, ...]:
     """Jvp and VjpJvp of Vjp's inputs; with what Vjp gave for q, where no graph is asked for."""
-    kept = None if dq is None or internals.recording(DOUBLE_BACKWARD.join(given)) else dq.get()
+    tensors = DOUBLE_BACKWARD.join(given)
+    alone = not internals.recording(tensors) and not internals.batched_in_backward(tensors)
+    kept = dq.get() if dq is not None and alone else None
     if kept is None:
         found: tuple[Any, ...] = call_map(DOUBLE_BACKWARD, problem, given, needs)
         return found

@@ -497,6 +497,11 @@ def _plan(map_: str, here: Setting, problem: Problem, needs: Needs | None, of: t
     return Plan(stand_ins, planner.rooms, planner.launches, planner.made, flat)
 
 
+def _in_memory(t: Tensor) -> Tensor:
+    """torch's own operators see to the negative bit, and to zeros without memory; a pointer does not."""
+    return t.clone() if t._is_zerotensor() else t.resolve_neg()
+
+
 class Launches(Maps):
     """The maps, launched."""
 
@@ -507,8 +512,7 @@ class Launches(Maps):
         constants = given.constants
         if constants.mask is not None:
             given = given._replace(constants=constants._replace(mask=constants.mask.view(torch.uint8)))
-        # torch's own operators see to the negative bit; a pointer does not
-        tensors = [None if t is None else t.resolve_neg() for t in (*layout.join(given), dq)]
+        tensors = [None if t is None else _in_memory(t) for t in (*layout.join(given), dq)]
         device = given.primals.q.device
         plan = _plan(layout.name, setting(device), problem, needs, likes(tensors))
         with on(device):
