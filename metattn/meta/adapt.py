@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module  # functional_call's, for two modules at once
 
 from metattn.meta.exact import ExactDerivatives
 from metattn.meta.implicit import Implicit
@@ -98,22 +98,20 @@ def adapt(
     if steps == 0:
         return dict(params)
     others = {"rest": whole.rest(params), "support": support}
-    return way.adapted(InnerLoop(loss, optimizer, steps, (whole,)), dict(params), others)
+    return way.adapted(InnerLoop(loss, optimizer, steps, tuple(whole.modules.values())), dict(params), others)
 
 
-class Whole(nn.Module):
-    """A model and its loss as one module: what either holds can be replaced for a call of both.
+class Whole:
+    """A model and its loss as one: what either holds can be replaced for a call of both.
 
     So a loss that looks at the model's parameters (a penalty) sees those of the call.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | nn.Module) -> None:
-        super().__init__()
         self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Tensor:
-        value: Tensor = self.loss_fn(self.model(*args, **kwargs), targets)
-        return value
+        self.modules = {"model": model}
+        if isinstance(loss_fn, nn.Module):
+            self.modules["loss_fn"] = loss_fn
 
     def check_names(self, params: Mapping[str, Tensor]) -> None:
         if not isinstance(params, Mapping):
@@ -130,10 +128,12 @@ class Whole(nn.Module):
             )
 
     def rest(self, params: Mapping[str, Tensor]) -> Params:
-        """All other parameters and buffers, of the model and of the loss."""
+        """All other parameters and buffers, of the model and of the loss; of tied ones the first name."""
+        first: dict[Tensor, str] = {}
+        for name, value in (self._parameters() | self._buffers()).items():
+            first.setdefault(value, name)
         given = {f"model.{name}" for name in params}
-        everything = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return {name: value for name, value in everything.items() if name not in given}
+        return {name: value for value, name in first.items() if name not in given}
 
     def loss(
         self, params: Mapping[str, Tensor], rest: Mapping[str, Tensor], inputs: Any, targets: Any
@@ -143,13 +143,34 @@ class Whole(nn.Module):
             args, kwargs = (), dict(inputs)
         else:
             args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
-        written = dict(self.named_buffers())
+        buffers = self._buffers()
         values = {
-            **{name: value.clone() if name in written else value for name, value in rest.items()},
+            **{name: value.clone() if name in buffers else value for name, value in rest.items()},
             **{f"model.{name}": value for name, value in params.items()},
         }
-        with ExactDerivatives():
-            found: Tensor = functional_call(self, values, (args, kwargs, targets))
+        own = self._parameters() | buffers
+        by_own = {own[name]: value for name, value in values.items()}  # tied ones under every name
+        held: dict[str, Params] = {place: {} for place in self.modules}
+        for name, value in own.items():
+            place, _, inner = name.partition(".")
+            held[place][inner] = by_own[value]
+        with ExactDerivatives(), _reparametrize_module(self.model, held["model"], stack_weights=True):
+            if "loss_fn" not in held:
+                return self.loss_fn(self.model(*args, **kwargs), targets)
+            with _reparametrize_module(self.modules["loss_fn"], held["loss_fn"], stack_weights=True):
+                return self.loss_fn(self.model(*args, **kwargs), targets)
+
+    def _parameters(self) -> Params:
+        """Under all their names."""
+        found: Params = {}
+        for place, module in self.modules.items():
+            found.update(module.named_parameters(place, remove_duplicate=False))
+        return found
+
+    def _buffers(self) -> Params:
+        found: Params = {}
+        for place, module in self.modules.items():
+            found.update(module.named_buffers(place, remove_duplicate=False))
         return found
 
 

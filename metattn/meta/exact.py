@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.functional import (
     huber_loss,
     instance_norm,
     layer_norm,
+    linear,
     mse_loss,
     soft_margin_loss,
     softplus,
@@ -40,6 +40,8 @@ class ExactDerivatives(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if torch.compiler.is_compiling():
+            func = _traced(func)
         if func in _NAMED_OTHERWISE:
             named, places = _NAMED_OTHERWISE[func]
             given = dict(zip(places, args, strict=False)) | dict(kwargs or {})
@@ -57,6 +59,36 @@ class ExactDerivatives(TorchFunctionMode):
         if func in _LOSSES:
             return _reduced(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return input @ weight.t()
+    if input.dim() < 2 or weight.dim() < 2:
+        return input @ weight.t() + bias
+    rows = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
+    return rows.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+    if input.shape[dim] % chunks:
+        return torch.chunk(input, chunks, dim)
+    return torch.unflatten(input, dim, (chunks, input.shape[dim] // chunks)).unbind(
+        dim if dim >= 0 else dim - 1
+    )
+
+
+def _traced(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a graph: in a function mode Dynamo does not know unflatten as a method.
+
+    And vmap's rules for linear and for chunk's derivative, a concatenation, ask for sizes as numbers, so that
+    there would be a graph for every size.
+    """
+    if func is Tensor.unflatten:
+        return torch.unflatten
+    if func is linear:
+        return _linear
+    return _chunk if func in (torch.chunk, Tensor.chunk) else func
 
 
 _BY_CHANNEL = ("input", "weight", "bias", "running_mean", "running_var")
@@ -115,7 +147,11 @@ def _soft_margin(input: Tensor, target: Tensor, options: Mapping[str, Any]) -> T
     return softplus(-target * input)
 
 
-_LOSSES = {mse_loss: _squared, huber_loss: _huber, soft_margin_loss: _soft_margin}
+_LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    mse_loss: _squared,
+    huber_loss: _huber,
+    soft_margin_loss: _soft_margin,
+}
 
 
 def _reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -131,18 +167,33 @@ def _reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         elements = elements * weight
     if reduction == "none":
         return elements.to(dtype)
-    total = elements.sum()
-    if reduction == "mean":
-        total = total / (weight.sum() if weight is not None and func is mse_loss else elements.numel())
+    if reduction == "sum":
+        total = elements.sum()
+    elif weight is not None and func is mse_loss:
+        total = elements.sum() / weight.sum()
+    else:
+        total = elements.mean()
     return total.to(dtype)
 
 
+# names of arguments in their order, and defaults: bound by hand, for Dynamo cannot trace inspect
+_BOUND: tuple[Callable[..., Any], ...] = (batch_norm, instance_norm, *_LOSSES)
+_NAMES = {func: tuple(inspect.signature(func).parameters) for func in _BOUND}
+_DEFAULTS = {
+    func: {
+        name: parameter.default
+        for name, parameter in inspect.signature(func).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    for func in _BOUND
+}
+
+
 def _bound(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    bound = _signature(func).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-@functools.cache
-def _signature(func: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(func)
+    """All arguments by name."""
+    names = _NAMES[func]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    options = _DEFAULTS[func] | given
+    if len(given) != len(args) + len(kwargs) or set(options) != set(names):
+        func(*args, **kwargs)  # its TypeError
+    return {name: options[name] for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.func import grad, jvp, vjp
@@ -24,6 +25,11 @@ class Call:
     """
 
     def __init__(self, loop: InnerLoop, params: Params, others: Any, tensors: list[Tensor]) -> None:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                'meta_gradient: only "reverse" and "first-order" can be compiled, for a compiled backward '
+                "cannot repeat a step; take one of these, or leave the call to eager PyTorch"
+            )
         self.loop = loop
         leaves, self._spec = tree_flatten((params, others, loop.fields()))
         tensors += [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -127,9 +127,9 @@ def _mean_over_tasks(
                 f"be divided into tasks; got {type(leaf).__name__}"
             )
     tensors = [leaf for leaf in tree_leaves(samples) if isinstance(leaf, Tensor)]
-    counts = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
-    count = counts.pop() if len(counts) == 1 else None
-    if not count:
+    count = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+    # compared, not hashed: a graph that is compiled for all sizes would be one for this size
+    if count == 0 or not all(tensor.dim() and tensor.shape[0] == count for tensor in tensors):
         raise ValueError(
             "support, query: expected every tensor to have the same number of tasks (1 or more) in front, "
             f"got shapes {[tuple(tensor.shape) for tensor in tensors]}"
