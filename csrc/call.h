@@ -75,9 +75,12 @@ struct Problem {
   "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? slopes, Tensor? rng, "      \
   "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
   "int window_right, float dropout_p"
-Problem take_problem(Arguments& in) {  // braces: from left to right
-  return {in.tensor(),  in.tensor(),  in.tensor(), in.maybe(), in.maybe(),   in.maybe(),   in.maybe(),   in.maybe(), in.maybe(),
-          in.maybe(),   in.integer(), in.integer(), in.real(), in.real(), in.integer(), in.integer(), in.integer(), in.real()};
+Problem take_problem(Arguments& in) {  // a braced list is worked off from left to right
+  return {in.tensor(),  in.tensor(),  in.tensor(),                // q, k, v
+          in.maybe(),   in.maybe(),   in.maybe(),   in.maybe(),   // bias, sinks, mask, slopes
+          in.maybe(),   in.maybe(),   in.maybe(),                 // rng, cu_q, cu_k
+          in.integer(), in.integer(), in.real(),    in.real(),    // max_q, max_k, scale, softcap
+          in.integer(), in.integer(), in.integer(), in.real()};   // causal, windows, dropout_p
 }
 
 // One call of a map, being filled in.

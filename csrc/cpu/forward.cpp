@@ -55,14 +55,16 @@ struct Forward {
     memset(acc, 0, sizeof(T) * tile.rows * wide_dv);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      store(totals + r * kLanes<T>, Vec<T>{});
-      store(added + r * kLanes<T>, Vec<T>{});
       reference[r] = 0;
       limit[r] = log_reference[r] = -kInfinity<T>;
       large[r] = false;
-      if (sink == -kInfinity<T>) continue;
-      refer_to(r, sink);
-      totals[r * kLanes<T>] = 1;
+      Vec<T> total = {};
+      if (sink != -kInfinity<T>) {
+        refer_to(r, sink);
+        total[0] = 1;
+      }
+      store(totals + r * kLanes<T>, total);
+      store(added + r * kLanes<T>, Vec<T>{});
     }
   }
 

@@ -254,10 +254,10 @@ struct GradientSweep {
 };
 
 // The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
-#define METATTN_MAP_KERNEL(Map, sweep, A)                                  \
-  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },          \
-   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) { \
-     Map<A> map(p, scratch);                                               \
+#define METATTN_MAP_KERNEL(Map, sweep, A)                                           \
+  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },                   \
+   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) {         \
+     Map<A> map(p, scratch);                                                        \
      for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
    }}
 #ifdef METATTN_PAIRS
