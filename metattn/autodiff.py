@@ -1,4 +1,4 @@
-"""The maps as autograd Functions: Forward, Vjp, Jvp, VjpJvp, DoubleBackward; each one's derivative is made of others.
+"""The maps as autograd Functions; each one's derivative is made of others.
 
     Function                            backward               jvp
     Forward(p) = (o, lse)               Vjp                    Jvp
@@ -11,9 +11,9 @@ Whatever a map needs again (o, lse, o_lo and their tangents) is an output of one
 next, never a hidden intermediate. As an input it takes no gradient: the maps' formulas are total derivatives,
 the gradients of the primals hold its share. Its tangent is what Jvp gave: Vjp's jvp need not compute it.
 
-The Functions are the operators' derivatives too (metattn.backends.operators), on every level of torch.func. In
-plain eager code they are called directly, which spares the operator's dispatch. Wherever torch looks from below
-(a transform, a compiler, a recording, a batched backward pass) the operator is called, and calls them.
+The Functions are the operators' derivatives too (metattn.backends.operators), on every level of torch.func.
+In plain eager code they are called directly, which spares the operator's dispatch. Wherever torch looks from
+below (a transform, a compiler, a recording, a batched backward pass) the operator is called, and calls them.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Forward(Function):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
         if do is None and dlse is None:
             return _of_tensors(FORWARD.gradients())
-        needs = FORWARD.split(ctx.needs_input_grad[2:]).primals
+        needs: Any = FORWARD.split(ctx.needs_input_grad[2:]).primals
         given = _with_results(ctx)._replace(cotangents=Cotangents(do, dlse))
         return _of_tensors(FORWARD.gradients(primals=call_map(VJP, ctx.problem, given, needs)))
 
@@ -167,7 +167,7 @@ class Vjp(Function):
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         given = VJP.split(ctx.saved_tensors)._replace(tangents=Primals(*tangents))  # type: ignore[arg-type]
-        wanted = VJP.split(ctx.needs_input_grad[2:])
+        wanted: Any = VJP.split(ctx.needs_input_grad[2:])
         if not _any(tangents):
             return _of_tensors(VJP.gradients())
         if any(wanted.primals):
@@ -176,7 +176,9 @@ class Vjp(Function):
         else:
             results_t, gradients = call_map(JVP, ctx.problem, given), NO_PRIMALS
         return _of_tensors(
-            VJP.gradients(primals=gradients, cotangents=_along(wanted.cotangents, given.cotangents, results_t))
+            VJP.gradients(
+                primals=gradients, cotangents=_along(wanted.cotangents, given.cotangents, results_t)
+            )
         )
 
     @staticmethod
@@ -258,7 +260,9 @@ class DoubleBackward(Function):
         _keep(ctx, problem, needs, (*tensors, *output[:3]))
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None, *cotangents: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(
+        ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None, *cotangents: Any
+    ) -> tuple[Any, ...]:  # type: ignore[override]
         given = _with_tangent_results(ctx)
         of_jvp = _of_jvp(DOUBLE_BACKWARD, ctx, given, Cotangents(do, dlse))
         of_vjp_jvp = _of_vjp_jvp(DOUBLE_BACKWARD, ctx, given, Primals(*cotangents))
@@ -296,7 +300,7 @@ FUNCTIONS: dict[str, Any] = {
 
 def _of_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Cotangents) -> tuple[Any, ...]:
     """The gradients of ⟨cotangents, Jvp(p, t)⟩: its tangents enter linearly."""
-    wanted = layout.split(ctx.needs_input_grad[2:])
+    wanted: Any = layout.split(ctx.needs_input_grad[2:])
     gradients: Tensors = NO_PRIMALS
     tangent_gradients: Tensors = NO_PRIMALS
     if _any(cotangents):
@@ -315,7 +319,8 @@ def _of_vjp_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Primals) -> 
     """
     if not _any(cotangents):
         return layout.gradients()
-    problem, wanted = ctx.problem, layout.split(ctx.needs_input_grad[2:])
+    problem: Problem = ctx.problem
+    wanted: Any = layout.split(ctx.needs_input_grad[2:])
     if any(wanted.primals) or any(wanted.cotangents):  # dear: only what the backward pass goes on to
         wanted = layout.split(internals.demanded(ctx, layout.join(given), ctx.needs_input_grad[2:]))
     tangent_gradients: Tensors = NO_PRIMALS
@@ -324,9 +329,7 @@ def _of_vjp_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Primals) -> 
         along = along._replace(results_t=Results(*call_map(JVP, problem, along)))
         tangent_gradients = call_map(VJP_JVP, problem, along, wanted.tangents)
     gradients, cotangent_gradients = _by_reference(problem, given, cotangents, wanted)
-    return layout.gradients(
-        primals=gradients, cotangents=cotangent_gradients, tangents=tangent_gradients
-    )
+    return layout.gradients(primals=gradients, cotangents=cotangent_gradients, tangents=tangent_gradients)
 
 
 def _moved_jvp(problem: Problem, given: Given, move: Given) -> Tensors:
@@ -343,7 +346,7 @@ def _moved_jvp(problem: Problem, given: Given, move: Given) -> Tensors:
 
 
 def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Given, move: Given) -> Tensors:
-    """VjpJvp's tangents: it is linear in the cotangents and in the tangents; along the primals the reference's."""
+    """VjpJvp's tangents: it is linear in cotangents and tangents; along the primals they are the reference's."""
     found: Tensors = NO_PRIMALS
     if _any(move.primals):
         _warn("a third derivative")
@@ -353,9 +356,7 @@ def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Given, move: Given) ->
         )
         found = _reference_jvp(VJP_JVP, problem, needs, given, still)
     if _any(move.cotangents):
-        found = _sum(
-            found, call_map(VJP_JVP, problem, given._replace(cotangents=move.cotangents), needs)
-        )
+        found = _sum(found, call_map(VJP_JVP, problem, given._replace(cotangents=move.cotangents), needs))
     if _any(move.tangents):
         along = given._replace(tangents=move.tangents)
         # the tangents' results moved along the primals too, where those moved
@@ -397,7 +398,16 @@ def _double_backward(problem: Problem, given: Given, needs: Needs, dq: _Kept | N
         found: tuple[Any, ...] = call_map(DOUBLE_BACKWARD, problem, given, needs)
         return found
     results_t, gradients = load(problem.backend).double_backward(
-        *(problem, given.primals, given.constants, given.results, *given.cotangents, given.tangents, needs, kept)
+        *(
+            problem,
+            given.primals,
+            given.constants,
+            given.results,
+            *given.cotangents,
+            given.tangents,
+            needs,
+            kept,
+        )
     )
     return (*results_t, *gradients)
 
@@ -462,7 +472,7 @@ def _reference_vjp(
 def _reference_jvp(
     layout: Layout, problem: Problem, needs: Needs | None, given: Given, move: Given
 ) -> Tensors:
-    """The tangents of the reference's map, inside a Function's jvp: its operations have forward mode themselves."""
+    """The tangents of the reference's map, inside a Function's jvp: its operations have forward mode."""
     duals = [
         x if x is None or t is None else internals.with_tangent(x, t)
         for x, t in zip(layout.join(given), layout.join(move), strict=True)

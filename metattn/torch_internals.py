@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ def recorded_below() -> bool:
 def any_dual(tensors: Sequence[Any]) -> bool:
     """Whether a tensor has a tangent of forward mode.
 
-    torch.autograd.forward_ad knows of a level only if it opened it; code that Dynamo made opens them otherwise.
+    torch.autograd.forward_ad knows of a level only if it opened it; what Dynamo makes opens them otherwise.
     Replaced by: a public question of this kind.
     """
     if forward_ad._current_level < 0 and not (
@@ -60,7 +60,7 @@ def duals_from_outside() -> bool:
 
 
 def tangent_of(x: Tensor) -> Tensor | None:
-    """A tensor's tangent on this level; torch has one level of forward mode, functorch's are wrapped around it."""
+    """A tensor's tangent on this level: torch has one of forward mode, functorch wraps its own around it."""
     return torch._VF._unpack_dual(x, level=0).tangent  # type: ignore[no-any-return, attr-defined]
 
 
@@ -108,7 +108,7 @@ def apply_function(function: Any, *arguments: Any) -> Any:
 
 @contextmanager
 def outer_levels() -> Iterator[None]:
-    """Within a Function's forward both modes of differentiation are off; the transforms further out need them.
+    """In a Function's forward both modes of differentiation are off; the transforms further out need them.
 
     Each of those turns off again what was off where it began.
     """

@@ -330,7 +330,7 @@ def largest_difference(xs: Iterable[Tensor | None], ys: Iterable[Tensor | None])
 
 
 class RecordedMaps(TorchDispatchMode):
-    """Which maps run within it as operators, in order, what they are given and which gradients they shall give."""
+    """Which maps run within it as operators, what they are given and which gradients they shall give."""
 
     def __init__(self) -> None:
         super().__init__()

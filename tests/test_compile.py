@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import metattn
 from metattn import autodiff
 from metattn.backends import available_backends, operators
-from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
 from metattn.layout import MAPS, Cotangents, Given
+from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
 from metattn.problem import Options, Primals, Problem, dense, packed
 from metattn.problem import Packing as Lengths
 
@@ -507,7 +507,13 @@ class TestOperators:
         shape = Shape(batch=2, heads=3, n=8, m=16, d=4, dv=4, kv_heads=3)
         arguments = operator_arguments(make_call(shape=shape))
         product = 2 * 2 * 3 * 8 * 16 * 4
-        for operator, products in (("forward", 2), ("vjp", 5), ("jvp", 5), ("vjp_jvp", 10), ("double_backward", 15)):
+        for operator, products in (
+            ("forward", 2),
+            ("vjp", 5),
+            ("jvp", 5),
+            ("vjp_jvp", 10),
+            ("double_backward", 15),
+        ):
             with FlopCounterMode(display=False) as counter:
                 getattr(torch.ops.metattn, operator)(*arguments[operator])
             assert counter.get_total_flops() == products * product, operator

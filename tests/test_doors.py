@@ -1,7 +1,7 @@
 """Every door through which torch reaches a second derivative: right, or an error; never another number.
 
-What is expected is the plain formula's through the same door, or through torch.autograd.grad where the door is
-not torch's to give for it.
+What is expected is the plain formula's through the same door, or torch.autograd.grad's where torch itself is
+wrong there.
 """
 
 from __future__ import annotations
@@ -218,12 +218,21 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def expected_of(door: str) -> tuple[Tensor, ...]:
+    """The plain formula's; but a recorded gradient of it cuts its graph at what autograd has saved."""
+    if door != "recorded_gradient":
+        return DOORS[door](plain)
+    x = leaf()
+    (gradient,) = torch.autograd.grad(residual(plain)(x).square().sum(), x, create_graph=True)
+    return penalty(gradient, x)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_door(door: str, backend: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", HigherOrderWarning)
         found = DOORS[door](ours(backend))
-    expected = DOORS[door](plain)
+    expected = expected_of(door)
     assert largest_difference(found, expected) < 1e-12 * max(float(x.abs().max()) for x in expected) + 1e-14
 
 
@@ -242,7 +251,9 @@ def test_batched_gradients_of_every_option(name: str, backend: str) -> None:
         else:
             found = [torch.autograd.grad(y, x, c, create_graph=True) for c in cotangents]
             rows = [torch.stack(each) for each in zip(*found, strict=True)]
-        total = sum(row.square().sum() for row in rows) + sum(t.nan_to_num(neginf=0.0).square().sum() for t in x)
+        total = sum(row.square().sum() for row in rows) + sum(
+            t.nan_to_num(neginf=0.0).square().sum() for t in x
+        )
         return [*rows, *torch.autograd.grad(total, x)]
 
     expected = second_order(False)
@@ -290,8 +301,11 @@ class TestEmptyBatches:
 
         def all_maps(attend: Any) -> tuple[Tensor, ...]:
             second = vmap(lambda *x: jvp(loss(attend), x, x)[1])(x, bias)
-            of_second = vmap(grad(lambda *y: sum(g.sum() for g in loss(attend)(*y)), (0, 1)))(x, bias)
-            nested = vmap(vmap(attend, (None, 0)), (0, None))(x, torch.stack([bias[:, 0, None, :1]] * 3))
+            of_second = vmap(grad(lambda *y: loss(attend)(*y)[0].sum() + loss(attend)(*y)[1].sum(), (0, 1)))(
+                x, bias
+            )
+            of_empty = vmap(attend, (0, None))
+            nested = vmap(of_empty, (None, 0))(x, torch.zeros(3, 1, 2, 5, 5, dtype=torch.float64))
             return vmap(attend)(x, bias), *vmap(loss(attend))(x, bias), *second, *of_second, nested
 
         with torch.no_grad():
@@ -308,11 +322,17 @@ class TestEmptyBatches:
 @pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"{available_backends()['triton']}")
 @pytest.mark.parametrize(
     "door",
-    ["batched_gradients", "vectorized_hessian", "recorded_gradient", "linearized_gradient", "zero_cotangents"],
+    [
+        "batched_gradients",
+        "vectorized_hessian",
+        "recorded_gradient",
+        "linearized_gradient",
+        "zero_cotangents",
+    ],
 )
 def test_door_in_single_precision(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton backend's kernels are launched from Python, or are operators' where torch looks from below."""
+    """The Triton backend's kernels are launched from Python, or by operators where torch looks from below."""
     monkeypatch.setitem(globals(), "DRAWN", DRAWN.float())
     found = DOORS[door](ours("triton"))
-    expected = DOORS[door](plain)
-    assert largest_difference(found, expected) < 1e-4 * max(float(x.abs().max()) for x in expected)
+    expected = expected_of(door)
+    assert largest_difference(found, expected) <= 1e-4 * max(float(x.abs().max()) for x in expected)

@@ -35,8 +35,8 @@ _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
 
 
-# (layout, problem, needs, tensors) → what the map gives, as a function of its tensors: for operators that are called
-# by themselves. autodiff, which stands above the backends, sets it.
+# (layout, problem, needs, tensors) → what the map gives, as a function of its tensors: for operators that are
+# called by themselves. autodiff, which stands above the backends, sets it.
 differentiate: Callable[..., tuple[Tensor | None, ...]]
 
 # What use_backend names: for eager code in this thread or task; for Dynamo, which guards a global but cannot

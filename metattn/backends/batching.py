@@ -1,7 +1,7 @@
 """vmap of a map: the mapped dimension is folded into the batch, and comes back in what the map gives.
 
-Dense tensors: [X, B, …] → [X·B, …]. Packed sequences: [1, H, total, …] mapped → [1, H, X·total, …], and X times
-as many sequences. Nothing is copied that lies in memory as the folded tensor would.
+Dense tensors: [X, B, …] → [X·B, …]. Packed sequences: [1, H, total, …] mapped → [1, H, X·total, …], and X
+times as many sequences. Nothing is copied that lies in memory as the folded tensor would.
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ class Fold:
         self, layout: Layout, size: int, tensors: Sequence[Any], dims: Sequence[Any], needs: Needs | None
     ) -> None:
         self.size = size
-        self.layout, self.dims = layout, layout.split(dims)
+        self.layout = layout
+        self.dims: Any = layout.split(dims)
         given = layout.split(tensors)
-        self.constants = given.constants
         if self.dims.constants.cu_q is not None or self.dims.constants.cu_k is not None:
             raise NotImplementedError(
                 "cu_seqlens: expected the same for every example of a vmap, got mapped ones"
             )
         self.packed = given.constants.cu_q is not None
         self.axis = 2 if self.packed else 0
-        self.primals = Primals(*map(_example_shape, given.primals, self.dims.primals))
-        self.batch = given.constants.cu_q.shape[0] - 1 if self.packed else self.primals.q[0]  # type: ignore[union-attr]
+        shapes: list[Any] = [
+            _example_shape(*each) for each in zip(given.primals, self.dims.primals, strict=True)
+        ]
+        self.primals = Primals(*shapes)  # of one example
+        cu_q = given.constants.cu_q
+        self.batch: Any = self.primals.q[0] if cu_q is None else cu_q.shape[0] - 1
         self.needs = dict(zip(Primals._fields, needs or (False,) * 5, strict=True))
         self.given = self._folded(given)
 
     def _folded(self, given: Given) -> Given:
         dims = self.dims
-        # one bias or one row of sinks stays one where it serves all; a gradient or a tangent needs each its own
+        # one bias or row of sinks stays one where it serves all; a gradient or a tangent needs each its own
         alone = {
             name: not self.needs[name]
             and all(
@@ -75,7 +79,7 @@ class Fold:
             },
         )
 
-    def _constants(self, constants: Constants, dims: Constants) -> Constants:
+    def _constants(self, constants: Constants, dims: Any) -> Constants:
         mask, slopes, rng, cu_q, cu_k = constants
         return Constants(
             self._shared(mask, dims.mask, _serves_all(mask, dims.mask)),
@@ -138,7 +142,8 @@ class Fold:
         return tensors, places
 
     def _rows(self, x: Tensor, example: Any) -> Tensor:
-        return x.unflatten(self.axis, (self.size, example[self.axis]))
+        rows: Tensor = x.unflatten(self.axis, (self.size, example[self.axis]))
+        return rows
 
     def _of_shared(self, x: Tensor, example: Any) -> Tensor:
         x = x.unflatten(0, (self.size, self.batch))

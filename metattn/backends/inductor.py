@@ -1,7 +1,7 @@
 """What Inductor calls in place of an operator: its bare twin, without derivatives.
 
-Where Inductor's code runs, the derivatives were taken when its graph was made. The operator would look for them
-again at every call, in Python. The twin in the namespace NAME_bare is the same kernel.
+Where Inductor's code runs, the derivatives were taken when its graph was made. The operator would look for
+them again at every call, in Python. The twin in the namespace NAME_bare is the same kernel.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def bare(namespace: str) -> str:
 
 
 def prepare(namespace: str) -> None:
-    """Tells Inductor, once it is there: asked each time that an operator is traced, for importing it takes seconds.
+    """Tells Inductor, once it is there: asked whenever an operator is traced, for its import takes seconds.
 
-    Its table of lowerings is not public. Without it the operators are called themselves, and the results are the
-    same. Replaced by: a lowering that torch.library registers.
+    Its table of lowerings is not public. Without it the operators are called themselves, and the results are
+    the same. Replaced by: a lowering that torch.library registers.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     if namespace in _prepared or not hasattr(lowering, "fallback_handler"):

@@ -46,7 +46,12 @@ CALL = FIRST + SETTINGS.count(",") + 1
 
 def schema(layout: Layout) -> str:
     """A map's arguments and results, as torch writes them."""
-    arguments = [GROUPS["primals"], GROUPS["constants"], SETTINGS, *map(GROUPS.get, layout.groups[2:])]  # type: ignore[arg-type]
+    arguments = [
+        GROUPS["primals"],
+        GROUPS["constants"],
+        SETTINGS,
+        *(GROUPS[group] for group in layout.groups[2:]),
+    ]
     if layout.gives_gradients:
         arguments.append("int needs")
     count = 3 * layout.gives_results + 5 * layout.gives_gradients
@@ -137,7 +142,7 @@ class Operators(Maps):
 
 
 def define(namespace: str, backend: str, maps: Any) -> None:
-    """Operators of a backend's functions (maps.forward, …), for tensors of every device, and their bare twins."""
+    """Operators of a backend's functions (maps.forward, …), for every device, and their bare twins."""
     for layout in MAPS.values():
         kernel = _kernel(layout, backend, maps)
         for each in (namespace, inductor.bare(namespace)):
@@ -207,7 +212,7 @@ def _flops(layout: Layout) -> Callable[..., int]:
 
     def count(*arguments: Any, **_: Any) -> int:  # shapes stand for tensors in flop formulas
         problem, tensors, needs = parsed(layout, "", arguments)
-        given = layout.split(tensors)
+        given: Any = layout.split(tensors)
         (batch, heads, rows, d), keys, dv = given.primals.q, given.primals.k[2], given.primals.v[3]
         if given.constants.cu_q is not None:  # packed: every sequence at most max_q × max_k
             batch, rows, keys = given.constants.cu_q[0] - 1, problem.max_q, problem.max_k
@@ -317,7 +322,8 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
 
 
 def _size(bare: Sequence[Any], dims: Sequence[int | None]) -> int:
-    return next(x.shape[dim] for x, dim in zip(bare, dims, strict=True) if dim is not None)
+    sizes: list[int] = [x.shape[dim] for x, dim in zip(bare, dims, strict=True) if dim is not None]
+    return sizes[0]
 
 
 def _legacy_unbatched(tensors: Sequence[Any], level: int) -> tuple[list[Any], list[int | None]]:
@@ -336,7 +342,7 @@ def _legacy_unbatched(tensors: Sequence[Any], level: int) -> tuple[list[Any], li
 
 
 def describe(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
-    """Tells torch the shapes, costs and derivatives of a namespace's operators; of their bare twins the shapes."""
+    """Tells torch the shapes, costs and derivatives of a namespace's operators; the shapes of their twins."""
     twins = inductor.bare(namespace)
     for layout in MAPS.values():
         fake = _fake(namespace, layout)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from metattn.backends import operators, tuned
+from metattn.backends.maps import Maps
 from metattn.backends.operators import ROUNDED
 from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
-from metattn.backends.maps import Maps
-from metattn.layout import MAPS, NO_PRIMALS, Given, Layout, Needs
+from metattn.layout import MAPS, NO_PRIMALS, Layout, Needs
+from metattn.layout import Given as GivenTensors
 from metattn.problem import Constants, Primals, Problem, Results
 
 try:
@@ -486,13 +487,17 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _plan(map_: str, here: Setting, problem: Problem, needs: Needs | None, of: tuple[Like | None, ...]) -> Plan:
+def _plan(
+    map_: str, here: Setting, problem: Problem, needs: Needs | None, of: tuple[Like | None, ...]
+) -> Plan:
     """The plan of a map's call: on the tensors of its layout, and dq after them."""
     *tensors, dq = stand_ins = [stand_in(each) for each in of]
     layout = MAPS[map_]
     given = layout.split(tensors)
     planner = Planner(here, problem, given.primals, given.constants)
-    found = getattr(planner, map_)(*layout.spread(given, needs)[2:], *([dq] if map_ == "double_backward" else []))
+    found = getattr(planner, map_)(
+        *layout.spread(given, needs)[2:], *([dq] if map_ == "double_backward" else [])
+    )
     flat = (*found[0], *found[1]) if map_ == "double_backward" else tuple(found)
     return Plan(stand_ins, planner.rooms, planner.launches, planner.made, flat)
 
@@ -506,7 +511,12 @@ class Launches(Maps):
     """The maps, launched."""
 
     def run(
-        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+        self,
+        layout: Layout,
+        problem: Problem,
+        given: GivenTensors,
+        needs: Needs | None,
+        dq: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Plans a map's call, or finds the plan of one that was alike, and runs it."""
         constants = given.constants
@@ -523,14 +533,23 @@ class _Backend(Launches):
     """The same; by operators what cannot be launched: what is traced, a mode looks at, or has no data."""
 
     def run(
-        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+        self,
+        layout: Layout,
+        problem: Problem,
+        given: GivenTensors,
+        needs: Needs | None,
+        dq: Tensor | None = None,
     ) -> tuple[Any, ...]:
         traced = (
             torch.compiler.is_compiling()
             or type(given.primals.q) not in (Tensor, torch.nn.Parameter)
             or torch._C._len_torch_dispatch_stack() > 0
         )
-        return OPERATORS.run(layout, problem, given, needs) if traced else super().run(layout, problem, given, needs, dq)
+        return (
+            OPERATORS.run(layout, problem, given, needs)
+            if traced
+            else super().run(layout, problem, given, needs, dq)
+        )
 
 
 OPERATORS = operators.Operators("metattn_triton")
