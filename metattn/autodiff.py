@@ -346,7 +346,7 @@ def _moved_jvp(problem: Problem, given: Given, move: Given) -> Tensors:
 
 
 def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Given, move: Given) -> Tensors:
-    """VjpJvp's tangents: it is linear in cotangents and tangents; along the primals they are the reference's."""
+    """VjpJvp's tangents: linear in cotangents and tangents; along the primals the reference's."""
     found: Tensors = NO_PRIMALS
     if _any(move.primals):
         _warn("a third derivative")

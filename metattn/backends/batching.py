@@ -150,7 +150,7 @@ class Fold:
         return x.sum(1, keepdim=True) if example[0] == 1 and self.batch != 1 else x
 
 
-def _example_shape(x: Tensor | None, dim: int | None) -> Any:
+def _example_shape(x: Tensor | None, dim: Any) -> Any:
     if x is None:
         return None
     shape = list(x.shape)
