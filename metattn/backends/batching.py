@@ -93,12 +93,12 @@ class Fold:
         """q, k, v, o, lse and what is shaped like them."""
         if x is None:
             return None
-        if dim is None:
-            shape = x.shape
-            x = x.unsqueeze(self.axis).expand(*shape[: self.axis], self.size, *shape[self.axis :])
-        else:
-            x = x.movedim(dim, self.axis)
-        return x.flatten(self.axis, self.axis + 1)
+        if dim is not None:
+            return x.movedim(dim, self.axis).flatten(self.axis, self.axis + 1)
+        tokens_first = x.movedim(
+            self.axis, 0
+        )  # in memory, where it has to be copied: as packed callers have it
+        return tokens_first.expand(self.size, *tokens_first.shape).flatten(0, 1).movedim(0, self.axis)
 
     def _shared(self, x: Tensor | None, dim: int | None, alone: bool) -> Tensor | None:
         """bias, sinks, mask, slopes, rng: the first dimension is the batch or 1."""
@@ -129,7 +129,7 @@ class Fold:
         if self.layout.gives_results:
             for index in range(3):
                 if tensors[index].dim() > 1:
-                    tensors[index], places[index] = self._rows(tensors[index], self.primals.q), self.axis
+                    tensors[index], places[index] = self._result(tensors[index])
             start = 3
         if self.layout.gives_gradients:
             for index, (name, example) in enumerate(self.primals._asdict().items(), start):
@@ -140,6 +140,13 @@ class Fold:
                 else:
                     tensors[index], places[index] = self._rows(tensors[index], example), self.axis
         return tensors, places
+
+    def _result(self, x: Tensor) -> tuple[Tensor, int]:
+        """o, lse or o_lo; each example's laid out as by a call of its own: forward mode asks that of tangents."""
+        rows = self._rows(x, self.primals.q)
+        if self.packed and list(x.shape[3:]) != self.primals.q[3:]:  # not laid out as q, but contiguous
+            return rows.movedim(self.axis, 0).contiguous(), 0
+        return rows, self.axis
 
     def _rows(self, x: Tensor, example: Any) -> Tensor:
         rows: Tensor = x.unflatten(self.axis, (self.size, example[self.axis]))

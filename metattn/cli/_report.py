@@ -101,12 +101,17 @@ def markdown(results: _tables.Results) -> str:
 
 
 def rewrite_block(readme: Path, results: _tables.Results, folder: Path) -> None:
-    """Replaces what stands between the two marks of a Markdown file."""
-    text = readme.read_text()
-    begin, end = (text.find(mark) for mark in BLOCK)
+    """Replaces the README's share of the results."""
+    rewrite(readme, BLOCK, block(results, readme, folder))
+
+
+def rewrite(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replaces what stands between two marks of a Markdown file."""
+    before = page.read_text()
+    begin, end = (before.find(mark) for mark in marks)
     if begin < 0 or end < begin:
-        raise ValueError(f"--readme: expected the marks {BLOCK[0]} and {BLOCK[1]} in {readme}, found none")
-    readme.write_text(text[: begin + len(BLOCK[0])] + "\n" + block(results, readme, folder) + text[end:])
+        raise ValueError(f"expected the marks {marks[0]} and {marks[1]} in {page}, found none")
+    page.write_text(before[: begin + len(marks[0])] + "\n" + text + before[end:])
 
 
 def block(results: _tables.Results, readme: Path, folder: Path) -> str:
