@@ -142,7 +142,7 @@ class Fold:
         return tensors, places
 
     def _result(self, x: Tensor) -> tuple[Tensor, int]:
-        """o, lse or o_lo; each example's laid out as by a call of its own: forward mode asks that of tangents."""
+        """o, lse or o_lo; each example's laid out as by a call of its own, as forward mode asks."""
         rows = self._rows(x, self.primals.q)
         if self.packed and list(x.shape[3:]) != self.primals.q[3:]:  # not laid out as q, but contiguous
             return rows.movedim(self.axis, 0).contiguous(), 0
