@@ -130,14 +130,14 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         ours, ratios = row["times"]["ours compiled"], row["ratios"]
         lines.append(
-            f"| {row['threads']} | {row['points']} | {1e3 * ours['median']:.3g} | {ratio(ratios['compiled'])} | "
-            f"{ratio(ratios['compiling'])} | {ratio(ratios['eager'])} |"
+            f"| {row['threads']} | {row['points']} | {1e3 * ours['median']:.3g} | "
+            f"{ratio(ratios['compiled'])} | {ratio(ratios['compiling'])} | {ratio(ratios['eager'])} |"
         )
     what = results["machine"]
     lines += [
         "",
-        f"A MAML gradient of {STEPS} inner steps: N points, width {WIDTH}, {HEADS} heads, float32. Ratios of rounds "
-        "in turn, median ± half the distance of their quartiles: above 1 the second is faster. "
+        f"A MAML gradient of {STEPS} inner steps: N points, width {WIDTH}, {HEADS} heads, float32. Ratios of "
+        "rounds in turn, median ± half the distance of their quartiles: above 1 the second is faster. "
         f"{what['cpu']}, load {what['load']:.1f} at the end, torch {what['versions']['torch']}, commit "
         f"{what['commit']}.",
     ]
