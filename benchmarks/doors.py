@@ -81,7 +81,8 @@ def batched_gradients_of_batched_gradients(attend: Attention) -> tuple[Tensor, .
     cotangents = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)[:2]
     (rows,) = torch.autograd.grad(y, x, cotangents, create_graph=True, is_grads_batched=True)
     more = torch.stack([rows.detach().cos(), rows.detach(), rows.detach().sin()])
-    return torch.autograd.grad(rows, x, more, is_grads_batched=True)
+    several = torch.autograd.grad(rows, x, more, is_grads_batched=True, retain_graph=True)
+    return *several, *torch.autograd.grad(rows, x, more[:1], is_grads_batched=True)
 
 
 def vectorized_jacobian(attend: Attention) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ below (a transform, a compiler, a recording, a batched backward pass) the operat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,12 @@ def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None
     backend = load(problem.backend)
     if torch.compiler.is_compiling():
         if internals.duals_from_outside():
-            return _not_compiled(layout, problem, given, needs)
+            _refuse_duals()
         if problem.backend == "reference":  # differentiable by itself, and what it does can be compiled
             return layout.run(getattr(backend, layout.name), problem, given, needs)
         return operators_of(problem.backend).call(layout, problem, given, needs)
-    tensors = layout.join(given)
+    tensors = internals.alive(layout.join(given))
+    given = layout.split(tensors)
     if internals.transformed() or internals.recorded_below() or internals.batched_in_backward(tensors):
         return operators_of(problem.backend).call(layout, problem, given, needs)
     if not internals.recording(tensors):
@@ -75,10 +76,15 @@ def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None
     return internals.apply_function(FUNCTIONS[layout.name], problem, needs, *tensors)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _not_compiled(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> Any:
-    """The same in eager PyTorch; refused under fullgraph=True."""
-    return call_map(layout, problem, given, needs)
+def _refuse_duals() -> None:
+    raise NotImplementedError(
+        "metattn: dual numbers are given to a compiled function, whose code may lose their tangents; take "
+        "torch.func.jvp inside of it, or leave it uncompiled"
+    )
+
+
+# Called while Dynamo traces: an error there is nothing that it works around, as it does around what it cannot trace.
+_refuse_duals._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _differentiate(
@@ -111,6 +117,27 @@ def _keep(ctx: Any, problem: Problem, needs: Needs | None, tensors: Tensors) -> 
     ctx.save_for_forward(*tensors)
 
 
+def _wanted(layout: Layout, ctx: Any) -> Any:
+    """Which gradients are asked for, by group: bools in the tensors' places."""
+    wanted = layout.split(ctx.needs_input_grad[2:])
+    _refuse_constants(any(wanted.constants))
+    return wanted
+
+
+def _moved(layout: Layout, moves: Tensors) -> Given:
+    """The tangents that a jvp is given, by group."""
+    move = layout.split(moves)
+    _refuse_constants(_any(move.constants))
+    return move
+
+
+def _refuse_constants(differentiated: bool) -> None:
+    if differentiated:  # of the constants only slopes are floating
+        raise NotImplementedError(
+            "alibi_slopes: expected constants, got a differentiated tensor; detach it or use bias"
+        )
+
+
 def _of_tensors(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a backward returns: nothing for the problem and the needs."""
     return (None, None, *gradients)
@@ -132,7 +159,7 @@ class Forward(Function):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
         if do is None and dlse is None:
             return _of_tensors(FORWARD.gradients())
-        needs: Any = FORWARD.split(ctx.needs_input_grad[2:]).primals
+        needs = _wanted(FORWARD, ctx).primals
         given = _with_results(ctx)._replace(cotangents=Cotangents(do, dlse))
         return _of_tensors(FORWARD.gradients(primals=call_map(VJP, ctx.problem, given, needs)))
 
@@ -140,7 +167,7 @@ class Forward(Function):
     def jvp(ctx: Any, _: None, __: None, *tangents: Any) -> Any:
         with internals.forward_mode():
             given = _still(_with_results(ctx))
-            return call_map(JVP, ctx.problem, given._replace(tangents=FORWARD.split(tangents).primals))
+            return call_map(JVP, ctx.problem, given._replace(tangents=_moved(FORWARD, tangents).primals))
 
 
 def _with_results(ctx: Any) -> Given:
@@ -167,7 +194,7 @@ class Vjp(Function):
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         given = VJP.split(ctx.saved_tensors)._replace(tangents=Primals(*tangents))  # type: ignore[arg-type]
-        wanted: Any = VJP.split(ctx.needs_input_grad[2:])
+        wanted = _wanted(VJP, ctx)
         if not _any(tangents):
             return _of_tensors(VJP.gradients())
         if any(wanted.primals):
@@ -183,7 +210,7 @@ class Vjp(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
-        problem, needs, move = ctx.problem, ctx.needs, VJP.split(moves)
+        problem, needs, move = ctx.problem, ctx.needs, _moved(VJP, moves)
         with internals.forward_mode():
             given = _still(VJP.split(ctx.saved_tensors))
             found: Tensors = NO_PRIMALS
@@ -220,7 +247,7 @@ class Jvp(Function):
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
             given = _still(JVP.split(ctx.saved_tensors[: JVP.size]))
-            return _moved_jvp(ctx.problem, given, JVP.split(moves))
+            return _moved_jvp(ctx.problem, given, _moved(JVP, moves))
 
 
 class VjpJvp(Function):
@@ -244,7 +271,7 @@ class VjpJvp(Function):
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
             given = _still(VJP_JVP.split(ctx.saved_tensors))
-            return _moved_vjp_jvp(ctx.problem, ctx.needs, given, VJP_JVP.split(moves))
+            return _moved_vjp_jvp(ctx.problem, ctx.needs, given, _moved(VJP_JVP, moves))
 
 
 class DoubleBackward(Function):
@@ -271,7 +298,7 @@ class DoubleBackward(Function):
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
-            given, move = _still(_with_tangent_results(ctx)), DOUBLE_BACKWARD.split(moves)
+            given, move = _still(_with_tangent_results(ctx)), _moved(DOUBLE_BACKWARD, moves)
             results = _moved_jvp(ctx.problem, given, move)
             move = move._replace(results_t=Results(*results))  # type: ignore[arg-type]
             return (*results, *_moved_vjp_jvp(ctx.problem, ctx.needs, given, move))
@@ -300,7 +327,7 @@ FUNCTIONS: dict[str, Any] = {
 
 def _of_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Cotangents) -> tuple[Any, ...]:
     """The gradients of ⟨cotangents, Jvp(p, t)⟩: its tangents enter linearly."""
-    wanted: Any = layout.split(ctx.needs_input_grad[2:])
+    wanted = _wanted(layout, ctx)
     gradients: Tensors = NO_PRIMALS
     tangent_gradients: Tensors = NO_PRIMALS
     if _any(cotangents):
@@ -320,7 +347,7 @@ def _of_vjp_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Primals) -> 
     if not _any(cotangents):
         return layout.gradients()
     problem: Problem = ctx.problem
-    wanted: Any = layout.split(ctx.needs_input_grad[2:])
+    wanted = _wanted(layout, ctx)
     if any(wanted.primals) or any(wanted.cotangents):  # dear: only what the backward pass goes on to
         wanted = layout.split(internals.demanded(ctx, layout.join(given), ctx.needs_input_grad[2:]))
     tangent_gradients: Tensors = NO_PRIMALS
@@ -435,38 +462,23 @@ def _by_reference(
     found: list[Tensor | None] = [None] * VJP_JVP.size
     if places:
         _warn("a third derivative")
+        values, along = VJP_JVP.join(given), [c for c in cotangents if c is not None]
         needs: Any = tuple([c is not None for c in cotangents])
-        function = _reference(VJP_JVP, problem, needs)
-        _, pullback = _reference_vjp(function, VJP_JVP.join(given), places)
-        for place, gradient in zip(places, pullback([c for c in cotangents if c is not None]), strict=True):
+
+        def product(*x: Tensor) -> Tensor:
+            """⟨cotangents, VjpJvp⟩ of the wanted tensors."""
+            tensors = list(values)
+            for place, value in zip(places, x, strict=True):
+                tensors[place] = value
+            results = VJP_JVP.run(reference.vjp_jvp, problem, VJP_JVP.split(tensors), needs)
+            there = [result for result in results if result is not None]
+            return torch.stack([(r * c).sum() for r, c in zip(there, along, strict=True)]).sum()
+
+        gradient_of = torch.func.grad(product, argnums=tuple(range(len(places))))
+        for place, gradient in zip(places, gradient_of(*(values[place] for place in places)), strict=True):
             found[place] = gradient
     gradients = VJP_JVP.split(found)
     return gradients.primals, gradients.cotangents
-
-
-def _reference(layout: Layout, problem: Problem, needs: Needs | None) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference's map as a function of all its tensors; what it gives and is no None."""
-
-    def function(*tensors: Any) -> tuple[Tensor, ...]:
-        found = layout.run(getattr(reference, layout.name), problem, layout.split(tensors), needs)
-        return tuple([x for x in found if x is not None])
-
-    return function
-
-
-def _reference_vjp(
-    function: Callable[..., tuple[Tensor, ...]], values: Tensors, wanted: Sequence[int]
-) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], tuple[Tensor, ...]]]:
-    """A function's results, and the map from their cotangents to the gradients of the wanted values."""
-
-    def of_wanted(*x: Tensor) -> tuple[Tensor, ...]:
-        arguments = list(values)
-        for i, value in zip(wanted, x, strict=True):
-            arguments[i] = value
-        return function(*arguments)
-
-    results, pullback = torch.func.vjp(of_wanted, *(values[i] for i in wanted))[:2]
-    return results, lambda cotangents: pullback(tuple(cotangents))
 
 
 def _reference_jvp(

@@ -373,9 +373,8 @@ def _check_option(name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ..
 
 
 def _check_constant(name: str, t: Tensor) -> None:
-    """Refuse a tensor whose derivative is asked for: it would be lost in silence."""
-    tangent = None if torch.compiler.is_compiling() else torch.autograd.forward_ad.unpack_dual(t).tangent
-    if tangent is not None or (t.requires_grad and torch.is_grad_enabled()):
+    """Refuse a tensor whose derivative is asked for; a transform's asking is seen where it differentiates."""
+    if t.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{name}: expected constants, got a differentiated tensor; detach it or use bias"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -51,12 +53,20 @@ _forward_ad_globals = forward_ad.__dict__  # a dict of ours: of torch's modules 
 
 
 def duals_from_outside() -> bool:
-    """For code that is being compiled: whether it is given dual numbers.
+    """For code that is being compiled: whether it may be given dual numbers. What is read here Dynamo guards.
 
-    Inductor's code loses their tangents, without a word. What is read here Dynamo guards. Under a transform
-    inside of what is compiled it would see the transform's own level.
+    A torch.func.jvp inside of what is compiled has opened a level too; within another one torch refuses that.
     """
-    return not transformed() and _forward_ad_globals["_current_level"] >= 0  # type: ignore[no-any-return]
+    return not _jvp_at_work() and _forward_ad_globals["_current_level"] >= 0  # type: ignore[no-any-return]
+
+
+def _jvp_at_work() -> bool:
+    interpreters = _functorch.get_interpreter_stack() or []
+    return any(each.key() == _functorch.TransformType.Jvp for each in interpreters)
+
+
+# Asked while Dynamo traces, whose stack of transforms is torch's own.
+_jvp_at_work._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tangent_of(x: Tensor) -> Tensor | None:
@@ -89,30 +99,44 @@ def below_autograd() -> AbstractContextManager[None]:
     return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return, attr-defined]
 
 
+def alive(tensors: Sequence[Any]) -> list[Any]:
+    """Tensors without the wrappers of transforms that have ended, which may have been kept beyond them."""
+    return [_functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in tensors]
+
+
 def apply_function(function: Any, *arguments: Any) -> Any:
     """An autograd Function's node made on the current level of torch.func alone, or of eager PyTorch.
 
     Its forward has to go on below autograd, by an operator: that meets the transforms further out.
     """
-    # what was saved in a transform may be used after the transform's end
-    alive = [_functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments]
     if not transformed():
-        return _bare_apply(function, *alive)
+        return _bare_apply(function, *alive(arguments))
     before = _functorch.get_single_level_autograd_function_allowed()
     _functorch.set_single_level_autograd_function_allowed(True)
+    _caller.modes = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
     try:
-        return _bare_apply(function, *alive)
+        return _bare_apply(function, *alive(arguments))
     finally:
         _functorch.set_single_level_autograd_function_allowed(before)
+
+
+class _Caller(threading.local):
+    """Whether reverse and forward mode were on where a Function was applied last."""
+
+    modes = (True, True)
+
+
+_caller = _Caller()
 
 
 @contextmanager
 def outer_levels() -> Iterator[None]:
     """In a Function's forward both modes of differentiation are off; the transforms further out need them.
 
-    Each of those turns off again what was off where it began.
+    They are as they were where the Function was applied. To be entered first thing in a forward.
     """
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # type: ignore[no-untyped-call]
+    reverse, forward = _caller.modes
+    with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):  # type: ignore[no-untyped-call]
         yield
 
 
@@ -184,3 +208,14 @@ def legacy_unbatched(x: Tensor, level: int) -> Tensor:
 def legacy_batched(x: Tensor, level: int) -> Tensor:
     """The inverse."""
     return torch._add_batch_dim(x, 0, level)  # type: ignore[no-any-return, attr-defined]
+
+
+def leave_uncompiled(function: Any) -> None:
+    """Dynamo traces a function mode's method inside of what calls it, but compiles it alone for no one.
+
+    After a graph break it would, without a guard on the function that the mode is asked about, and the next
+    one would get the graph of another. Replaced by: that guard.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None:
+        dynamo.skip_code(function.__code__)

@@ -119,25 +119,6 @@ class TestCompile:
         with pytest.raises(RuntimeError, match=r"double backward|create_graph"):
             double_backward()
 
-    @pytest.mark.parametrize("transform", ["grad", "vmap", "grad of grad", "jvp of grad"])
-    def test_transforms_inside_are_left_to_eager(self, transform: str) -> None:
-        q, k, v = torch.randn(3, 2, 2, 5, 4)
-
-        def loss(*x: Tensor) -> Tensor:
-            return metattn.attention(*x, causal=True, backend=MAIN).sin().sum()
-
-        grad = torch.func.grad(loss, (0, 1, 2))
-        function = {
-            "grad": grad,
-            "vmap": lambda *x: (
-                torch.func.vmap(lambda *y: metattn.attention(*(t[None] for t in y), backend=MAIN))(*x),
-            ),
-            "grad of grad": torch.func.grad(lambda *x: sum(g.sum() for g in grad(*x)), (0, 1, 2)),
-            "jvp of grad": lambda *x: torch.func.jvp(grad, x, x)[1],
-        }[transform]
-        compiled = torch.compile(function, backend="aot_eager")
-        assert largest_difference(compiled(q, k, v), function(q, k, v)) < 1e-6
-
     def test_after_eager_use(self) -> None:
         """The eager Functions, used first, do not stand in the compiled call's way, nor it in theirs."""
         call = make_call(dtype=torch.float32)
@@ -356,16 +337,6 @@ class TestExport:
         compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
         found = first_order(compiled, x, [named[name] for name, _ in module.named_parameters()])
         assert largest_difference(found, first_order(module, x, module.parameters())) < 1e-5
-
-    @native
-    def test_operators_with_no_derivative_say_so(self) -> None:
-        call = make_call(dtype=torch.float32)
-        arguments = operator_arguments(call)["vjp"]
-        arguments[0].requires_grad_()
-        with pytest.raises(NotImplementedError, match="metattn::vjp has no derivative"):
-            torch.ops.metattn.vjp(*arguments)
-        with torch.no_grad():
-            torch.ops.metattn.vjp(*arguments)
 
     @native
     def test_another_process_loads_the_operators_first(self, tmp_path: Path) -> None:

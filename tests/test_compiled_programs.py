@@ -221,3 +221,25 @@ def test_dropout_is_drawn_anew_and_once_a_step() -> None:
     columns, weights = compiled(q, v)
     assert largest_difference([columns[..., 0]], [weights.sum(-2)]) < 1e-12
     assert not torch.equal(weights, compiled(q, v)[1])
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch traces no autograd.grad"
+)
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "batched"])
+def test_autograd_grad_inside(batched: bool) -> None:
+    """torch.autograd.grad with create_graph, where Dynamo traces it; and a backward from outside."""
+
+    def penalty(attend: Attention) -> Program:
+        def run(w: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+            output = attend(x @ w[0], x @ w[1], x @ w[2])
+            directions = torch.stack([y, y.cos()]) if batched else y
+            found = torch.autograd.grad(output, w, directions, create_graph=True, is_grads_batched=batched)
+            return total(found)
+
+        return run
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(penalty(FUNCTIONS["attention"]), backend="aot_eager", fullgraph=True)
+        found, expected = with_gradients(compiled), with_gradients(penalty(plain))
+    assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)

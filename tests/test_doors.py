@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from helpers import OPTIONS, Shape, finite, largest_difference, make_call
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import metattn
 from benchmarks import doors
@@ -72,25 +72,123 @@ def test_batched_gradients_of_every_option(name: str, backend: str) -> None:
 
 
 class TestDualNumbersIntoCompiledCode:
-    """Inductor's code loses their tangents without a word: attention is left out of it, or refuses."""
+    """Inductor's code loses their tangents without a word, attention's and all others': refused."""
 
-    def test_compiled_before(self) -> None:
-        q, k, v, move = tensors(4)
-        compiled = torch.compile(lambda q: metattn.attention(q, k, v), backend="aot_eager")
-        compiled(q)
-        expected = jvp(lambda q: metattn.attention(q, k, v), (q,), (move,))[1]
-        with forward_ad.dual_level():
-            found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, move))).tangent
-        assert largest_difference([found], [expected]) < 1e-12
+    FUNCTIONS: ClassVar[dict[str, Any]] = {
+        "before": lambda q, k, v: metattn.attention(q * 2, k, v),
+        "after": lambda q, k, v: metattn.attention(q, k, v) * 2,
+        "vmap": lambda q, k, v: vmap(lambda x: metattn.attention(x[None], k[:1], v[:1]))(q),
+        "grad": lambda q, k, v: grad(lambda x: metattn.attention(x, k, v).sin().sum())(q),
+    }
 
-    def test_full_graph(self) -> None:
+    @pytest.mark.parametrize("fullgraph", [False, True])
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_refused_or_right(self, name: str, fullgraph: bool) -> None:
         q, k, v, move = tensors(4)
-        compiled = torch.compile(lambda q: metattn.attention(q, k, v), backend="aot_eager", fullgraph=True)
-        with (
-            forward_ad.dual_level(),
-            pytest.raises(torch._dynamo.exc.Unsupported, match="disable"),
-        ):
+        compiled = torch.compile(lambda q: self.FUNCTIONS[name](q, k, v), fullgraph=fullgraph)
+        compiled(q)  # what was compiled before does not serve them
+        if (
+            name in ("vmap", "grad") and not fullgraph
+        ):  # a transform that Dynamo cannot trace runs in eager mode
+            expected = jvp(lambda q: self.FUNCTIONS[name](q, k, v), (q,), (move,))[1]
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, move))).tangent
+            assert largest_difference([found], [expected]) < 1e-12
+            return
+        with forward_ad.dual_level(), pytest.raises(Exception, match=r"dual numbers|_refuse_duals"):
             compiled(forward_ad.make_dual(q, move))
+
+    def test_a_jvp_inside_is_none(self) -> None:
+        q, k, v, move = tensors(4)
+
+        def tangent(q: Tensor) -> Tensor:
+            return jvp(lambda q: metattn.attention(q, k, v), (q,), (move,))[1]
+
+        compiled = torch.compile(tangent, backend="aot_eager", fullgraph=True)
+        assert largest_difference([compiled(q)], [tangent(q)]) < 1e-12
+
+
+class TestSlopesAreNeverLost:
+    """They are constants: their derivative, on whatever level it is asked for, is an error."""
+
+    CASES: ClassVar[dict[str, Any]] = {
+        "grad of vmap": lambda a, s: grad(lambda s: vmap(a)(s).square().sum())(torch.stack([s, s])),
+        "jacrev of vmap": lambda a, s: jacrev(vmap(lambda x: a(x).sum()))(torch.stack([s, s])),
+        "vmap of a leaf": lambda a, s: torch.autograd.grad(
+            vmap(a)(leaves := torch.stack([s, s]).requires_grad_()).sum(), leaves
+        ),
+        "jvp": lambda a, s: jvp(a, (s,), (s,)),
+        "jvp of grad": lambda a, s: jvp(lambda s: grad(lambda x: a(s * 1, x).sum())(s), (s,), (s,)),
+        "compiled grad": lambda a, s: torch.compile(
+            lambda s: grad(lambda s: a(s).square().sum())(s), backend="eager"
+        )(s),
+        "compiled jvp": lambda a, s: torch.compile(lambda s: jvp(a, (s,), (s,))[1], backend="eager")(s),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_refused(self, case: str) -> None:
+        q, k, v = tensors(3)
+
+        def attend(slopes: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+            scaled = q * (factor.sum() if isinstance(factor, Tensor) else factor)
+            return metattn.attention(scaled, k, v, alibi_slopes=slopes, backend="cpu")
+
+        with pytest.raises(Exception, match="alibi_slopes"):
+            self.CASES[case](attend, torch.tensor([0.5, 0.25], dtype=torch.float64))
+
+    def test_mapped_slopes_beside_forward_mode(self, backend: str) -> None:
+        q, k, v, move = tensors(4)
+        slopes = torch.rand(3, 2, dtype=torch.float64)
+
+        def tangent(slopes: Tensor) -> Tensor:
+            return jvp(
+                lambda q: metattn.attention(q, k, v, alibi_slopes=slopes, backend=backend), (q,), (move,)
+            )[1]
+
+        assert largest_difference(vmap(tangent)(slopes), map(tangent, slopes)) < 1e-12
+
+
+class TestModesAndWrappers:
+    def test_no_grad_inside_of_transforms(self, backend: str) -> None:
+        """What was off where attention was called stays off on the levels further out."""
+        q, k, v, move = tensors(4)
+
+        def product(attend: Attention) -> Any:
+            def function(x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    y = attend(x, k, v)
+                return (y * x).sum()
+
+            return grad(lambda x: jvp(function, (x,), (move,))[1])(q)
+
+        assert largest_difference([product(ours(backend))], [product(doors.plain)]) < 1e-12
+
+    def test_a_tensor_kept_beyond_its_transform(self, backend: str) -> None:
+        """As keys are in a cache that is filled within one: it has a graph all the same."""
+        q, k, v = tensors(3)
+        kept: list[Tensor] = []
+        k.requires_grad_()
+        grad(lambda x: (kept.append(k * x.detach()), x.sum())[1])(q)
+        found = torch.autograd.grad(ours(backend)(q, kept[0], v).sum(), k)
+        assert largest_difference(found, torch.autograd.grad(doors.plain(q, k * q, v).sum(), k)) < 1e-12
+
+    def test_a_third_derivative_within_transforms(self, backend: str) -> None:
+        """Of what does not depend on a primal the reference's gradient is zero, on every level."""
+        q, k, v = tensors(3)
+
+        def third(attend: Attention) -> Any:
+            def second(q: Tensor, v: Tensor) -> Tensor:
+                def energy(v: Tensor) -> Tensor:
+                    o = attend(q, k, v)
+                    return o.sum() + 0.5 * o.sin().sum()
+
+                return vmap(lambda move: jvp(grad(energy), (v,), (move,))[1])(torch.stack([v, v.cos()]))
+
+            return jacrev(lambda q: vjp(lambda v: second(q, v), v)[1](torch.stack([v, v.sin()]))[0].sum())(q)
+
+        with pytest.warns(HigherOrderWarning):
+            found = third(ours(backend))
+        assert largest_difference([found], [third(doors.plain)]) < 1e-12
 
 
 class TestEmptyBatches:

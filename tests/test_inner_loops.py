@@ -745,3 +745,29 @@ def test_conjugate_gradients_of_tiny_and_huge_numbers(dtype: torch.dtype, factor
     v = [torch.full((3,), factor, dtype=dtype)]
     (x,) = conjugate_gradients(lambda x: [values * x[0]], v, iterations=10, tolerance=1e-6)
     torch.testing.assert_close(x, v[0] / values, rtol=1e-2 if dtype == torch.float16 else 1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("way", ["reverse", "checkpointed", "mixed"])
+def test_a_buffer_that_is_registered_in_the_first_forward(way: str) -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.arange(3.0, dtype=x.dtype)[:, None], persistent=False)
+            output: Tensor = self.linear(x) + self.table
+            return output
+
+    torch.manual_seed(0)
+    lazy, ready = Lazy(), Lazy()
+    ready.load_state_dict(lazy.state_dict())
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64)
+    ready(x)
+    found, expected = (
+        adapt(m, dict(m.named_parameters()), mse_loss, (x, y), optimizer=SGD(0.1), steps=2, meta_gradient=way)
+        for m in (lazy, ready)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

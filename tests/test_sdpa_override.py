@@ -587,3 +587,62 @@ def test_transforms_inside_compiled_code() -> None:
         for a, b in zip(found, both(math, *x), strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
     assert counter.frame_count == 1
+
+
+class TestTransformersWithMasks:
+    """torch's encoder in evaluation pads by its fused calls; in training it looks into its mask."""
+
+    @staticmethod
+    def encoder() -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
+        return nn.TransformerEncoder(layer, 2)
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_padding_in_eager_mode(self, training: bool, gradients: bool) -> None:
+        encoder, x = self.encoder().train(training), randn(2, 5, 8)
+        padding = torch.zeros(2, 5, dtype=torch.bool)
+        padding[1, 3:] = True
+        with torch.set_grad_enabled(gradients):
+            expected = encoder(x, src_key_padding_mask=padding)
+            with metattn.sdpa_override() as override:
+                found = encoder(x, src_key_padding_mask=padding)
+        assert override.calls == 2
+        torch.testing.assert_close(found[~padding], expected[~padding], **CLOSE)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_mask_in_code_that_is_compiled_in_parts(self, training: bool) -> None:
+        encoder, x, mask = self.encoder().train(training), randn(2, 5, 8), randn(5, 5)
+        expected = encoder(x, mask=mask)
+        torch._dynamo.reset()
+        with metattn.sdpa_override():
+            found = torch.compile(lambda: encoder(x, mask=mask), backend="eager")()
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_functions_in_code_that_is_compiled_in_parts() -> None:
+    """After a graph break the mode hears of functions in eager mode: each is still its own."""
+
+    def broken(x: Tensor) -> Tensor:
+        return x if bool((x > 0).all()) else x.sin()
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cos(x) - torch.sin(x) + broken(x) + broken(x + 1)
+
+    x = randn(5)
+    torch._dynamo.reset()
+    with metattn.sdpa_override():
+        found = torch.compile(function, backend="eager")(x)
+    torch.testing.assert_close(found, function(x), **CLOSE)
+
+
+def test_the_layout_is_torchs_own() -> None:
+    """Queries that are transposed views, in a module of sequences first."""
+    module = nn.MultiheadAttention(8, 2, dtype=torch.float64)
+    x = randn(3, 5, 8).transpose(0, 1)
+    expected, _ = module(x, x, x, need_weights=False)
+    with metattn.sdpa_override():
+        found, _ = module(x, x, x, need_weights=False)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, **CLOSE)

@@ -1,7 +1,9 @@
 """The backends, and the one function that picks.
 
-Each backend's module offers forward, vjp, jvp and vjp_jvp, and says why it cannot serve:
-`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call.
+Each backend's module offers forward, vjp, jvp, vjp_jvp and double_backward, and says why it cannot serve:
+`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call. REUSES_DQ
+says whether its double_backward has a use for the gradient that vjp gave for q. All but the reference have
+OPERATORS.
 """
 
 from __future__ import annotations
@@ -54,9 +56,12 @@ def load(name: str) -> ModuleType:
 
 def operators_of(name: str) -> Any:
     """A backend's operators, which carry their derivatives."""
+    if name != "reference":
+        return load(name).OPERATORS
     from metattn.backends import operators  # slow to import, and there where operators are
 
-    return operators.of_reference() if name == "reference" else load(name).OPERATORS
+    with _loading:
+        return operators.of_reference()
 
 
 def unavailable_reason(name: str) -> str | None:

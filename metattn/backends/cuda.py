@@ -1,4 +1,4 @@
-"""The CUDA C++ backend: torch.ops.metattn.{forward, vjp, jvp, vjp_jvp} on NVIDIA GPUs (csrc/cuda/).
+"""The CUDA C++ backend: torch.ops.metattn.* on NVIDIA GPUs (csrc/cuda/).
 
 It serves where Triton cannot: it compiles nothing at run time, and runs on GPUs from compute capability 7.5
 on, in float64 too. Its library is loaded when this module is first asked.

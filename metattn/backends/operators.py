@@ -272,48 +272,33 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
         found = backends.differentiate(layout, problem, needs, tensors)
         return _tensors(found, arguments[0])
 
+    def called(problem: Problem, tensors: Sequence[Any], needs: Needs | None, more: dict[str, Any]) -> Any:
+        return operator(*arguments_of(layout, problem, layout.split(tensors), needs), **more)
+
     def vmap(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
         """torch.func.vmap's batching rule."""
         problem, tensors, needs = parsed(layout, "", arguments)
         bare, dims, level = internals.unbatched(tensors)
         with internals.beyond_vmap():
-            found, places = _folded(problem, bare, dims, needs, more)
+            found, places = _folded(layout, bare, dims, needs, lambda x: called(problem, x, needs, more))
         return tuple(map(internals.batched, found, places, [level] * len(found)))
 
     def legacy_vmap(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
         """The same for is_grads_batched, whose levels an operator meets all at once."""
         problem, tensors, needs = parsed(layout, "", arguments)
-        return _of_levels(internals.legacy_depth(), problem, tensors, needs, more)
 
-    def _of_levels(
-        level: int, problem: Problem, tensors: Sequence[Any], needs: Needs | None, more: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        if level == 0:
-            given = layout.split(tensors)
-            return operator(*arguments_of(layout, problem, given, needs), **more)  # type: ignore[no-any-return]
-        bare, dims = _legacy_unbatched(tensors, level)
-        if all(dim is None for dim in dims):
-            return _of_levels(level - 1, problem, tensors, needs, more)
-        fold = Fold(layout, _size(bare, dims), bare, dims, needs)
-        found = _of_levels(level - 1, problem, layout.join(fold.given), needs, more)
-        return tuple(
-            # in front in memory too: forward mode writes to a tangent through strides
-            x if place is None else internals.legacy_batched(x.movedim(place, 0).contiguous(), level)
-            for x, place in zip(*fold.unfold(found), strict=True)
-        )
+        def of_levels(level: int, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+            if level == 0:
+                return called(problem, tensors, needs, more)  # type: ignore[no-any-return]
+            bare, dims = _legacy_unbatched(tensors, level)
+            found, places = _folded(layout, bare, dims, needs, lambda x: of_levels(level - 1, x))
+            return tuple(
+                # in front in memory too: forward mode writes to a tangent through strides
+                x if place is None else internals.legacy_batched(x.movedim(place, 0).contiguous(), level)
+                for x, place in zip(found, places, strict=True)
+            )
 
-    def _folded(
-        problem: Problem,
-        bare: Sequence[Any],
-        dims: Sequence[int | None],
-        needs: Needs | None,
-        more: dict[str, Any],
-    ) -> tuple[list[Tensor], list[int | None]]:
-        if all(dim is None for dim in dims):
-            found = operator(*arguments_of(layout, problem, layout.split(bare), needs), **more)
-            return found, [None] * len(found)
-        fold = Fold(layout, _size(bare, dims), bare, dims, needs)
-        return fold.unfold(operator(*arguments_of(layout, problem, fold.given, needs), **more))
+        return of_levels(internals.legacy_depth(), tensors)
 
     library = _library(namespace)
     library.impl(layout.name, autograd, "Autograd")
@@ -321,9 +306,20 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
     library.impl(layout.name, legacy_vmap, "Batched")
 
 
-def _size(bare: Sequence[Any], dims: Sequence[int | None]) -> int:
+def _folded(
+    layout: Layout,
+    bare: Sequence[Any],
+    dims: Sequence[int | None],
+    needs: Needs | None,
+    call: Callable[[Sequence[Any]], Sequence[Tensor]],
+) -> tuple[Sequence[Tensor], Sequence[int | None]]:
+    """What a map gives for tensors of which some are mapped over, and where that dimension is."""
     sizes: list[int] = [x.shape[dim] for x, dim in zip(bare, dims, strict=True) if dim is not None]
-    return sizes[0]
+    if not sizes:
+        found = call(bare)
+        return found, [None] * len(found)
+    fold = Fold(layout, sizes[0], bare, dims, needs)
+    return fold.unfold(call(layout.join(fold.given)))
 
 
 def _legacy_unbatched(tensors: Sequence[Any], level: int) -> tuple[list[Any], list[int | None]]:

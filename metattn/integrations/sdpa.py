@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metattn.functional import scaled_dot_product_attention
+from metattn.torch_internals import leave_uncompiled
 
 
 class sdpa_override:  # noqa: N801, a context manager that reads as a function
@@ -35,6 +36,8 @@ class sdpa_override:  # noqa: N801, a context manager that reads as a function
         self._entered: list[_Override] = []
 
     def __enter__(self) -> sdpa_override:
+        if not torch.compiler.is_compiling():
+            leave_uncompiled(_Override.__torch_function__)
         mode = _Override(self)
         mode.__enter__()
         self._entered.append(mode)
@@ -93,8 +96,8 @@ class _Override(TorchFunctionMode):
             answer = self._attend(*args, **kwargs)
         elif func is F.multi_head_attention_forward:
             answer = self._multihead(*args, **kwargs)
-        elif traced:
-            answer = self._fused(func, args, kwargs)
+        elif func in _FUSED:
+            answer = self._fused(func, args, kwargs) if traced else None
         elif func is Tensor.backward:
             func = self._backward
         else:
@@ -164,7 +167,8 @@ class _Override(TorchFunctionMode):
         check(query, key, value, masks, is_causal, embed_dim_to_check, layout, parameters)
         dropout_p = dropout_p if training else 0.0
         output, _ = multihead(query, key, value, masks, causal, dropout_p, layout, parameters)
-        return output.transpose(0, 1) if batch_first else output, None
+        # [L, B, E] in memory, as torch's own
+        return output.transpose(0, 1).contiguous() if batch_first else output, None
 
     def _fused(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """For one of _FUSED, what stands in its place; None for what stays torch's."""
@@ -299,6 +303,7 @@ def _let_dynamo_dispatch() -> None:
     from torch._dynamo.variables import torch as dynamo  # there is no public way to add to it
 
     dynamo.get_overridable_functions().update(_FUSED)
+    leave_uncompiled(_Override.__torch_function__)
 
 
 # Called while Dynamo traces: whoever compiles has imported it.

@@ -43,8 +43,8 @@ def adapt(
     θ_{t+1} = optimizer.step(θ_t, ∇θ loss_fn(model(inputs; θ_t), targets)),  t = 0 … steps−1
 
     Arguments:
-        model: any module; it is called by ``torch.func.functional_call`` with θ for its parameters, so that
-            one thread at a time may use it. Its buffers are copies there, and what a layer writes to them
+        model: any module; it is called with θ in the place of its parameters, so that one thread at a time
+            may use it. Its buffers are copies there, and what a layer writes to them
             (running statistics) is dropped.
         params: θ_0 by name, all of ``dict(model.named_parameters())`` or a part of it, adapted whether they
             require a gradient or not; what is not named stays the module's own (ANIL, arXiv 1909.09157,
@@ -153,7 +153,8 @@ class Whole:
         held: dict[str, Params] = {place: {} for place in self.modules}
         for name, value in own.items():
             place, _, inner = name.partition(".")
-            held[place][inner] = by_own[value]
+            if value in by_own:  # a buffer that was registered since is the module's own
+                held[place][inner] = by_own[value]
         with ExactDerivatives(), _reparametrize_module(self.model, held["model"], stack_weights=True):
             if "loss_fn" not in held:
                 return self.loss_fn(self.model(*args, **kwargs), targets)

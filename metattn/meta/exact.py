@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from metattn.nn.norm import affine, standardized
 from metattn.nn.norm import layer_norm as exact_layer_norm
+from metattn.torch_internals import leave_uncompiled
 
 
 class ExactDerivatives(TorchFunctionMode):
@@ -32,6 +33,11 @@ class ExactDerivatives(TorchFunctionMode):
       (pytorch/functorch#534), the third everywhere.
     * mse_loss, huber_loss, soft_margin_loss: forward mode over their backward raises.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not torch.compiler.is_compiling():
+            leave_uncompiled(ExactDerivatives.__torch_function__)
 
     def __torch_function__(
         self,
@@ -64,14 +70,14 @@ class ExactDerivatives(TorchFunctionMode):
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None:
         return input @ weight.t()
-    if input.dim() < 2 or weight.dim() < 2:
-        return input @ weight.t() + bias
+    if input.dim() < 2 or weight.dim() != 2 or weight.shape[1] == 0:
+        return linear(input, weight, bias)
     rows = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
     return rows.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
-    if input.shape[dim] % chunks:
+    if chunks < 1 or input.shape[dim] % chunks:
         return torch.chunk(input, chunks, dim)
     return torch.unflatten(input, dim, (chunks, input.shape[dim] // chunks)).unbind(
         dim if dim >= 0 else dim - 1
