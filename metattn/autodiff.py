@@ -83,7 +83,7 @@ def _refuse_duals() -> None:
     )
 
 
-# Called while Dynamo traces: an error there is nothing that it works around, as it does around what it cannot trace.
+# Called while Dynamo traces, which works around what it cannot trace, but not around an error there.
 _refuse_duals._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

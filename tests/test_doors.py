@@ -83,19 +83,11 @@ class TestDualNumbersIntoCompiledCode:
 
     @pytest.mark.parametrize("fullgraph", [False, True])
     @pytest.mark.parametrize("name", FUNCTIONS)
-    def test_refused_or_right(self, name: str, fullgraph: bool) -> None:
+    def test_refused(self, name: str, fullgraph: bool) -> None:
         q, k, v, move = tensors(4)
         compiled = torch.compile(lambda q: self.FUNCTIONS[name](q, k, v), fullgraph=fullgraph)
         compiled(q)  # what was compiled before does not serve them
-        if (
-            name in ("vmap", "grad") and not fullgraph
-        ):  # a transform that Dynamo cannot trace runs in eager mode
-            expected = jvp(lambda q: self.FUNCTIONS[name](q, k, v), (q,), (move,))[1]
-            with forward_ad.dual_level():
-                found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, move))).tangent
-            assert largest_difference([found], [expected]) < 1e-12
-            return
-        with forward_ad.dual_level(), pytest.raises(Exception, match=r"dual numbers|_refuse_duals"):
+        with forward_ad.dual_level(), pytest.raises(Exception, match="dual numbers"):
             compiled(forward_ad.make_dual(q, move))
 
     def test_a_jvp_inside_is_none(self) -> None:
@@ -119,9 +111,7 @@ class TestSlopesAreNeverLost:
         ),
         "jvp": lambda a, s: jvp(a, (s,), (s,)),
         "jvp of grad": lambda a, s: jvp(lambda s: grad(lambda x: a(s * 1, x).sum())(s), (s,), (s,)),
-        "compiled grad": lambda a, s: torch.compile(
-            lambda s: grad(lambda s: a(s).square().sum())(s), backend="eager"
-        )(s),
+        "compiled grad": lambda a, s: torch.compile(grad(lambda s: a(s).square().sum()), backend="eager")(s),
         "compiled jvp": lambda a, s: torch.compile(lambda s: jvp(a, (s,), (s,))[1], backend="eager")(s),
     }
 
