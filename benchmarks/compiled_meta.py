@@ -3,9 +3,8 @@
     python -m benchmarks.compiled_meta [--steps 2 5 10 20] [--out benchmarks/results/compiled-meta]
 
 An AttentionMetaLearner, 8 tasks of 10 points, inner SGD, reverse mode, one thread. Every number of steps has
-a fresh process and an empty cache. The compiled and the eager meta-gradient are compared with float64's before
-both are timed in turn, in rounds. Beside the seconds of compiling stands the processors' time, compilers'
-included.
+a fresh process and an empty cache. Both meta-gradients are compared with float64's before they are timed in
+turn, in rounds. Beside the seconds of compiling stands the processors' time, compilers' included.
 """
 
 from __future__ import annotations
