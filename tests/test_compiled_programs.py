@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +247,33 @@ def test_autograd_grad_inside(batched: bool) -> None:
         compiled = torch.compile(penalty(FUNCTIONS["attention"]), backend="aot_eager", fullgraph=True)
         found, expected = with_gradients(compiled), with_gradients(penalty(plain))
     assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
+
+
+def test_another_process_finds_what_was_compiled(tmp_path: Path) -> None:
+    """By torch's cache on disk: the second process compiles nothing."""
+    script = """
+import torch, metattn
+from torch._dynamo.utils import counters
+from torch.func import grad
+
+def energy(q):
+    return metattn.attention(q, q, q).sin().sum()
+
+torch.compile(lambda q: grad(energy)(q), fullgraph=True)(torch.ones(1, 2, 5, 4))
+found = counters["aot_autograd"]
+print(found["autograd_cache_miss"], found["autograd_cache_hit"])
+"""
+    paths = [str(Path(__file__).resolve().parents[1]), *sys.path]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert [run(), run()] == ["1 0", "0 1"]

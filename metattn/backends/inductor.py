@@ -43,7 +43,7 @@ def prepare(namespace: str) -> None:
 def _unchecked(handler: Callable[..., Any]) -> Callable[..., Any]:
     """The same call without Inductor's checks of its results' strides and alignment.
 
-    They cost up to a tenth of a small call, and what they check is tested: fakes have the real strides.
+    In small calls they can be felt, and what they check is tested: fakes have the real strides.
     """
 
     def lowered(*arguments: Any, **more: Any) -> Any:
