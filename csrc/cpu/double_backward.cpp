@@ -95,6 +95,7 @@ struct DoubleBackward : SecondOrder<A> {
   void end(const Tile& tile, int64_t chunk, bool visited) {
     const Params& p = this->p;
     this->results.end_rows(tile, chunk, visited);
+    this->results.sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       const bool dead = !visited || this->lse.dead[r];

@@ -114,6 +114,7 @@ struct Forward {
   }
 
   bool end(const Tile& tile) {
+    sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       T* o = acc + r * wide_dv;

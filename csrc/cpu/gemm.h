@@ -31,16 +31,20 @@ static inline Operand<T> panels(const T* data, int64_t rows, int64_t panel) {
   return {data, panel, panel, rows * panel};
 }
 
-// Operand B: from one panel to the next, `stride`.
+// Operand B: from one panel to the next, `stride`; from one k to the next, `step`.
 template <class T>
 struct Panels {
   const T* data;
-  int64_t panel, stride;
+  int64_t panel, stride, step;
 };
+
+// How A is read. kTwoAtOnce: two k at a time, against a B whose vectors hold the columns of both side by side (lanes 2c and
+// 2c + 1), and so does C, in two parts of a sum: half the work where B is at most half a vector wide.
+enum class Read { kRowMajor, kTransposed, kTwoAtOnce };
 
 // C [m, n], rows c_stride apart, columns contiguous; columns up to the next multiple
 // of kLanes are written. Compiled in gemm.cpp alone.
-template <bool Transposed = false, class T>
+template <Read Way = Read::kRowMajor, class T>
 void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Panels<T>& b, T* c, int64_t c_stride,
           bool accumulate);
 

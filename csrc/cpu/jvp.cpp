@@ -139,6 +139,7 @@ struct Jvp {
 
   bool end(const Tile& tile) {
     bool lossy = false;
+    sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) lossy |= finish_row(tile, r);
     if (lossy && has_scores && !again) {
       again = true;

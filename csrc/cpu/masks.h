@@ -15,6 +15,16 @@ constexpr int64_t kKeys = 128;
 constexpr int64_t kKeys = 64;
 #endif
 
+// Rows of a tile, at most kRows: few where little is made of each, so that a tile's arrays stay in the first cache.
+static inline int64_t rows_at_once(const Params& p) {
+#ifdef METATTN_PAIRS
+  static_cast<void>(p);
+  return kRows;
+#else
+  return p.d <= 32 && p.dv <= 32 ? 48 : 96;
+#endif
+}
+
 static inline bool mask_keeps(const Params& p, int64_t seq, int64_t head, int64_t i, int64_t j) {
   return !p.mask || p.mask.data[offset_of(p.mask, seq, head, i) + j * p.mask.stride[3]] != 0;
 }

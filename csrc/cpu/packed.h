@@ -32,7 +32,9 @@ struct PackedRows {
   }
   explicit operator bool() const { return data != nullptr; }
   Operand<T> rows() const { return panels(data, kRows, panel); }
-  Panels<T> columns() const { return {data, panel, kRows * panel}; }
+  Panels<T> columns() const { return {data, panel, kRows * panel, panel}; }
+  // Operand A of a product over rows, where there is a single panel.
+  Operand<T> turned() const { return transposed(data, panel); }
 
   void pack(const Params& p, const View& view, const Tile& tile, const bool* dead, T* row) {
     T* const whole = wide == panel ? data : nullptr;  // rows of a single panel are loaded in place
@@ -53,6 +55,13 @@ struct PackedRows {
 
 // Key blocks of a unit, each as panels over the width (natural: [padded(width) / panel][kKeys][panel], for products over
 // keys) and as panels over the keys (turned: [kKeys / kKeyPanel][width][kKeyPanel], for scores), whichever is wanted.
+// Where two natural keys fit a vector, they share it (by_twos: [kKeys / 2][kLanes], lanes 2c and 2c + 1 for column c), and
+// so do the two parts of a sum over keys.
+template <class T>
+static inline bool by_twos(int64_t width) {
+  return sizeof(T) == sizeof(float) && 2 * width <= kLanes<T>;
+}
+
 template <class T>
 struct PackedKeys {
   static constexpr int64_t kKeyPanel = kPanelVectors * kLanes<T>;
@@ -60,7 +69,7 @@ struct PackedKeys {
 
   T* natural = nullptr;
   T* turned = nullptr;
-  T* loaded = nullptr;  // where a block is loaded to when natural ones are not kept
+  T* loaded = nullptr;  // where a block is loaded to when natural ones are not kept as they come
   int64_t width = 0, wide = 0, panel = 0;
 
   static PackedKeys take(Arena& arena, const View& view, int64_t width, int64_t blocks, bool natural, bool turned) {
@@ -70,13 +79,16 @@ struct PackedKeys {
     packed.panel = panel_of<T>(width);
     if (view && natural) packed.natural = arena.take<T>(blocks * kKeys * packed.wide);
     if (view && turned) packed.turned = arena.take<T>(blocks * kKeys * width);
-    if (view && turned && !natural) packed.loaded = arena.take<T>(kKeys * packed.wide);
+    if (view && (by_twos<T>(width) || !natural)) packed.loaded = arena.take<T>(kKeys * packed.wide);
     return packed;
   }
   explicit operator bool() const { return natural != nullptr || turned != nullptr; }
-  T* block_at(int64_t block) const { return natural == nullptr ? loaded : natural + block * kKeys * wide; }
-  Panels<T> over_keys(int64_t block) const { return {block_at(block), panel, kKeys * panel}; }
-  Panels<T> over_features(int64_t block) const { return {turned + block * kKeys * width, kKeyPanel, width * kKeyPanel}; }
+  T* natural_block(int64_t block) const { return natural + block * kKeys * wide; }
+  T* block_at(int64_t block) const { return loaded != nullptr ? loaded : natural_block(block); }
+  Panels<T> over_keys(int64_t block) const { return {natural_block(block), panel, kKeys * panel, panel}; }
+  Panels<T> over_features(int64_t block) const {
+    return {turned + block * kKeys * width, kKeyPanel, width * kKeyPanel, kKeyPanel};
+  }
 
   // Loads keys [first, first + keys) of a sequence into the natural block, and zeros up to the next multiple of kLanes.
   // Marks keys that hold an infinity or a NaN, and says whether there are any.
@@ -103,9 +115,16 @@ struct PackedKeys {
   void erase(int64_t block, int64_t key) {
     for (int64_t c = 0; c < wide; c += panel) memset(block_at(block) + c * kKeys + key * panel, 0, sizeof(T) * panel);
   }
-  // Turns what was loaded.
+  // Makes of what was loaded what is wanted.
   void finish(int64_t block, int64_t keys) {
-    if (turned == nullptr) return;
+    if (natural != nullptr && loaded != nullptr) pair_keys(natural_block(block), keys);
+    if (turned != nullptr) turn(block, keys);
+  }
+  void pair_keys(T* target, int64_t keys) {
+    for (int64_t key = 0; key < keys; key += 2, target += wide)
+      store(target, side_by_side<T>(load(loaded + key * wide), load(loaded + (key + 1) * wide)));
+  }
+  void turn(int64_t block, int64_t keys) {
     const T* source = block_at(block);
     for (int64_t key = 0; key < keys; key += kLanes<T>) {
       T* target = turned + block * kKeys * width + key / kKeyPanel * width * kKeyPanel + key % kKeyPanel;
@@ -163,28 +182,57 @@ struct WeightedSums {
 
   // sums [kRows][padded(width)] += weights·keys
   void over_keys(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
-    gemm(tile.rows, keys.width, tile.keys, row_major(weights, kKeys), keys.over_keys(block), sums, keys.wide, true);
+    const Operand<T> by = row_major(weights, kKeys);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (by_twos<T>(keys.width))
+        return gemm<Read::kTwoAtOnce>(tile.rows, kLanes<T>, tile.keys, by, keys.over_keys(block), sums, keys.wide, true);
+    }
+    gemm(tile.rows, keys.width, tile.keys, by, keys.over_keys(block), sums, keys.wide, true);
+  }
+  // Sums over all keys are in their place.
+  static void finish_over_keys(T* sums, int64_t rows, int64_t width) {
+    if (!by_twos<T>(width)) return;
+    for (int64_t r = 0; r < rows; ++r, sums += kLanes<T>) store(sums, sums_of_twos<T>(load(sums)));
   }
 };
 
-// Sums over rows, for each key of a unit: [blocks][kKeys][padded(width)].
+// Sums over rows, for each key of a unit: [blocks][kKeys][padded(width)]; or turned, [blocks][width][kKeys], where that
+// leaves fewer lanes empty.
 template <class T>
 struct KeySums {
   T* data = nullptr;
   int64_t width = 0, wide = 0;
+  bool turned = false;
 
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
     const int64_t wide = padded<T>(width);
-    return {wanted ? arena.take<T>(blocks * kKeys * wide) : nullptr, width, wide};
+    return {wanted ? arena.take<T>(blocks * kKeys * wide) : nullptr, width, wide, wide == panel_of<T>(width) && 4 * width <= 3 * wide};
   }
-  void clear(int64_t keys) { memset(data, 0, sizeof(T) * keys * wide); }
+  void clear(int64_t keys) { memset(data, 0, sizeof(T) * (turned ? round_up(keys, kKeys) * width : keys * wide)); }
   void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block) {
-    gemm<true>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
-               data + block * kKeys * wide, wide, true);
+    constexpr int64_t kTwo = 2 * kLanes<T>;  // a dozen rows of so many fit the registers
+    if (turned)
+      gemm<Read::kTransposed>(width, tile.keys, tile.rows, rows.turned(), Panels<T>{weights, kTwo, kTwo, kKeys},
+                              data + block * kKeys * width, kKeys, true);
+    else
+      gemm<Read::kTransposed>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
+                              data + block * kKeys * wide, wide, true);
   }
   // The sums of kLanes keys, counted from the unit's first, from a multiple of that on: [kLanes][padded(width)], in `rows`
   // or where they are.
-  const T* of_keys(int64_t first, T* /*rows*/) const { return data + first * wide; }
+  const T* of_keys(int64_t first, T* rows) const {
+    if (!turned) return data + first * wide;
+    const T* corner = data + first / kKeys * kKeys * width + first % kKeys;
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+      Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = c + i < width ? load(corner + (c + i) * kKeys) : Vec<T>{};
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<T>; ++i) store(rows + i * wide + c, square[i]);
+    }
+    return rows;
+  }
 };
 
 }  // namespace metattn::METATTN_ISA

@@ -265,6 +265,7 @@ struct WeightedSums<Pairs> {
     round_rows(tile, weights);
     multiply(tile, keys, block, sums);
   }
+  static void finish_over_keys(float*, int64_t, int64_t) {}
   void multiply(const Tile& tile, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
     for (int part = 0; part <= twice; ++part)
       gemm_pairs(tiles_wide(tile.rows), tiles_wide(keys.width), tiles_deep(tile.keys), rounded + part * kPart,

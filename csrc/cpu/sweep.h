@@ -41,10 +41,10 @@ static void row_sweep(const Params& p, int64_t unit, Map& map) {
   const int64_t key_end = attended_keys(p, s, row_end - 1).hi;
   for (int64_t key0 = key_begin; key0 < key_end; key0 += kKeys)
     map.pack(seq, kv_head, s, key0, smaller(kKeys, s.m - key0), (key0 - key_begin) / kKeys);
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.heads / p.kv_heads, rows = rows_at_once(p);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t row0 = row_begin; row0 < row_end; row0 += kRows) {
-      Tile tile{seq, head, kv_head, s, row0, smaller(kRows, row_end - row0), 0, 0, 0, false};
+    for (int64_t row0 = row_begin; row0 < row_end; row0 += rows) {
+      Tile tile{seq, head, kv_head, s, row0, smaller(rows, row_end - row0), 0, 0, 0, false};
       map.begin(tile);
       const int64_t lo = attended_keys(p, s, row0).lo, hi = attended_keys(p, s, row0 + tile.rows - 1).hi;
       do {
@@ -72,7 +72,7 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
   const int64_t seq_end = p.all_batches ? p.batch : seq_begin + 1;
   const int64_t kv_begin = p.all_heads ? 0 : owner % owned_heads;
   const int64_t kv_end = p.all_heads ? p.kv_heads : kv_begin + 1;
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.heads / p.kv_heads, rows = rows_at_once(p);
   for (int64_t seq = seq_begin; seq < seq_end; ++seq) {
     const Sequence s = sequence(p, seq);
     const int64_t chunk_begin = chunk * p.key_chunk, chunk_end = smaller(chunk_begin + p.key_chunk, s.m);
@@ -85,8 +85,8 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
       }
       map.begin_keys(larger(0, chunk_end - chunk_begin));
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        for (int64_t row0 = 0; row0 < s.n; row0 += kRows) {
-          Tile tile{seq, head, kv_head, s, row0, smaller(kRows, s.n - row0), 0, 0, 0, false};
+        for (int64_t row0 = 0; row0 < s.n; row0 += rows) {
+          Tile tile{seq, head, kv_head, s, row0, smaller(rows, s.n - row0), 0, 0, 0, false};
           const int64_t first = larger(0, attended_keys(p, s, row0).lo - chunk_begin);
           const int64_t lo = chunk_begin + first / kKeys * kKeys;  // blocks are counted from the chunk's begin
           const int64_t hi = smaller(attended_keys(p, s, row0 + tile.rows - 1).hi, chunk_end);
@@ -161,6 +161,7 @@ struct KeySweepResults {
   void end_rows(const Tile& tile, int64_t chunk, bool visited) {
     if (!want_q) return;
     if (!visited) begin_rows(tile);
+    sums.finish_over_keys(grad_q, tile.rows, p.d);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       if (p.grad_q_parts == nullptr) {

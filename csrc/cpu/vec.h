@@ -175,6 +175,26 @@ static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Lanes 2c and 2c + 1 from lane c of x and of y, of their first halves.
+template <class T, int... I>
+static inline Vec<T> interleaved(Vec<T> x, Vec<T> y, Lanes<I...>) {
+  return shuffled<T>(x, y, Lanes<(I % 2 * static_cast<int>(kLanes<T>) + I / 2)...>{});
+}
+template <class T>
+static inline Vec<T> side_by_side(Vec<T> x, Vec<T> y) {
+  return interleaved<T>(x, y, AllLanes<T>{});
+}
+// Lane c from the sum of lanes 2c and 2c + 1; zeros behind.
+template <class T, int... I>
+static inline Vec<T> even_lanes(Vec<T> x, Lanes<I...>) {
+  constexpr int kCount = static_cast<int>(kLanes<T>);
+  return shuffled<T>(x, Vec<T>{}, Lanes<(2 * I < kCount ? 2 * I : kCount)...>{});
+}
+template <class T>
+static inline Vec<T> sums_of_twos(Vec<T> x) {
+  return even_lanes<T>(x + exchanged<T, 1>(x, AllLanes<T>{}), AllLanes<T>{});
+}
+
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
