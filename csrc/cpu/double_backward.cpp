@@ -83,10 +83,71 @@ struct DoubleBackward : SecondOrder<A> {
     }
   }
 
-  void visit(const Tile& tile, int64_t block) {
+  // Σ P·(x, less a number) of a row in registers.
+  template <int Vectors>
+  [[gnu::always_inline]] static T mean(const Vec<T> (&weight)[Vectors], const Vec<T> (&x)[Vectors], T less) {
+    Vec<T> total = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) total += weight[v] * (x[v] - less);
+    return sum<T>(total);
+  }
+  // The same as differentiate_rows of several rows that have all their keys in registers.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void differentiate_in_registers(const Tile& tile, int64_t block, int64_t r, int64_t j) {
+    {
+      Scores<T, Rows, Vectors> weight, tangent;
+      this->weights_and_tangents(tile, block, r, j, weight, tangent);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) {
+        const T guessed = mean<Vectors>(weight.at[i], tangent.at[i], 0);
+        const double exact = static_cast<double>(guessed) + static_cast<double>(mean<Vectors>(weight.at[i], tangent.at[i], guessed));
+        tau[r + i] = this->lse.dead[r + i] ? 0 : exact;
+        const T row_tau = static_cast<T>(tau[r + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) tangent.at[i][v] -= row_tau;
+        store_all<T>(this->e + (r + i) * kKeys + j, weight.at[i]);
+        store_all<T>(tangents + (r + i) * kKeys + j, tangent.at[i]);
+      }
+    }
+    Scores<T, Rows, Vectors> gain, gain_t;
+    this->gains_of(block, r, j, gain, gain_t);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      const int64_t at = (r + i) * kKeys + j;
+      Vec<T> weight[Vectors], excess[Vectors];
+      load_all<T>(this->e + at, weight);
+      load_all<T>(tangents + at, excess);
+      Vec<T> total = {};
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v)
+        total += weight[v] * (excess[v] * gain.at[i][v] + gain_t.at[i][v]);  // D in gain: ΣP∘excess = 0
+      const T d_t = this->lse.dead[r + i] ? 0 : sum<T>(total);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t here = at + v * kLanes<T>;
+        const Vec<T> weight_t = weight[v] * excess[v];
+        store(this->s + here, weight_t * gain.at[i][v] + weight[v] * (gain_t.at[i][v] - d_t));
+        store(this->t_r + here, weight[v] * gain.at[i][v]);
+        store(this->d_p + here, weight_t);
+      }
+    }
+  }
+  void differentiate_tile(const Tile& tile, int64_t block) {
     this->multiply(tile, block);
     if (this->p.softcap != 0) differentiate_rows<true>(tile);
     else differentiate_rows<false>(tile);
+  }
+
+  void visit(const Tile& tile, int64_t block) {
+    bool done = false;
+    if constexpr (kInRegisters<A>) {
+      done = this->in_registers && tile.keys <= PackedKeys<T>::kKeyPanel;
+      if (done)
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
+          differentiate_in_registers<Rows, Vectors>(tile, block, r, j);
+        });
+    }
+    if (!done) differentiate_tile(tile, block);
     this->results.sums.over_keys(tile, this->d_p, this->v, block, acc);
     if (this->c) this->results.sums.over_keys(tile, this->e, this->c, block, acc);
     this->add(tile, block, this->results.sums.in_two_parts());  // a peaked row of few keys averages nothing out

@@ -153,12 +153,17 @@ static void load_row(const View& view, int64_t offset, int64_t stride, int64_t c
     case DType::f16: return load_row(reinterpret_cast<const Float16*>(view.data) + offset, stride, count, row);
   }
 }
+// Whether the rows of a view are elements of T side by side.
+template <class T>
+static inline bool has_rows_of(const View& view) {
+  return view.dtype == kOwnDType<T> && view.stride[3] == 1;
+}
 // What comes so many rows later is fetched while this is worked on.
 constexpr int64_t kRowsAhead = 8;
 // The same with zeros behind, up to `wide` elements: whole vectors.
 template <class T>
 static inline void load_wide_row(const View& view, int64_t offset, int64_t width, int64_t wide, T* row) {
-  if (view.dtype == kOwnDType<T> && view.stride[3] == 1) {
+  if (has_rows_of<T>(view)) {
     const T* source = reinterpret_cast<const T*>(view.data) + offset;
     for (int64_t c = 0; c < width; c += kLanes<T>) {
       __builtin_prefetch(source + kRowsAhead * view.stride[2] + c);
@@ -169,6 +174,19 @@ static inline void load_wide_row(const View& view, int64_t offset, int64_t width
     for (int64_t c = width; c < round_up(width, kLanes<T>); ++c) row[c] = 0;
   }
   for (int64_t c = round_up(width, kLanes<T>); c < wide; c += kLanes<T>) store(row + c, Vec<T>{});
+}
+// The same of successive rows, `wide` elements each.
+template <class T>
+static inline void load_wide_rows(const View& view, int64_t offset, int64_t rows, int64_t width, int64_t wide, T* target) {
+  if (has_rows_of<T>(view) && wide == kLanes<T>) {
+    const T* source = reinterpret_cast<const T*>(view.data) + offset;
+    for (int64_t r = 0; r < rows; ++r, source += view.stride[2], target += wide) {
+      __builtin_prefetch(source + kRowsAhead * view.stride[2]);
+      store(target, load_first(source, width));
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) load_wide_row(view, offset + r * view.stride[2], width, wide, target + r * wide);
 }
 // view[offset + i·stride] = factor·row[i] for i < count.
 template <class T>
@@ -186,15 +204,28 @@ static void store_row(const View& view, int64_t offset, int64_t stride, int64_t 
   }
 }
 
+// Successive rows of a view from successive rows, `wide` elements each, times a factor.
+template <class T>
+static inline void store_rows(const View& view, int64_t offset, int64_t rows, int64_t width, T factor, const T* source,
+                              int64_t wide) {
+  if (has_rows_of<T>(view) && width <= kLanes<T>) {
+    T* target = reinterpret_cast<T*>(view.data) + offset;
+    for (int64_t r = 0; r < rows; ++r, target += view.stride[2], source += wide)
+      store_first(target, width, load(source) * factor);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    store_row(view, offset + r * view.stride[2], view.stride[3], width, factor, source + r * wide);
+}
+
 template <class T>
 static inline bool is_finite(T x) {
   return x - x == 0;
 }
 
-// Row `row` of an output in its dtype, times a factor, and what rounding lost of it in `low`, where that is kept.
 template <class T>
-static void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
-                             T factor, T* row, T* scratch) {
+static void store_rounded_row(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count, T factor,
+                              T* row, T* scratch) {
 #if METATTN_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == sizeof(float)) {
     if (high.dtype == DType::bf16 && high.stride[3] == 1 && low && low.stride[3] == 1) {
@@ -218,6 +249,17 @@ static void store_row_in_two(const View& high, const View& low, int64_t high_at,
   // where float16 overflowed, low (bfloat16) is the value itself
   for (int64_t c = 0; c < count; ++c) row[c] = row[c] * factor - (is_finite(scratch[c]) ? scratch[c] : 0);
   store_row(low, low_at, low.stride[3], count, T{1}, row);
+}
+// Row `row` of an output in its dtype, times a factor, and what rounding lost of it in `low`, where that is kept.
+template <class T>
+static inline void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
+                                    T factor, T* row, T* scratch) {
+  if (has_rows_of<T>(high)) {  // nothing is lost
+    T* const target = reinterpret_cast<T*>(high.data) + high_at;
+    for (int64_t c = 0; c < count; c += kLanes<T>) store_first(target + c, count - c, load(row + c) * factor);
+    return;
+  }
+  store_rounded_row(high, low, high_at, low_at, count, factor, row, scratch);
 }
 
 static inline int64_t offset_of(const View& view, int64_t seq, int64_t head, int64_t row) {

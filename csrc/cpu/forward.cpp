@@ -24,13 +24,19 @@ struct Forward {
   T* totals;    // [kRows][kLanes] sums of exponentials
   T* added;     // [kRows][kLanes] by how much rounding made the weights larger
   int64_t wide_dv;
+  const bool in_registers;
   T slack;      // kSlack, as elements of the tile
   // The element of the tile that exponents are counted from, natural where it is large (LogSumExp), and what S it stands for.
   T reference[kRows], limit[kRows];  // limit: the element from which on the reference is raised
   double log_reference[kRows];       // -inf: nothing came yet
   bool large[kRows];
 
-  Forward(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
+  Forward(const Params& params, char* scratch)
+      : p(params),
+        exponents(params),
+        arena{scratch},
+        wide_dv(padded<T>(params.dv)),
+        in_registers(fits_registers<A>(params, exponents)) {
     const int64_t blocks = row_sweep_blocks(p);
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
     q = PackedRows<A>::take(arena, p.q, p.d, false);
@@ -75,8 +81,14 @@ struct Forward {
     log_reference[r] = large[r] ? static_cast<double>(score) : static_cast<double>(element) * exponents.natural;
     limit[r] = large[r] ? element : element + slack;
   }
+  static void logarithms(double (&x)[kRows], int64_t count, bool normal) {
+    constexpr int64_t kStep = kLanes<double>;
+    static_assert(kRows % kStep == 0);
+    for (int64_t i = 0; normal && i < count; i += kStep) store(x + i, log_of_normal(load(x + i)));
+    for (int64_t i = 0; !normal && i < count; ++i) x[i] = __builtin_log(x[i]);
+  }
   // A row met a larger score than its reference allows for.
-  void raise(int64_t r, T top) {
+  [[gnu::noinline]] void raise(int64_t r, T top) {
     const double before = log_reference[r];
     refer_to(r, top);
     if (before == -kInfinity<double>) return;
@@ -86,7 +98,45 @@ struct Forward {
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
   }
 
+  // Weights of several rows, in registers.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
+    Scores<T, Rows, Vectors> x{};
+    multiply_into(x, q, r, k, block, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      const int64_t row = r + i;
+      hide_keys<T>(p, tile, row, j, x.at[i]);
+      Vec<T> top = x.at[i][0];
+#pragma GCC unroll 4
+      for (int v = 1; v < Vectors; ++v) top = maximum<T>(x.at[i][v], top);
+      if (any_above(top, limit[row])) raise(row, max_element<T>(top));
+      T* const target = s + row * kKeys + j;
+      if (__builtin_expect(large[row], false)) {
+        store_all<T>(target, x.at[i]);
+        natural_row(Vectors * kLanes<T>, target, row);
+        load_all<T>(target, x.at[i]);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) x.at[i][v] = exp2((x.at[i][v] - reference[row]) * exponents.factor);
+      }
+      Vec<T> total = load(totals + row * kLanes<T>);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) total += x.at[i][v];
+      store(totals + row * kLanes<T>, total);
+      store_all<T>(target, x.at[i]);
+    }
+  }
+
   void visit(const Tile& tile, int64_t block) {
+    if constexpr (kInRegisters<A>) {
+      if (in_registers) {
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
+          weigh_rows<Rows, Vectors>(tile, block, r, j);
+        });
+        return sums.over_keys(tile, s, v, block, acc);
+      }
+    }
     scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -94,7 +144,7 @@ struct Forward {
       Vec<T> top = load(s_row);
       for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
       if (any_above(top, limit[r])) raise(r, max_element<T>(top));
-      if (large[r]) natural_row(tile, s_row, r);
+      if (large[r]) natural_row(tile.cols, s_row, r);
       Vec<T> total = load(totals + r * kLanes<T>), more = load(added + r * kLanes<T>);
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
         const Vec<T> x = load(s_row + j);
@@ -108,29 +158,36 @@ struct Forward {
     }
     sums.over_keys_put(tile, s, v, block, acc);
   }
-  __attribute__((noinline)) void natural_row(const Tile& tile, T* s_row, int64_t r) {
-    scale_row(s_row, tile.cols, static_cast<T>(exponents.natural));
-    for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
+  [[gnu::noinline]] void natural_row(int64_t cols, T* s_row, int64_t r) {
+    scale_row(s_row, cols, static_cast<T>(exponents.natural));
+    for (int64_t j = 0; j < cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
   }
 
   bool end(const Tile& tile) {
     sums.finish_over_keys(acc, tile.rows, p.dv);
+    alignas(64) double log_total[kRows];
+    for (int64_t r = 0; r < tile.rows; ++r) log_total[r] = sum<T>(load(totals + r * kLanes<T>));
+    // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V
+    const T kept = z != nullptr && p.dropout_keep_scale > 0 ? static_cast<T>(p.dropout_keep_scale) : 1;
+    bool normal = true;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       T* o = acc + r * wide_dv;
-      const T total = sum<T>(load(totals + r * kLanes<T>));
-      const bool dead = total == 0;
-      if (dead) memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
-      // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V
-      const T kept = z != nullptr && p.dropout_keep_scale > 0 ? static_cast<T>(p.dropout_keep_scale) : 1;
-      const T weight = total + sum<T>(load(added + r * kLanes<T>)) / kept;
+      const T total = static_cast<T>(log_total[r]);
+      T weight = total;
+      if constexpr (WeightedSums<A>::kAdds) weight += sum<T>(load(added + r * kLanes<T>)) / kept;
+      if (total == 0) {  // dead
+        memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
+        weight = 1;
+      }
+      normal &= total >= kLeastNormal<T> && total < kInfinity<T>;
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
-                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, dead ? T{1} : 1 / weight, o, row);
-      const double log_total = __builtin_log(static_cast<double>(total));
-      *double_at(p.out_lse, tile.seq, tile.head, i) = dead       ? -kInfinity<double>
-                                                      : large[r] ? join_lse(reference[r], log_total)
-                                                                 : log_reference[r] + log_total;
+                       offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, 1 / weight, o, row);
     }
+    logarithms(log_total, tile.rows, normal);
+    for (int64_t r = 0; r < tile.rows; ++r)
+      *double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r) =
+          large[r] ? join_lse(reference[r], log_total[r]) : log_reference[r] + log_total[r];
     return false;
   }
 };

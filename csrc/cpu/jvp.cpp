@@ -28,8 +28,14 @@ struct Jvp {
   LogSumExp<T> lse;
   int64_t wide_dv;
   bool has_scores;  // a tangent reaches the scores
+  const bool in_registers;
 
-  Jvp(const Params& params, char* scratch) : p(params), exponents(params), arena{scratch}, wide_dv(padded<T>(params.dv)) {
+  Jvp(const Params& params, char* scratch)
+      : p(params),
+        exponents(params),
+        arena{scratch},
+        wide_dv(padded<T>(params.dv)),
+        in_registers(fits_registers<A>(params, exponents)) {
     const int64_t blocks = row_sweep_blocks(p);
     has_scores = p.t_q || p.t_k || p.t_bias;
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
@@ -72,7 +78,7 @@ struct Jvp {
     T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
     const T scale = static_cast<T>(p.scale);
     Vec<T> total = {};
-    lse.probabilities(exponents, tile, r, s_row);
+    lse.probabilities(exponents, tile.cols, r, s_row);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
       const Vec<T> weight = load(s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
@@ -92,7 +98,33 @@ struct Jvp {
     excess[r] += static_cast<double>(sum<T>(total));
   }
 
-  void visit(const Tile& tile, int64_t block) {
+  // The same of several rows, in registers.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
+    const T scale = static_cast<T>(p.scale);
+    Scores<T, Rows, Vectors> weight{}, tangent{};
+    multiply_into(weight, q, r, k, block, j);
+    if (a) multiply_into(tangent, a, r, k, block, j);
+    if (b) multiply_into(tangent, q, r, b, block, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      hide_keys<T>(p, tile, r + i, j, weight.at[i]);
+      lse.probabilities(exponents, r + i, weight.at[i]);
+      Vec<T> total = {};
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = (r + i) * kKeys + j + v * kLanes<T>;
+        store(s + at, weight.at[i][v]);
+        if (!has_scores) continue;
+        const Vec<T> weighted = weight.at[i][v] * (rounded(tangent.at[i][v] * scale) - base[r + i]);
+        total += weighted;
+        store(t + at, weighted);
+      }
+      excess[r + i] += static_cast<double>(sum<T>(total));
+    }
+  }
+  // s, and t, of a tile in memory.
+  void weigh_tile(const Tile& tile, int64_t block) {
     scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     if (a) multiply_scores(tile, a, k, block, t, false);
@@ -103,6 +135,16 @@ struct Jvp {
       if (p.softcap != 0) weigh_row<true>(tile, r);
       else weigh_row<false>(tile, r);
     }
+  }
+
+  void visit(const Tile& tile, int64_t block) {
+    if constexpr (kInRegisters<A>) {
+      if (in_registers)
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
+          weigh_rows<Rows, Vectors>(tile, block, r, j);
+        });
+    }
+    if (!in_registers) weigh_tile(tile, block);
     if (has_scores) sums.over_keys(tile, t, v, block, acc);
     if (c) sums.over_keys(tile, s, c, block, acc);
   }

@@ -38,6 +38,12 @@ struct PackedRows {
 
   void pack(const Params& p, const View& view, const Tile& tile, const bool* dead, T* row) {
     T* const whole = wide == panel ? data : nullptr;  // rows of a single panel are loaded in place
+    if (whole != nullptr && !p.sinks) {
+      load_wide_rows(view, offset_of(view, tile.seq, tile.head, tile.s.q0 + tile.row0), tile.rows, width, wide, whole);
+      for (int64_t r = 0; dead != nullptr && r < tile.rows; ++r)
+        if (dead[r]) memset(whole + r * panel, 0, sizeof(T) * panel);
+      return;
+    }
     for (int64_t r = 0; r < tile.rows; ++r) {
       load_live_row(p, view, tile, r, dead, width, wide, whole != nullptr ? whole + r * panel : row);
       if (whole != nullptr) continue;
@@ -49,6 +55,14 @@ struct PackedRows {
     Vec<T> total = {};
     for (int64_t c = 0; c < wide; c += panel)
       for (int64_t i = 0; i < panel; i += kLanes<T>) total += load(data + c * kRows + r * panel + i) * load(other + c + i);
+    return sum<T>(total);
+  }
+  // The same of a plain row of `width` elements and no more.
+  T dot_bare(int64_t r, const T* other) const {
+    Vec<T> total = {};
+    for (int64_t c = 0; c < width; c += panel)
+      for (int64_t i = 0; i < panel && c + i < width; i += kLanes<T>)
+        total += load(data + c * kRows + r * panel + i) * load_first(other + c + i, width - c - i);
     return sum<T>(total);
   }
 };
@@ -95,10 +109,9 @@ struct PackedKeys {
   bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
                  bool* strange) {
     T* const natural_block = block_at(block);
-    for (int64_t key = 0; key < keys; ++key) {
-      T* const target = wide == panel ? natural_block + key * panel : row;
-      load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, target);
-      if (wide == panel) continue;
+    if (wide == panel) load_wide_rows(view, offset_of(view, seq, kv_head, first), keys, width, wide, natural_block);
+    for (int64_t key = 0; wide != panel && key < keys; ++key) {
+      load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, row);
       for (int64_t c = 0; c < wide; c += panel)
         memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
@@ -174,6 +187,8 @@ struct WeightedSums {
   static WeightedSums take(Arena&, const Params&, bool /*output*/ = false) { return {}; }
   WeightedSums in_two_parts() const { return {}; }
 
+  // Whether put makes weights larger.
+  static constexpr bool kAdds = false;
   // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones.
   void put(T* weights, int64_t r, int64_t j, Vec<T> weight, Vec<T>& /*added*/) const { store(weights + r * kKeys + j, weight); }
   void over_keys_put(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {

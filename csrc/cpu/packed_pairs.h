@@ -122,6 +122,12 @@ struct PackedRows<Pairs> {
     for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) total += widened(load_half(row + in_tiles(c))) * load(other + c);
     return sum<float>(total);
   }
+  float dot_bare(int64_t r, const float* other) const {
+    const uint16_t* row = tile_row(data, r, deep);
+    Vec<float> total = {};
+    for (int64_t c = 0; c < width; c += kPairTile) total += widened(load_half(row + in_tiles(c))) * load_first(other + c, width - c);
+    return sum<float>(total);
+  }
 };
 
 // Key blocks as tiles of pairs of keys (natural: operand B of sums over keys, [kKeys][wide width]) and of pairs of
@@ -240,6 +246,7 @@ struct WeightedSums<Pairs> {
     }
   }
 
+  static constexpr bool kAdds = true;
   // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones,
   // where they are in one part.
   void put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight, Vec<float>& added) const {

@@ -89,6 +89,34 @@ struct SecondOrder : GradientSweep<A> {
     store(this->d_p + at + j, weight_t * keep);
   }
 
+  // In registers: P, and T, of rows [r, r + Rows), of the keys from column j on.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void weights_and_tangents(const Tile& tile, int64_t block, int64_t r, int64_t j,
+                                                   Scores<T, Rows, Vectors>& weight,
+                                                   Scores<T, Rows, Vectors>& tangent) const {
+    this->probabilities_of(tile, block, r, j, weight);
+    tangent = {};
+    if (a) multiply_into(tangent, a, r, this->k, block, j);
+    if (b) multiply_into(tangent, this->q, r, b, block, j);
+    const T scale = static_cast<T>(this->p.scale);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) tangent.at[i][v] = rounded(tangent.at[i][v] * scale);
+  }
+  // dP − D, and E.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void gains_of(int64_t block, int64_t r, int64_t j, Scores<T, Rows, Vectors>& gain,
+                                       Scores<T, Rows, Vectors>& gain_t) const {
+    gain = gain_t = {};
+    if (this->gains) multiply_into(gain, this->d_o, r, this->v, block, j);
+    if (this->gains && c) multiply_into(gain_t, this->d_o, r, c, block, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) gain.at[i][v] -= this->D[r + i];
+  }
+
   // by: how sums over dRt are taken.
   void add(const Tile& tile, int64_t block, const WeightedSums<A>& by) {
     auto& results = this->results;

@@ -3,7 +3,7 @@
 // that owner's too or one part a key chunk, summed in a fixed order afterwards. No sum depends on the thread count.
 #pragma once
 
-#include "tile.h"
+#include "registers.h"
 
 namespace metattn::METATTN_ISA {
 
@@ -162,15 +162,15 @@ struct KeySweepResults {
     if (!want_q) return;
     if (!visited) begin_rows(tile);
     sums.finish_over_keys(grad_q, tile.rows, p.d);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t i = tile.s.q0 + tile.row0 + r;
-      if (p.grad_q_parts == nullptr) {
-        store_row(p.grad_q, offset_of(p.grad_q, tile.seq, tile.head, i), p.grad_q.stride[3], p.d,
-                  static_cast<T>(p.scale), grad_q + r * wide_d);
-      } else {
+    const int64_t first = tile.s.q0 + tile.row0;
+    if (p.grad_q_parts == nullptr) {
+      store_rows(p.grad_q, offset_of(p.grad_q, tile.seq, tile.head, first), tile.rows, p.d, static_cast<T>(p.scale), grad_q,
+                 wide_d);
+    } else {
+      for (int64_t r = 0; r < tile.rows; ++r) {
         T* part = reinterpret_cast<T*>(p.grad_q_parts) + chunk * p.grad_q_parts_stride[0] +
                   tile.seq * p.grad_q_parts_stride[1] + tile.head * p.grad_q_parts_stride[2] +
-                  i * p.grad_q_parts_stride[3];
+                  (first + r) * p.grad_q_parts_stride[3];
         memcpy(part, grad_q + r * wide_d, sizeof(T) * p.d);
       }
     }
@@ -183,9 +183,8 @@ struct KeySweepResults {
                   int64_t keys) {
     for (int64_t first = 0; first < keys; first += kLanes<T>) {
       const T* found = sums.of_keys(first, rows);
-      for (int64_t i = 0; i < smaller(kLanes<T>, keys - first); ++i)
-        store_row(view, offset_of(view, seq, kv_head, at + first + i), view.stride[3], sums.width, factor,
-                  found + i * sums.wide);
+      store_rows(view, offset_of(view, seq, kv_head, at + first), smaller(kLanes<T>, keys - first), sums.width, factor, found,
+                 sums.wide);
     }
   }
 };
@@ -199,6 +198,7 @@ struct GradientSweep {
   Scope<A> scope;
   Arena arena;
   KeySweepResults<A> results;
+  const bool in_registers;
   const bool gains;  // dP is wanted: there is a dO, and somebody needs dS
   T* row;
   PackedRows<A> q, d_o;
@@ -214,6 +214,7 @@ struct GradientSweep {
         exponents(params),
         arena{scratch},
         results(params, arena),
+        in_registers(fits_registers<A>(params, exponents)),
         gains((results.want_q || results.want_k || results.want_bias) && params.d_o) {
     const int64_t blocks = key_sweep_blocks(p);
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
@@ -247,7 +248,20 @@ struct GradientSweep {
     if (gains) multiply_scores(tile, d_o, v, block, d_p, false);
   }
   // s = P in a row.
-  void probabilities(const Tile& tile, int64_t r) { lse.probabilities(exponents, tile, r, s + r * kKeys); }
+  void probabilities(const Tile& tile, int64_t r) { lse.probabilities(exponents, tile.cols, r, s + r * kKeys); }
+
+  // P of rows [r, r + Rows), of the keys from column j on.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void probabilities_of(const Tile& tile, int64_t block, int64_t r, int64_t j,
+                                               Scores<T, Rows, Vectors>& x) const {
+    x = {};
+    multiply_into(x, q, r, k, block, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      hide_keys<T>(p, tile, r + i, j, x.at[i]);
+      lse.probabilities(exponents, r + i, x.at[i]);
+    }
+  }
 
   // Vectors from column j on of the row that begins at `at`.
   Vec<T> kept(int64_t at, int64_t j) const { return z != nullptr ? load(z + at + j) : splat<T>(1); }

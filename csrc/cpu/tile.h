@@ -138,17 +138,28 @@ struct LogSumExp {
   bool dead[kRows], large[kRows];
 
   void load(const Params& p, const Exponents<T>& exponents, const Tile& tile) {
+    double lse[kRows];
+    const double* source = double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
+    for (int64_t r = 0; r < tile.rows; ++r) lse[r] = source[r * p.lse.stride[2]];
+    const double natural = exponents.natural, inverse = 1 / natural;
+    bool odd = false;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const double lse = *double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r);
-      dead[r] = lse == -kInfinity<double>;
-      large[r] = is_large<T>(lse);
+      high[r] = static_cast<T>(lse[r] * inverse);
+      low[r] = static_cast<T>((lse[r] - natural * static_cast<double>(high[r])) * kLog2e);
+      odd |= !(__builtin_fabs(lse[r]) < kLarge<T>);
+    }
+    memset(dead, 0, sizeof(bool) * tile.rows);
+    memset(large, 0, sizeof(bool) * tile.rows);
+    for (int64_t r = 0; odd && r < tile.rows; ++r) {
+      dead[r] = lse[r] == -kInfinity<double>;
+      large[r] = is_large<T>(lse[r]);
       if (large[r]) {
-        const SplitLse<T> split = split_lse<T>(lse);
+        const SplitLse<T> split = split_lse<T>(lse[r]);
         high[r] = split.high;
         low[r] = split.low;
-      } else {
-        high[r] = dead[r] ? kInfinity<T> : static_cast<T>(lse / exponents.natural);
-        low[r] = dead[r] ? 0 : static_cast<T>((lse - exponents.natural * static_cast<double>(high[r])) * kLog2e);
+      } else if (dead[r]) {
+        high[r] = kInfinity<T>;
+        low[r] = 0;
       }
     }
   }
@@ -158,16 +169,31 @@ struct LogSumExp {
     if (large[r]) return exp(splat((sink - high[r]) - low[r]))[0];
     return exp2(splat((sink - high[r]) * static_cast<T>(kLog2e) - low[r]))[0];
   }
-  // Turns the scores of the row into probabilities.
-  void probabilities(const Exponents<T>& exponents, const Tile& tile, int64_t r, T* row) const {
+  // Turns scores of the row into probabilities.
+  void probabilities(const Exponents<T>& exponents, int64_t cols, int64_t r, T* row) const {
     if (large[r]) {
-      scale_row(row, tile.cols, static_cast<T>(exponents.natural));
-      for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
+      scale_row(row, cols, static_cast<T>(exponents.natural));
+      for (int64_t j = 0; j < cols; j += kLanes<T>)
         store(row + j, exp((metattn::METATTN_ISA::load(row + j) - high[r]) - low[r]));
     } else {
-      for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
+      for (int64_t j = 0; j < cols; j += kLanes<T>)
         store(row + j, exp2((metattn::METATTN_ISA::load(row + j) - high[r]) * exponents.factor - low[r]));
     }
+  }
+  // The same in registers.
+  template <int Vectors>
+  [[gnu::always_inline]] void probabilities(const Exponents<T>& exponents, int64_t r, Vec<T> (&x)[Vectors]) const {
+    if (__builtin_expect(large[r], false)) {
+      alignas(64) T row[Vectors * kLanes<T>];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) store(row + v * kLanes<T>, x[v]);
+      probabilities(exponents, Vectors * kLanes<T>, r, row);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) x[v] = metattn::METATTN_ISA::load(row + v * kLanes<T>);
+      return;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) x[v] = exp2((x[v] - high[r]) * exponents.factor - low[r]);
   }
 };
 
@@ -186,11 +212,14 @@ template <class A, class T>
 static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
                      const PackedRows<A>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
   const int64_t wide = padded<T>(dv);
+  const bool bare = has_rows_of<T>(values);
   for (int64_t r = 0; r < tile.rows; ++r) {
     result[r] = 0;
     if (dead[r]) continue;
     const int64_t i = tile.s.q0 + tile.row0 + r;
-    if (d_o) {
+    if (d_o && !low && bare) {
+      result[r] = d_o.dot_bare(r, reinterpret_cast<const T*>(values.data) + offset_of(values, tile.seq, tile.head, i));
+    } else if (d_o) {
       load_wide_row(values, offset_of(values, tile.seq, tile.head, i), dv, wide, row);
       add_low(low, tile.seq, tile.head, i, 0, dv, row, scratch);
       result[r] = d_o.dot(r, row);

@@ -197,6 +197,8 @@ static inline Vec<T> sums_of_twos(Vec<T> x) {
 
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
+template <class T>
+constexpr T kLeastNormal = static_cast<T>(sizeof(T) == sizeof(float) ? 0x1p-126 : 0x1p-1022);
 
 // exp by 2^n·e^r, |r| <= ln(2)/2; relative error under 2 ulp where the result is normal, 0 below, inf above.
 static inline Vec<float> exp(Vec<float> x) {
@@ -247,6 +249,18 @@ static inline Vec<double> exp(Vec<double> x) {
   y = y * (Vec<double>)((half + 1023) << 52) * (Vec<double>)((whole - half + 1023) << 52);
   y = x < low ? Vec<double>{} : y;
   return x > high ? splat(kInfinity<double>) : y;
+}
+
+// The natural logarithm of normal numbers above 0, to 2 ulp: x = m·2^e, m next to 1, log m = 2·artanh((m − 1)/(m + 1)).
+static inline Vec<double> log_of_normal(Vec<double> x) {
+  constexpr int64_t kRootHalf = 0x3fe6a09e667f3bcd;  // of √½
+  const Bits<double> exponent = ((Bits<double>)x - kRootHalf) >> 52;
+  const Vec<double> m = (Vec<double>)((Bits<double>)x - (exponent << 52));
+  const Vec<double> e = __builtin_convertvector(exponent, Vec<double>);
+  const Vec<double> s = (m - 1) / (m + 1), z = s * s;
+  Vec<double> y = splat(1.0 / 21);
+  for (int i = 19; i >= 3; i -= 2) y = y * z + 1.0 / i;
+  return (e * 1.90821492927058770002e-10 + 2 * (s * z * y)) + 2 * s + e * 6.93147180369123816490e-1;  // ln 2 in two parts
 }
 
 // x, rounded by itself: the compiler may not make a product and a sum that follows it one operation.

@@ -35,13 +35,38 @@ struct Vjp : GradientSweep<A> {
     }
   }
 
+  // The same of several rows, in registers.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void differentiate_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) const {
+    Scores<T, Rows, Vectors> weight, gain{};
+    this->probabilities_of(tile, block, r, j, weight);
+    if (this->gains) multiply_into(gain, this->d_o, r, this->v, block, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = (r + i) * kKeys + j + v * kLanes<T>;
+        store(this->s + at, weight.at[i][v] * (gain.at[i][v] - this->D[r + i]));
+        store(this->d_p + at, weight.at[i][v]);
+      }
+    }
+  }
+
   void visit(const Tile& tile, int64_t block) {
     auto& results = this->results;
-    this->multiply(tile, block);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      if (this->p.softcap != 0) differentiate_row<true>(tile, r);
-      else differentiate_row<false>(tile, r);
-      if (results.want_bias) results.add_bias(tile, r, this->row);
+    if constexpr (kInRegisters<A>) {
+      if (this->in_registers)
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
+          differentiate_rows<Rows, Vectors>(tile, block, r, j);
+        });
+    }
+    if (!this->in_registers) {
+      this->multiply(tile, block);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        if (this->p.softcap != 0) differentiate_row<true>(tile, r);
+        else differentiate_row<false>(tile, r);
+        if (results.want_bias) results.add_bias(tile, r, this->row);
+      }
     }
     results.add_q(tile, this->s, results.sums, this->k, block);
     results.add_k(tile, this->s, results.sums, this->q, block);

@@ -28,7 +28,34 @@ struct VjpJvp : SecondOrder<A> {
       this->template differentiate<Capped>(at, j, this->template tangent<Capped>(at, j) - tau[r], this->D[r], Dt[r]);
   }
 
-  void visit(const Tile& tile, int64_t block) {
+  // Of several rows, in registers; P and Pt wait in memory while the rest is made.
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void differentiate_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) const {
+    {
+      Scores<T, Rows, Vectors> weight, tangent;
+      this->weights_and_tangents(tile, block, r, j, weight, tangent);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) tangent.at[i][v] = weight.at[i][v] * (tangent.at[i][v] - tau[r + i]);
+        store_all<T>(this->s + (r + i) * kKeys + j, weight.at[i]);
+        store_all<T>(this->d_p + (r + i) * kKeys + j, tangent.at[i]);
+      }
+    }
+    Scores<T, Rows, Vectors> gain, gain_t;
+    this->gains_of(block, r, j, gain, gain_t);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = (r + i) * kKeys + j + v * kLanes<T>;
+        const Vec<T> weight = load(this->s + at), weight_t = load(this->d_p + at);
+        store(this->s + at, weight_t * gain.at[i][v] + weight * (gain_t.at[i][v] - Dt[r + i]));
+        store(this->t_r + at, weight * gain.at[i][v]);
+      }
+    }
+  }
+  void differentiate_tile(const Tile& tile, int64_t block) {
     this->multiply(tile, block);
     for (int64_t r = 0; r < tile.rows; ++r) {
       this->begin_row(tile, r);
@@ -36,6 +63,16 @@ struct VjpJvp : SecondOrder<A> {
       else differentiate_row<false>(tile, r);
       if (this->results.want_bias) this->results.add_bias(tile, r, this->d_s_t);
     }
+  }
+
+  void visit(const Tile& tile, int64_t block) {
+    if constexpr (kInRegisters<A>) {
+      if (this->in_registers)
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
+          differentiate_rows<Rows, Vectors>(tile, block, r, j);
+        });
+    }
+    if (!this->in_registers) differentiate_tile(tile, block);
     this->add(tile, block, this->results.sums);
   }
 
