@@ -34,7 +34,7 @@ metattn::Threads threads() {
   return {forked ? 1 : static_cast<int>(torch::stable::get_num_threads()), for_each_task};
 }
 
-void run(metattn::MapName map, const Call& call) {
+void run(metattn::MapName map, Call& call) {
   STD_TORCH_CHECK(metattn::run_map(map, call.p, call.is_double, threads()), "metattn: out of scratch memory, or the instruction set was changed during the call");
 }
 

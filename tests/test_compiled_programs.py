@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,23 @@ import pytest
 import torch
 from helpers import largest_difference
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
-from torch.nn.functional import scaled_dot_product_attention
+from torch.func import functional_call, grad
 
 import metattn
+from benchmarks.programs import (
+    PROGRAMS,
+    ROUTES,
+    Attention,
+    Program,
+    expected_of,
+    layer_of,
+    plain,
+    programs,
+    route,
+    total,
+    tried,
+    with_gradients,
+)
 from metattn.backends import available_backends
 from metattn.layout import MAPS
 
@@ -24,89 +37,8 @@ pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"
 )
 
-FEATURES, POINTS = 4, 3
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Program = Callable[[list[Tensor], Tensor, Tensor], Tensor]
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * FEATURES**-0.5
-    future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
-
-
-def overridden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with metattn.sdpa_override():
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every batch a sequence."""
-    batch, _, points, _ = q.shape
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    ends = torch.arange(batch + 1, dtype=torch.int32) * points
-    found = metattn.varlen_attention(*rows, ends, ends, POINTS, POINTS, causal=True)
-    return found.unflatten(0, (batch, points)).transpose(1, 2)
-
-
-FUNCTIONS: dict[str, Attention] = {
-    "attention": lambda q, k, v: metattn.attention(q, k, v, causal=True),
-    "sdpa": lambda q, k, v: metattn.scaled_dot_product_attention(q, k, v, is_causal=True),
-    "override": overridden,
-    "packed": packed,
-}
-
-
-def total(tensors: Any) -> Tensor:
-    return sum(x.square().sum() for x in tensors)  # type: ignore[return-value]
-
-
-def programs(attend: Attention) -> dict[str, Program]:
-    def layer(w: list[Tensor], x: Tensor) -> Tensor:
-        return attend(x @ w[0], x @ w[1], x @ w[2])
-
-    def loss(w: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return (layer(w, x) - y).square().mean()
-
-    def maml(w: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        for _ in range(2):
-            w = [value - 0.1 * g for value, g in zip(w, grad(loss)(w, x, y), strict=True)]
-        return loss(w, x, y)
-
-    def moves(w: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(value.cos() for value in w)
-
-    def summed(w: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: layer(w, x).sum((0, 1, 2))
-
-    def energy(w: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: layer(w, x).sin().sum()
-
-    return {
-        "maml": maml,
-        "vmap of maml": lambda w, x, y: vmap(lambda a, b: maml(w, a[None], b[None]))(x, y).mean(),
-        "jvp": lambda w, x, y: jvp(lambda *w: loss(list(w), x, y), tuple(w), moves(w))[1],
-        "grad of grad": lambda w, x, y: total(grad(lambda w: total(grad(loss)(w, x, y)))(w)),
-        "jvp of grad": lambda w, x, y: total(
-            jvp(lambda *w: tuple(grad(loss)(list(w), x, y)), tuple(w), moves(w))[1]
-        ),
-        "vmap of grad": lambda w, x, y: total(vmap(lambda a, b: grad(loss)(w, a[None], b[None]))(x, y)),
-        "jacrev": lambda w, x, y: total([jacrev(summed(w))(x)]),
-        "jacfwd": lambda w, x, y: total([jacfwd(summed(w))(x)]),
-        "hessian": lambda w, x, y: total([hessian(energy(w))(x)]),
-        "force penalty": lambda w, x, y: total([grad(energy(w))(x)]),
-    }
-
-
-def with_gradients(program: Program, batch: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
-
-    w = [draw(FEATURES, FEATURES).requires_grad_() for _ in range(3)]
-    value = program(w, draw(batch, 2, POINTS, FEATURES), draw(batch, 2, POINTS, FEATURES))
-    return [value, *torch.autograd.grad(value, w)]
+# every program, every route, and both kinds of shapes
+CASES = [(PROGRAMS[index % len(PROGRAMS)], by, index % 2 == 1) for index, by in enumerate(ROUTES)]
 
 
 @pytest.fixture(autouse=True)
@@ -117,35 +49,29 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-NAMES = list(programs(plain))
-# every program with one function and kind of shapes, every function with several programs
-CASES = [
-    (name, list(FUNCTIONS)[index % len(FUNCTIONS)], index // len(FUNCTIONS) % 2 == 1)
-    for index, name in enumerate(NAMES)
-]
+ROUTE = "attention, causal"
 
 
-@pytest.mark.parametrize(("name", "function", "dynamic"), CASES)
-def test_program(name: str, function: str, dynamic: bool) -> None:
-    compiled = torch.compile(
-        programs(FUNCTIONS[function])[name], backend="aot_eager", fullgraph=True, dynamic=dynamic
-    )
-    found, expected = with_gradients(compiled), with_gradients(programs(plain)[name])
-    assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
+@pytest.mark.parametrize(("name", "by", "dynamic"), CASES)
+def test_program(name: str, by: str, dynamic: bool) -> None:
+    assert tried(by, name, dynamic)["verdict"] == "right"
 
 
 @pytest.mark.parametrize("name", ["maml", "force penalty"])
 def test_inductor(name: str) -> None:
     """Its code calls the operators' bare twins."""
-    compiled = torch.compile(programs(FUNCTIONS["attention"])[name], fullgraph=True)
-    found, expected = with_gradients(compiled), with_gradients(programs(plain)[name])
+    by = route(ROUTE)
+    compiled = torch.compile(programs(by.ours)[name], fullgraph=True)
+    found, expected = with_gradients(compiled, by.weights), expected_of(ROUTE, name)
     assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
 
 
 def test_changing_batches_compile_twice() -> None:
-    compiled = torch.compile(programs(FUNCTIONS["attention"])["maml"], backend="aot_eager", fullgraph=True)
+    by = route(ROUTE)
+    compiled = torch.compile(programs(by.ours)["maml"], backend="aot_eager", fullgraph=True)
     for batch in (2, 3, 5, 4):
-        found, expected = (with_gradients(each, batch) for each in (compiled, programs(plain)["maml"]))
+        found = with_gradients(compiled, by.weights, batch)
+        expected = with_gradients(programs(by.theirs)["maml"], by.weights, batch)
         assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
@@ -236,7 +162,7 @@ def test_autograd_grad_inside(batched: bool) -> None:
 
     def penalty(attend: Attention) -> Program:
         def run(w: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-            output = attend(x @ w[0], x @ w[1], x @ w[2])
+            output = layer_of(attend)(w, x)
             directions = torch.stack([y, y.cos()]) if batched else y
             found = torch.autograd.grad(output, w, directions, create_graph=True, is_grads_batched=batched)
             return total(found)
@@ -244,8 +170,10 @@ def test_autograd_grad_inside(batched: bool) -> None:
         return run
 
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compiled = torch.compile(penalty(FUNCTIONS["attention"]), backend="aot_eager", fullgraph=True)
-        found, expected = with_gradients(compiled), with_gradients(penalty(plain))
+        ours = penalty(lambda q, k, v: metattn.attention(q, k, v, causal=True))
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        weights = route(ROUTE).weights
+        found, expected = with_gradients(compiled, weights), with_gradients(penalty(plain), weights)
     assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
 
 

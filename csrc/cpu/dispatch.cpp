@@ -25,6 +25,9 @@ constexpr int64_t kRowBlock = 96, kKeyBlock = 128;
 // A key sweep is cut into at least this many units where its keys allow, whatever the number of threads is: sums
 // over the cuts must not depend on the machine.
 constexpr int64_t kKeySweepUnits = 16;
+// Each of a head's units loads all its rows, which is worth it for so many products of elements a row, or where there are
+// few heads.
+constexpr int64_t kWorthAUnit = 1 << 13, kFewOwners = 4;
 
 struct Isa {
   const char* name;
@@ -94,6 +97,7 @@ std::atomic<const Isa*>& active_isa() {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Rows are independent of each other, so a row sweep may be cut by the number of threads. A packed problem's sequences have
 // units of their own count, which `first_unit` receives.
@@ -227,15 +231,16 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
 void plan_key_sweep(Params& p) {
   const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
   const int64_t wanted = owners > 0 ? ceil_div(kKeySweepUnits, owners) : 1;
-  const int64_t most = ceil_div(p.m, kKeyBlock);
-  const int64_t pieces = wanted < most ? wanted : (most > 0 ? most : 1);
+  const int64_t least = owners < kFewOwners ? kKeyBlock : larger(kKeyBlock, kWorthAUnit / larger(1, p.d + p.dv));
+  const int64_t most = larger(1, p.m / least);
+  const int64_t pieces = wanted < most ? wanted : most;
   p.key_chunk = p.m > 0 ? ceil_div(ceil_div(p.m, pieces), kKeyBlock) * kKeyBlock : kKeyBlock;
   p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
 }
 
 bool keys_fit_a_block(const Params& p) { return keys_fit(*active_isa().load(), p); }
 
-bool run_map(MapName map, Params p, bool is_double, const Threads& threads) {
+bool run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
   const Isa& isa = *active_isa().load();
   if (map == kDoubleBackward && !keys_fit(isa, p)) return false;
   const bool key_sweep = map != kForward && map != kJvp;

@@ -13,7 +13,7 @@ struct Threads {
 
 // Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had,
 // or when another instruction set was chosen since keys_fit_a_block said yes.
-bool run_map(MapName map, Params p, bool is_double, const Threads& threads);
+bool run_map(MapName map, Params& p, bool is_double, const Threads& threads);
 
 // Whether kDoubleBackward serves a problem: its keys, tensors set.
 bool keys_fit_a_block(const Params& p);

@@ -22,7 +22,7 @@ struct Forward {
   T *s, *tanh_tile, *z;
   T* acc;       // [kRows][padded(dv)] unnormalised output
   T* totals;    // [kRows][kLanes] sums of exponentials
-  T* added;     // [kRows][kLanes] by how much rounding made the weights larger
+  T* added;     // [kRows][kLanes], where weights are rounded, by how much that made them larger
   int64_t wide_dv;
   const bool in_registers;
   T slack;      // kSlack, as elements of the tile
@@ -48,7 +48,7 @@ struct Forward {
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
-    added = arena.take<T>(kRows * kLanes<T>);
+    if (WeightedSums<A>::kAdds) added = arena.take<T>(kRows * kLanes<T>);
     slack = kSlack / exponents.factor;
   }
 
@@ -70,7 +70,7 @@ struct Forward {
         total[0] = 1;
       }
       store(totals + r * kLanes<T>, total);
-      store(added + r * kLanes<T>, Vec<T>{});
+      if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, Vec<T>{});
     }
   }
 
@@ -87,15 +87,16 @@ struct Forward {
     for (int64_t i = 0; normal && i < count; i += kStep) store(x + i, log_of_normal(load(x + i)));
     for (int64_t i = 0; !normal && i < count; ++i) x[i] = __builtin_log(x[i]);
   }
-  // A row met a larger score than its reference allows for.
-  [[gnu::noinline]] void raise(int64_t r, T top) {
+  // A row met a larger score than its reference allows for. `pending` columns of its weights are in no sum yet.
+  [[gnu::noinline]] void raise(int64_t r, T top, int64_t pending) {
     const double before = log_reference[r];
     refer_to(r, top);
     if (before == -kInfinity<double>) return;
     const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
-    store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
+    if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
+    for (int64_t j = 0; j < pending; j += kLanes<T>) store(s + r * kKeys + j, load(s + r * kKeys + j) * decay);
   }
 
   // Weights of several rows, in registers.
@@ -110,7 +111,11 @@ struct Forward {
       Vec<T> top = x.at[i][0];
 #pragma GCC unroll 4
       for (int v = 1; v < Vectors; ++v) top = maximum<T>(x.at[i][v], top);
-      if (any_above(top, limit[row])) raise(row, max_element<T>(top));
+      if (any_above(top, limit[row])) {
+        const T highest = max_element<T>(top);
+        if (limit[row] == -kInfinity<T>) refer_to(row, highest);  // the first keys of most rows
+        else raise(row, highest, j);
+      }
       T* const target = s + row * kKeys + j;
       if (__builtin_expect(large[row], false)) {
         store_all<T>(target, x.at[i]);
@@ -143,9 +148,9 @@ struct Forward {
       T* s_row = s + r * kKeys;
       Vec<T> top = load(s_row);
       for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
-      if (any_above(top, limit[r])) raise(r, max_element<T>(top));
+      if (any_above(top, limit[r])) raise(r, max_element<T>(top), 0);
       if (large[r]) natural_row(tile.cols, s_row, r);
-      Vec<T> total = load(totals + r * kLanes<T>), more = load(added + r * kLanes<T>);
+      Vec<T> total = load(totals + r * kLanes<T>), more = {};
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
         const Vec<T> x = load(s_row + j);
         Vec<T> weight = large[r] ? x : exp2((x - reference[r]) * exponents.factor);
@@ -154,7 +159,7 @@ struct Forward {
         sums.put(s, r, j, weight, more);
       }
       store(totals + r * kLanes<T>, total);
-      store(added + r * kLanes<T>, more);
+      if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
     }
     sums.over_keys_put(tile, s, v, block, acc);
   }

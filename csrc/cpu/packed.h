@@ -59,6 +59,7 @@ struct PackedRows {
   }
   // The same of a plain row of `width` elements and no more.
   T dot_bare(int64_t r, const T* other) const {
+    if (wide == kLanes<T>) return sum<T>(load(data + r * panel) * load_first(other, width));
     Vec<T> total = {};
     for (int64_t c = 0; c < width; c += panel)
       for (int64_t i = 0; i < panel && c + i < width; i += kLanes<T>)

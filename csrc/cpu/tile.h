@@ -141,13 +141,13 @@ struct LogSumExp {
     double lse[kRows];
     const double* source = double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
     for (int64_t r = 0; r < tile.rows; ++r) lse[r] = source[r * p.lse.stride[2]];
+    // loops without branches, for the compiler's vectors
     const double natural = exponents.natural, inverse = 1 / natural;
-    bool odd = false;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      high[r] = static_cast<T>(lse[r] * inverse);
+    for (int64_t r = 0; r < tile.rows; ++r) high[r] = static_cast<T>(lse[r] * inverse);
+    for (int64_t r = 0; r < tile.rows; ++r)
       low[r] = static_cast<T>((lse[r] - natural * static_cast<double>(high[r])) * kLog2e);
-      odd |= !(__builtin_fabs(lse[r]) < kLarge<T>);
-    }
+    bool odd = false;
+    for (int64_t r = 0; r < tile.rows; ++r) odd |= !(__builtin_fabs(lse[r]) < kLarge<T>);
     memset(dead, 0, sizeof(bool) * tile.rows);
     memset(large, 0, sizeof(bool) * tile.rows);
     for (int64_t r = 0; odd && r < tile.rows; ++r) {
@@ -211,21 +211,23 @@ static void add_low(const View& low, int64_t seq, int64_t head, int64_t i, int64
 template <class A, class T>
 static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
                      const PackedRows<A>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
-  const int64_t wide = padded<T>(dv);
-  const bool bare = has_rows_of<T>(values);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    result[r] = 0;
-    if (dead[r]) continue;
-    const int64_t i = tile.s.q0 + tile.row0 + r;
-    if (d_o && !low && bare) {
-      result[r] = d_o.dot_bare(r, reinterpret_cast<const T*>(values.data) + offset_of(values, tile.seq, tile.head, i));
-    } else if (d_o) {
+  if (d_o && !low && has_rows_of<T>(values)) {
+    const T* source = reinterpret_cast<const T*>(values.data) + offset_of(values, tile.seq, tile.head, tile.s.q0 + tile.row0);
+    for (int64_t r = 0; r < tile.rows; ++r) result[r] = d_o.dot_bare(r, source + r * values.stride[2]);
+  } else {
+    const int64_t wide = padded<T>(dv);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      result[r] = 0;
+      if (dead[r] || !d_o) continue;
+      const int64_t i = tile.s.q0 + tile.row0 + r;
       load_wide_row(values, offset_of(values, tile.seq, tile.head, i), dv, wide, row);
       add_low(low, tile.seq, tile.head, i, 0, dv, row, scratch);
       result[r] = d_o.dot(r, row);
     }
-    if (minus) result[r] -= static_cast<T>(*double_at(minus, tile.seq, tile.head, i));
   }
+  for (int64_t r = 0; minus && r < tile.rows; ++r)
+    result[r] -= static_cast<T>(*double_at(minus, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
+  for (int64_t r = 0; r < tile.rows; ++r) result[r] = dead[r] ? 0 : result[r];
 }
 
 }  // namespace metattn::METATTN_ISA
