@@ -6,11 +6,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import coerce_cinterpreter, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 # Function.apply binds default arguments first, 70 µs a call, and hands the call to functorch's interpreters,
@@ -191,6 +192,36 @@ def beyond_vmap() -> AbstractContextManager[None]:
     """Within a batching rule: operators go on to the transforms further out."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
     return torch._C._ExcludeDispatchKeyGuard(keys)  # type: ignore[no-any-return]
+
+
+class Vmap(NamedTuple):
+    """A torch.func.vmap that is at work. Replaced by: a public question of this kind."""
+
+    level: int
+    size: int
+    randomness: str
+
+
+def vmaps_at_work() -> list[Vmap] | None:
+    """Of torch.func, the innermost first; None where another transform is among them."""
+    found = []
+    for each in reversed(_functorch.get_interpreter_stack() or []):
+        if each.key() != _functorch.TransformType.Vmap:
+            return None
+        vmap: Any = coerce_cinterpreter(each)
+        found.append(Vmap(each.level(), vmap.batch_size(), vmap.randomness()))
+    return found
+
+
+def beyond_transforms() -> AbstractContextManager[Any]:
+    """Within it no transform of torch.func is at work. Replaced by: a compiler that accepts them outside."""
+    return temporarily_clear_interpreter_stack()
+
+
+def without_dim(x: Tensor, level: int) -> tuple[Tensor, int | None]:
+    """A tensor without the wrapper of a vmap, and where its dimension is then; None: nowhere."""
+    inner, dim = _functorch._unwrap_batched(x, level)
+    return inner, dim
 
 
 def legacy_depth() -> int:
