@@ -179,7 +179,8 @@ class _Repeated(torch.autograd.Function):
 
 
 def _leaves(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-    return [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
+    """The others as they are, for a mark on one of them is no part of a copy."""
+    return [x.detach().requires_grad_() if need else x for x, need in zip(tensors, needed, strict=True)]
 
 
 _FIRST = 2  # of a size: 0 and 1 would be numbers of their own in a graph
