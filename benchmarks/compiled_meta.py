@@ -1,13 +1,14 @@
 """MAML's loss and its gradient, compiled: time beside eager PyTorch's, time of compiling, peak memory.
 
-    python -m benchmarks.compiled_meta [--steps 1 5 10] [--layers 2] [--cpp-wrapper] [--ways whole steps checkpoint]
+    python -m benchmarks.compiled_meta [--ways whole steps checkpoint] [--steps 1 5 10] [--cpp-wrapper]
         [--peaks 2 20] [--out benchmarks/results/compiled-meta]
 
-An AttentionMetaLearner, 8 tasks of 10 points, inner SGD, reverse mode, one thread. Three ways: the whole loss in
-torch.compile, and `Compiled()` and `Compiled(checkpoint=True)`, whose steps are compiled once. Every compilation has
-a fresh process and an empty cache. Both meta-gradients are compared with float64's before they are timed in turn,
-in rounds. Beside the seconds of compiling stands the processors' time, compilers' included. Memory is the peak of a
-fresh process for one meta-gradient with sets of 256 points, after one of a single step.
+An AttentionMetaLearner, 8 tasks of 10 points, inner SGD, reverse mode, one thread. Three ways: the whole
+loss in torch.compile, and `Compiled()` and `Compiled(checkpoint=True)`, whose steps are compiled once. Every
+compilation has a fresh process and an empty cache. Both meta-gradients are compared with float64's before
+they are timed in turn, in rounds. Beside the seconds of compiling stands the processors' time, compilers'
+included. Memory is the peak of a fresh process for one meta-gradient with sets of 256 points, after one of
+a single step.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def measure(way: str, counts: list[int], layers: int, cpp_wrapper: bool, rounds:
         eager_error, error = (relative_error(function(steps), exact) for function in (eager, compiled))
         if error > max(FACTOR * eager_error, FLOOR):
             raise AssertionError(
-                f"{way}, {steps} steps: the meta-gradient is off by {error:.1e}, the eager one by {eager_error:.1e}"
+                f"{way}, {steps} steps: the meta-gradient is off by {error:.1e}, the eager one by "
+                f"{eager_error:.1e}"
             )
         timings = interleave(
             {"eager": lambda steps=steps: eager(steps), "compiled": lambda steps=steps: compiled(steps)},
@@ -167,7 +169,8 @@ def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> f
 
 def markdown(results: dict[str, Any]) -> str:
     lines = [
-        "| compiled | inner steps | eager, ms | compiled, ms | eager / compiled | compiling, s | processor time, s |",
+        "| compiled | inner steps | eager, ms | compiled, ms | eager / compiled | compiling, s "
+        "| processor time, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
@@ -189,12 +192,12 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"* maml_loss and its gradient: {TASKS} tasks of {POINTS} points ({PEAK_POINTS} for memory), an "
-        f"AttentionMetaLearner of width {HIDDEN} with {results['layers']} layers, inner SGD, float32, one thread, "
-        f"Inductor {wrapper} cpp_wrapper.",
-        "* whole: all in one torch.compile; steps: Compiled(); checkpoint: Compiled(checkpoint=True). Eager times "
-        'are those of "reverse".',
-        "* Medians of rounds in turn, and of the ratios in each round, ± half the distance of their quartiles; "
-        "compiled from an empty cache, steps and checkpoint once for all rows.",
+        f"AttentionMetaLearner of width {HIDDEN} with {results['layers']} layers, inner SGD, float32, one "
+        f"thread, Inductor {wrapper} cpp_wrapper.",
+        "* whole: all in one torch.compile; steps: Compiled(); checkpoint: Compiled(checkpoint=True). Eager "
+        'times are those of "reverse".',
+        "* Medians of rounds in turn, and of the ratios in each round, ± half the distance of their "
+        "quartiles. Compiled from an empty cache; steps and checkpoint once for all rows.",
         f"* {what['cpu']}, load {what['load']:.1f} at the end, torch {what['versions']['torch']}, commit "
         f"{what['commit']}.",
     ]

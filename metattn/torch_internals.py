@@ -241,6 +241,22 @@ def legacy_batched(x: Tensor, level: int) -> Tensor:
     return torch._add_batch_dim(x, 0, level)  # type: ignore[no-any-return, attr-defined]
 
 
+def mark_size(x: Tensor) -> None:
+    """The first size of a tensor may differ between calls of one compiled graph.
+
+    Replaced by: a public function of this kind.
+    """
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def many_graphs() -> AbstractContextManager[None]:
+    """Within it a function may be compiled for as many models as a process has; torch's limit is 8 graphs.
+
+    Replaced by: torch.compile(recompile_limit=…), which not all our versions of torch have.
+    """
+    return torch._dynamo.config.patch(recompile_limit=64)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def leave_uncompiled(function: Any) -> None:
     """Dynamo traces a function mode's method inside of what calls it, but compiles it alone for no one.
 

@@ -11,7 +11,7 @@ from test_meta_compile import agree, network, optimizer_of, value_and_gradient
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import mse_loss
-from unrolled import Params, Samples, model_of, of_task, samples_of
+from unrolled import Params, model_of, of_task, samples_of
 
 import metattn
 from metattn.meta import SGD, Adam, Compiled, adapt, maml_loss
@@ -53,7 +53,7 @@ def size_of(adapted: Params) -> Tensor:
     ],
 )
 def test_two_graphs_for_any_number_of_steps(kind: str, optimizer: str, tasks: str, again: bool) -> None:
-    """One of the step, one of the loss after it; values, meta-gradients, learned rates and the model as ever."""
+    """One of the step, one of the loss after it; values, meta-gradients and the model as ever."""
     model, support, query = network(kind), samples_of(2, 1), samples_of(2, 2)
     params = dict(model.named_parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -90,7 +90,9 @@ def test_samples_and_tasks_whose_number_changes(again: bool) -> None:
         )
         expected, found = (
             value_and_gradient(
-                maml_loss(model, params, mse_loss, support, query, optimizer=SGD(0.1), steps=2, meta_gradient=way),
+                maml_loss(
+                    model, params, mse_loss, support, query, optimizer=SGD(0.1), steps=2, meta_gradient=way
+                ),
                 params,
             )
             for way in ("reverse", Compiled(again, backend))
@@ -158,7 +160,9 @@ def test_two_vmaps_over_several_dimensions(again: bool) -> None:
     def size(way: Any) -> Tensor:
         def of_task(x: Tensor, y: Tensor, rate: Tensor) -> Tensor:
             inner = SGD(rate)
-            return size_of(adapt(model, params, mse_loss, (x, y), optimizer=inner, steps=2, meta_gradient=way))
+            return size_of(
+                adapt(model, params, mse_loss, (x, y), optimizer=inner, steps=2, meta_gradient=way)
+            )
 
         over_tasks = vmap(of_task, (0, -1, None))
         weights = torch.arange(1.0, 7.0, dtype=torch.float64).view(2, 3)
@@ -201,7 +205,9 @@ def test_a_repeated_step_draws_again_what_it_drew() -> None:
         torch.manual_seed(5)
         model.train()
         way = Compiled(again, "aot_eager")
-        loss = maml_loss(model, params, mse_loss, (x, y), (x, y), optimizer=SGD(0.5), steps=3, meta_gradient=way)
+        loss = maml_loss(
+            model, params, mse_loss, (x, y), (x, y), optimizer=SGD(0.5), steps=3, meta_gradient=way
+        )
         model.eval()
         torch.rand(7)
         found.append(value_and_gradient(loss, params))
@@ -249,9 +255,13 @@ def test_a_second_derivative_raises(again: bool) -> None:
     params = dict(model.named_parameters())
     way = Compiled(again, "aot_eager")
     size = size_of(adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=way))
-    with pytest.raises(RuntimeError, match="double backward|create_graph|twice"):
+
+    def twice() -> None:
         first = torch.autograd.grad(size, list(params.values()), create_graph=True)
-        size_of(dict(enumerate(first))).backward()  # type: ignore[arg-type]
+        torch.stack([each.square().sum() for each in first]).sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph|twice"):
+        twice()
 
 
 def transforms() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]]:
@@ -261,7 +271,7 @@ def transforms() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any
 
     return {
         "grad": lambda f, x: torch.func.grad(f)(x),
-        "vjp": lambda f, x: torch.func.vjp(f, x),
+        "vjp": torch.func.vjp,
         "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
         "vmapped grad": lambda f, x: vmap(torch.func.grad(f))(x[None]),
         "dual": dual,
@@ -280,16 +290,62 @@ def test_other_transforms_are_refused(transform: str) -> None:
         return size_of(adapt(model, params, mse_loss, (x, y), optimizer=SGD(0.1), steps=1, meta_gradient=way))
 
     refusals: tuple[type[Exception], ...] = (NotImplementedError, torch._dynamo.exc.Unsupported)
-    with pytest.raises(refusals, match='Compiled .*take "reverse"'):
+    with pytest.raises(refusals, match=r'Compiled .*take "reverse"'):
         transforms()[transform](size, x)
 
 
-def test_batched_cotangents() -> None:
-    """Right, or an error."""
+def test_a_loss_after_no_step_is_refused_alike() -> None:
+    model, samples = network("layer norm"), samples_of(2, 1)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(params: Params) -> Tensor:
+        way = Compiled(backend="aot_eager")
+        return maml_loss(
+            model, params, mse_loss, samples, samples, optimizer=SGD(0.1), steps=0, meta_gradient=way
+        )
+
+    with pytest.raises(NotImplementedError, match='take "reverse"'):
+        torch.func.grad(loss)(params)
+
+
+def test_a_tensor_that_is_no_argument() -> None:
+    """Kept steps differentiate in it; repeated ones would not, and say so."""
+    model, samples = network("layer norm"), of_task(samples_of(2, 1), 0)
+    params = dict(model.named_parameters())
+    weight = torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64, requires_grad=True)
+    leaves = params | {"weight": 2 * weight}
+
+    def size(way: Any) -> Tensor:
+        def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+            return (leaves["weight"] * (outputs - targets).square()).mean()
+
+        return size_of(adapt(model, params, loss_fn, samples, optimizer=SGD(0.1), steps=2, meta_gradient=way))
+
+    expected = value_and_gradient(size("reverse"), leaves)
+    assert expected[1][-1].norm() > 0
+    agree(value_and_gradient(size(Compiled(backend="aot_eager")), leaves), expected)
+    with pytest.raises(ValueError, match="another tensor that requires a gradient"):
+        size(Compiled(True, "aot_eager"))
+
+
+def test_more_models_than_graphs_of_a_function() -> None:
+    (x, y), way = of_task(samples_of(2, 1), 0), Compiled(backend="eager")
+    for width in range(2, 14):
+        model = nn.Sequential(*(nn.Linear(a, b).double() for a, b in ((2, width), (width, 3))))
+        params = dict(model.named_parameters())
+        found, expected = (
+            adapt(model, params, mse_loss, (x, y), optimizer=SGD(0.1), steps=1, meta_gradient=each)
+            for each in (way, "reverse")
+        )
+        agree(found, expected)
+
+
+@pytest.mark.parametrize("again", WAYS, ids=["kept", "checkpoint"])
+def test_batched_cotangents(again: bool) -> None:
     model, samples = network("layer norm"), of_task(samples_of(2, 1), 0)
     params = dict(model.named_parameters())
     found = []
-    for way in ("reverse", Compiled(backend="aot_eager")):
+    for way in ("reverse", Compiled(again, "aot_eager")):
         adapted = adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=1, meta_gradient=way)
         sizes = torch.stack([value.square().sum() for value in adapted.values()])
         basis = torch.eye(len(sizes), dtype=torch.float64)
@@ -351,7 +407,9 @@ def test_autocast_and_the_named_backend(again: bool) -> None:
     found = []
     for way in ("reverse", Compiled(again, "aot_eager")):
         with torch.autocast("cpu", dtype=torch.bfloat16), metattn.use_backend("reference"):
-            size = size_of(adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=way))
+            size = size_of(
+                adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=way)
+            )
         found.append(torch.autograd.grad(size, list(params.values())))
     for ours, eager in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, eager, rtol=0.1, atol=0.02)
