@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from test_meta_compile import agree, network, optimizer_of, value_and_gradient
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import mse_loss
-from unrolled import Params, model_of, of_task, samples_of
+from unrolled import TASKS, Params, model_of, of_task, samples_of
 
 import metattn
 from metattn.meta import SGD, Adam, Compiled, adapt, maml_loss
@@ -79,9 +81,9 @@ def test_two_graphs_for_any_number_of_steps(kind: str, optimizer: str, tasks: st
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("again", WAYS, ids=["kept", "checkpoint"])
-def test_samples_and_tasks_whose_number_changes(again: bool) -> None:
-    model, backend = model_of(), Counted()
+def test_samples_and_tasks_whose_number_changes() -> None:
+    """A graph for the first sizes and one for all others, of the step and of the loss."""
+    model, backend = network("layer norm"), Counted()
     params = dict(model.named_parameters())
     for tasks, points in ((3, 5), (4, 7), (2, 4), (6, 9)):
         support, query = (
@@ -95,7 +97,7 @@ def test_samples_and_tasks_whose_number_changes(again: bool) -> None:
                 ),
                 params,
             )
-            for way in ("reverse", Compiled(again, backend))
+            for way in ("reverse", Compiled(True, backend))
         )
         agree(found, expected)
     assert backend.graphs == 4
@@ -187,6 +189,11 @@ def test_without_a_graph_and_without_steps(again: bool) -> None:
     agree(adapted(Compiled(again, "aot_eager"), 0), params)
 
 
+class Held:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -215,6 +222,44 @@ def test_a_repeated_step_draws_again_what_it_drew() -> None:
     model.eval()
     loss = maml_loss(model, params, mse_loss, (x, y), (x, y), optimizer=SGD(0.5), steps=3, meta_gradient=way)
     assert not torch.equal(loss, found[0][0])  # dropout was at work
+
+
+def test_repeated_steps_keep_parameters_alone() -> None:
+    """For each further step the way back holds the tasks' parameters, and no activations."""
+    model, (x, y) = network("layer norm"), samples_of(1, 1)
+    params = dict(model.named_parameters())
+    samples = x.repeat(1, 1, 50, 1), y.repeat(1, 1, 50, 1)
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def pack(x: Tensor) -> Held:
+        each = Held(x)
+        held.add(each)
+        return each
+
+    def growth(again: bool) -> int:
+        """Bytes a step."""
+        way, sizes = Compiled(again, "aot_eager"), []
+
+        def loss(steps: int) -> Tensor:
+            return maml_loss(
+                *(model, params, mse_loss, samples, samples),
+                optimizer=SGD(0.1),
+                steps=steps,
+                meta_gradient=way,
+            )
+
+        loss(1)  # compiled outside of the hooks
+        for steps in (2, 4):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each.tensor):
+                kept = loss(steps)
+            storages = [each.tensor.untyped_storage() for each in held if not each.tensor.is_meta]
+            sizes.append(sum({each.data_ptr(): each.nbytes() for each in storages}.values()))
+            del kept
+        return (sizes[1] - sizes[0]) // 2
+
+    size = TASKS * sum(value.nbytes for value in params.values())
+    assert 0 < growth(True) <= size
+    assert growth(False) > 10 * size
 
 
 def test_each_task_draws_its_own() -> None:
@@ -354,8 +399,6 @@ def test_batched_cotangents(again: bool) -> None:
 
 
 def test_a_state_that_is_no_tensor_is_refused() -> None:
-    from dataclasses import dataclass
-
     @dataclass(frozen=True)
     class Counting:
         def init(self, params: Params) -> Any:
@@ -375,8 +418,6 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
 
 
 def test_a_step_that_asks_for_its_number() -> None:
-    from dataclasses import dataclass
-
     @dataclass(frozen=True)
     class Scheduled:
         rates: tuple[float, ...] = (0.3, 0.1, 0.05)
