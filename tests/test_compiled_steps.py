@@ -299,14 +299,19 @@ def test_a_second_derivative_raises(again: bool) -> None:
     model, samples = network("layer norm"), of_task(samples_of(2, 1), 0)
     params = dict(model.named_parameters())
     way = Compiled(again, "aot_eager")
-    size = size_of(adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=way))
 
-    def twice() -> None:
-        first = torch.autograd.grad(size, list(params.values()), create_graph=True)
-        torch.stack([each.square().sum() for each in first]).sum().backward()
+    def twice(optional: bool) -> None:
+        """With a way past the inner loop, so that a lost share would raise nothing by itself."""
+        size = size_of(
+            adapt(model, params, mse_loss, samples, optimizer=SGD(0.1), steps=2, meta_gradient=way)
+        )
+        first = torch.autograd.grad(size + size_of(params), list(params.values()), create_graph=True)
+        slope = torch.stack([each.square().sum() for each in first]).sum()
+        torch.autograd.grad(slope, list(params.values()), allow_unused=optional)
 
-    with pytest.raises(RuntimeError, match=r"double backward|create_graph|twice"):
-        twice()
+    for optional in (False, True):
+        with pytest.raises(RuntimeError, match=r"double backward|create_graph"):
+            twice(optional)
 
 
 def transforms() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]]:

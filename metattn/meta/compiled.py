@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -47,7 +46,7 @@ class Compiled:
             Everything that is differentiated must then be an argument of :func:`adapt`.
         backend, options: those of torch.compile. ``options={"cpp_wrapper": True}`` compiles faster on CPUs.
 
-    Differentiable once, by autograd: a second derivative of the result raises PyTorch's RuntimeError.
+    Differentiable once, by autograd: a second derivative of the result raises RuntimeError.
     Errors: NotImplementedError inside of torch.compile, of torch.func's grad, vjp and jvp, and for dual
     numbers, which compiled code would drop; ValueError for an optimizer whose state is not made of tensors,
     and beside checkpoint for a loss or an optimizer that depends on another tensor that requires a gradient.
@@ -162,8 +161,14 @@ class _Repeated(torch.autograd.Function):
         return tuple(x.detach() for x in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # once_differentiable would raise only where nothing else leads to the inputs
+            raise RuntimeError(
+                "meta_gradient: Compiled is differentiated once; got create_graph=True, for a second derivative: "
+                'take "reverse" or "checkpointed"'
+            )
         leaves = _leaves(ctx.saved_tensors, ctx.needed)
         with torch.enable_grad(), ctx.replay.again("run"):
             outputs = ctx.run(*leaves)
