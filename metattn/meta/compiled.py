@@ -162,12 +162,11 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # once_differentiable would raise only where nothing else leads to the inputs
+        # once_differentiable would raise nothing beside another way to the inputs
+        if torch.is_grad_enabled():
             raise RuntimeError(
-                "meta_gradient: Compiled is differentiated once; got create_graph=True, for a second derivative: "
-                'take "reverse" or "checkpointed"'
+                "meta_gradient: Compiled is differentiated once; got create_graph=True, for a second "
+                'derivative: take "reverse" or "checkpointed"'
             )
         leaves = _leaves(ctx.saved_tensors, ctx.needed)
         with torch.enable_grad(), ctx.replay.again("run"):
