@@ -44,7 +44,8 @@ class Compiled:
         checkpoint: False keeps every step's activations. True keeps parameters and the optimizer's state
             between the steps alone, and computes each step again on the way back, as "checkpointed" does.
             Everything that is differentiated must then be an argument of :func:`adapt`.
-        backend, options: those of torch.compile. ``options={"cpp_wrapper": True}`` compiles faster on CPUs.
+        backend, options: those of torch.compile. ``options={"cpp_wrapper": True}`` compiles a step faster on
+            CPUs.
 
     Differentiable once, by autograd: a second derivative of the result raises RuntimeError.
     Errors: NotImplementedError inside of torch.compile, of torch.func's grad, vjp and jvp, and for dual
