@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_meta_compile import agree, network, optimizer_of, value_and_gradient
+from test_meta_compile import network, optimizer_of, value_and_gradient
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import mse_loss
@@ -37,6 +37,10 @@ class Counted:
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def agree(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
 def size_of(adapted: Params) -> Tensor:

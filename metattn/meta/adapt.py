@@ -70,7 +70,7 @@ def adapt(
     parameters and buffers, and of tensors in ``support`` and ``optimizer``. Under ``torch.no_grad()`` the
     steps are taken and nothing is recorded.
     Differentiable: "reverse", "checkpointed" and "mixed" as often as the model allows, under autograd,
-    torch.func.grad and vmap; "reverse" in forward mode too.
+    torch.func.grad and vmap; "reverse" in forward mode too; :class:`Compiled` once, under autograd and vmap.
     Errors: ValueError for a negative step count, for a name the model lacks, for a step size that is missing,
     for a support that is no pair or a list of another length than steps, for a meta_gradient that is none,
     and for an optimizer whose step changes names, shapes or dtypes of parameters; TypeError for params
