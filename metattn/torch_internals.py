@@ -6,11 +6,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import coerce_cinterpreter, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 # Function.apply binds default arguments first, 70 µs a call, and hands the call to functorch's interpreters,
@@ -193,6 +194,36 @@ def beyond_vmap() -> AbstractContextManager[None]:
     return torch._C._ExcludeDispatchKeyGuard(keys)  # type: ignore[no-any-return]
 
 
+class Vmap(NamedTuple):
+    """A torch.func.vmap that is at work. Replaced by: a public question of this kind."""
+
+    level: int
+    size: int
+    randomness: str
+
+
+def vmaps_at_work() -> list[Vmap] | None:
+    """Of torch.func, the innermost first; None where another transform is among them."""
+    found = []
+    for each in reversed(_functorch.get_interpreter_stack() or []):
+        if each.key() != _functorch.TransformType.Vmap:
+            return None
+        vmap: Any = coerce_cinterpreter(each)
+        found.append(Vmap(each.level(), vmap.batch_size(), vmap.randomness()))
+    return found
+
+
+def beyond_transforms() -> AbstractContextManager[Any]:
+    """Within it no transform of torch.func is at work. Replaced by: a compiler that accepts them outside."""
+    return temporarily_clear_interpreter_stack()
+
+
+def without_dim(x: Tensor, level: int) -> tuple[Tensor, int | None]:
+    """A tensor without the wrapper of a vmap, and where its dimension is then; None: nowhere."""
+    inner, dim = _functorch._unwrap_batched(x, level)
+    return inner, dim
+
+
 def legacy_depth() -> int:
     """How many of torch's older vmaps are nested here."""
     depth: int = torch._C._vmapmode_increment_nesting() - 1
@@ -208,6 +239,22 @@ def legacy_unbatched(x: Tensor, level: int) -> Tensor:
 def legacy_batched(x: Tensor, level: int) -> Tensor:
     """The inverse."""
     return torch._add_batch_dim(x, 0, level)  # type: ignore[no-any-return, attr-defined]
+
+
+def mark_size(x: Tensor) -> None:
+    """The first size of a tensor may differ between calls of one compiled graph.
+
+    Replaced by: a public function of this kind.
+    """
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def many_graphs() -> AbstractContextManager[None]:
+    """Within it a function may be compiled for as many models as a process has; torch's limit is 8 graphs.
+
+    Replaced by: torch.compile(recompile_limit=…), which not all our versions of torch have.
+    """
+    return torch._dynamo.config.patch(recompile_limit=64)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def leave_uncompiled(function: Any) -> None:

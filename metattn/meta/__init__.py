@@ -1,6 +1,7 @@
 """Meta-learners and inner loops, built on torch.func."""
 
 from metattn.meta.adapt import adapt
+from metattn.meta.compiled import Compiled
 from metattn.meta.implicit import Implicit
 from metattn.meta.inner import FirstOrder, Reverse
 from metattn.meta.learner import AttentionMetaLearner
@@ -13,6 +14,7 @@ __all__ = [
     "Adam",
     "AttentionMetaLearner",
     "Checkpointed",
+    "Compiled",
     "FirstOrder",
     "Implicit",
     "InnerOptimizer",

@@ -12,7 +12,7 @@ from torch.nn.utils.stateless import _reparametrize_module  # functional_call's,
 
 from metattn.meta.exact import ExactDerivatives
 from metattn.meta.implicit import Implicit
-from metattn.meta.inner import FirstOrder, InnerLoop, MetaGradient, Reverse
+from metattn.meta.inner import FirstOrder, InnerLoop, MetaGradient, Reverse, samples_of
 from metattn.meta.optimizers import SGD, Adam, InnerOptimizer, MetaSGD, Params
 from metattn.meta.stepwise import Checkpointed, Mixed
 
@@ -63,13 +63,14 @@ def adapt(
               one step and the parameters' trajectory.
             * "mixed", or :class:`Mixed`: the same in forward mode over reverse mode.
             * "first-order": inner gradients are taken for constants.
+            * :class:`Compiled`: exact, by steps that are compiled once for all.
             * "implicit", or :class:`Implicit`: of the inner problem's solution, whatever the steps to it.
 
     Returns the adapted parameters, by name: functions of ``params``, of the model's and loss_fn's other
     parameters and buffers, and of tensors in ``support`` and ``optimizer``. Under ``torch.no_grad()`` the
     steps are taken and nothing is recorded.
     Differentiable: "reverse", "checkpointed" and "mixed" as often as the model allows, under autograd,
-    torch.func.grad and vmap; "reverse" in forward mode too.
+    torch.func.grad and vmap; "reverse" in forward mode too; :class:`Compiled` once, under autograd and vmap.
     Errors: ValueError for a negative step count, for a name the model lacks, for a step size that is missing,
     for a support that is no pair or a list of another length than steps, for a meta_gradient that is none,
     and for an optimizer whose step changes names, shapes or dtypes of parameters; TypeError for params
@@ -91,8 +92,7 @@ def adapt(
         support = pair_of(support, "support")
 
     def loss(current: Mapping[str, Tensor], others: Any, index: int) -> Tensor:
-        samples = others["support"]
-        inputs, targets = samples[index] if isinstance(samples, list) else samples
+        inputs, targets = samples_of(others, index)["support"]
         return whole.loss(current, others["rest"], inputs, targets)
 
     if steps == 0:

@@ -28,7 +28,8 @@ class Call:
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 'meta_gradient: only "reverse" and "first-order" can be compiled, for a compiled backward '
-                "cannot repeat a step; take one of these, or leave the call to eager PyTorch"
+                "cannot repeat a step; take one of these, or leave the call to eager PyTorch and take "
+                "Compiled(checkpoint=True), which repeats compiled steps"
             )
         self.loop = loop
         leaves, self._spec = tree_flatten((params, others, loop.fields()))

@@ -73,6 +73,12 @@ class InnerLoop:
         return params
 
 
+def samples_of(others: Any, index: int) -> Any:
+    """`others` of one step, whose "support" may be a list with a pair for each."""
+    support = others["support"]
+    return {**others, "support": support[index]} if isinstance(support, list) else others
+
+
 class MetaGradient(Protocol):
     """A way to run an inner loop such that its result can be differentiated."""
 

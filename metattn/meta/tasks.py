@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metattn.meta.adapt import LossFunction, Samples, Whole, adapt, pair_of
+from metattn.meta.compiled import Compiled
 from metattn.meta.inner import MetaGradient
 from metattn.meta.optimizers import InnerOptimizer
 
@@ -57,7 +58,11 @@ def maml_loss(
         adapted = adapt(
             model, params, loss_fn, support, optimizer=optimizer, steps=steps, meta_gradient=meta_gradient
         )
-        return judge.loss(adapted, judge.rest(adapted), *query)
+        arguments = adapted, judge.rest(adapted), *query
+        if isinstance(meta_gradient, Compiled):
+            loss: Tensor = meta_gradient.call(judge.loss, arguments)
+            return loss
+        return judge.loss(*arguments)
 
     samples = (_pairs_of(support), pair_of(query, "query"))
     return _mean_over_tasks(task_loss, samples, tasks, randomness, chunk_size)
