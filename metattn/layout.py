@@ -58,6 +58,7 @@ class Layout:
     def __init__(self, name: str, groups: tuple[str, ...], *, results: bool, gradients: bool) -> None:
         self.name, self.groups = name, groups
         self.gives_results, self.gives_gradients = results, gradients
+        self.size_given = results * len(Results._fields) + gradients * len(Primals._fields)
         self.parts: dict[str, slice] = {}
         self.size = 0
         for group in groups:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from metattn import backends
 from metattn import torch_internals as internals
-from metattn.backends import inductor, reference
+from metattn.backends import inductor, plain, reference
 from metattn.backends.batching import Fold
 from metattn.backends.maps import Maps
 from metattn.layout import MAPS, Given, Layout, Needs
@@ -54,8 +54,7 @@ def schema(layout: Layout) -> str:
     ]
     if layout.gives_gradients:
         arguments.append("int needs")
-    count = 3 * layout.gives_results + 5 * layout.gives_gradients
-    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * count)})"
+    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * layout.size_given)})"
 
 
 def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
@@ -85,6 +84,14 @@ def parsed(
     if layout.gives_gradients:
         needs = tuple([bool(arguments[end] >> index & 1) for index in range(len(Primals._fields))])
     return problem, (*arguments[:FIRST], *arguments[CALL:end]), needs  # type: ignore[return-value]
+
+
+def shortened(layout: Layout, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What the map's plain operator takes; None where the call has options."""
+    end = layout.size + CALL - FIRST
+    needs = arguments[end] if layout.gives_gradients else None
+    tensors = (*arguments[:FIRST], *arguments[CALL:end])
+    return plain.arguments_of(layout, tensors, arguments[FIRST:CALL], needs)
 
 
 def found_by(
@@ -197,7 +204,7 @@ def _fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
 
 def _fake(namespace: str, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
     def fake(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
-        inductor.prepare(namespace)
+        inductor.prepare(namespace, shortened)
         results = _fake_results(*arguments) if layout.gives_results else ()
         return (*results, *(_fake_gradients(*arguments) if layout.gives_gradients else ()))
 
@@ -345,5 +352,9 @@ def describe(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
         for each in (namespace, twins):
             torch.library.register_fake(f"{each}::{layout.name}", fake)
         _library(twins).impl(layout.name, torch.library.fallthrough_kernel, "Autograd")
+        if namespace == plain.NAMESPACE:
+            short = plain.PREFIX + layout.name
+            torch.library.register_fake(f"{twins}::{short}", plain.fake(layout, fake))
+            _library(twins).impl(short, torch.library.fallthrough_kernel, "Autograd")
         register_flop_formula(getattr(getattr(torch.ops, namespace), layout.name))(_flops(layout))
         _register_derivatives(namespace, layout, backend_of)

@@ -1,0 +1,58 @@
+"""Plain calls: dense, without options, nothing rounded. NAME_bare::plain_* take and give fewer tensors for them.
+
+To convert an operator's arguments from Python costs as much time as a small problem's attention, and the full
+forward has 18. The numbers are the full operators'. Only the compiled backend of CPUs has plain ones
+(csrc/ops.cpp): on GPUs the host's time lies behind kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from metattn.layout import Layout
+
+NAMESPACE = "metattn"  # the operators that have plain twins, and how those are called
+PREFIX = "plain_"
+DTYPES = (torch.float32, torch.float64)
+# How many members of a group there are in a plain call, which has those and no others.
+MEMBERS = {"primals": 3, "constants": 0, "results": 2, "cotangents": 1, "tangents": 3, "results_t": 2}
+NEEDS = 1 << MEMBERS["primals"]  # above all sums of needs
+
+
+def arguments_of(
+    layout: Layout, tensors: Sequence[Any], settings: Sequence[Any], needs: int | None
+) -> tuple[Any, ...] | None:
+    """What a map's plain operator takes; None where the call has options."""
+    _, _, scale, softcap, causal, left, right, dropout_p = settings
+    if (softcap, left, right, dropout_p) != (0.0, -1, -1, 0.0) or (needs is not None and needs >= NEEDS):
+        return None
+    there: list[Any] = []
+    for group, part in layout.parts.items():
+        end = part.start + MEMBERS[group]
+        there += tensors[part.start : end]
+        if any(x is not None for x in tensors[end : part.stop]):
+            return None
+    if any(x is None for x in there):
+        return None
+    return (*there[:3], scale, causal, *there[3:], *(() if needs is None else (needs,)))
+
+
+def places_of(layout: Layout) -> tuple[int, ...]:
+    """Where among a full operator's results those of the plain one are."""
+    results = range(MEMBERS["results"] if layout.gives_results else 0)
+    gradients = range(MEMBERS["primals"] if layout.gives_gradients else 0)
+    return (*results, *(3 * layout.gives_results + index for index in gradients))
+
+
+def fake(layout: Layout, full: Callable[..., Sequence[Any]]) -> Callable[..., tuple[Any, ...]]:
+    """The shapes of a plain operator's results, by the full one's."""
+    first = MEMBERS["primals"]
+
+    def shapes(*arguments: Any) -> tuple[Any, ...]:
+        found = full(*arguments[:first], None, None, *arguments[first:])
+        return tuple([found[place] for place in places_of(layout)])
+
+    return shapes
