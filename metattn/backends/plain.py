@@ -1,4 +1,4 @@
-"""Plain calls: dense, without options, nothing rounded. Their operators take and give less: NAME_bare::plain_*.
+"""Plain calls: dense, without options, nothing rounded. NAME_bare::plain_* take and give fewer tensors.
 
 To convert an operator's arguments from Python costs as much time as a small problem's attention, and the full
 forward has 18. The numbers are the full operators'. Only the compiled backend of CPUs has plain ones
