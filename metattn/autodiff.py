@@ -60,20 +60,29 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
 
 def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None = None) -> Any:
     """A map of tensors that may be differentiated, recorded or compiled."""
-    backend = load(problem.backend)
     if torch.compiler.is_compiling():
         if internals.duals_from_outside():
             _refuse_duals()
         if problem.backend == "reference":  # differentiable by itself, and what it does can be compiled
-            return layout.run(getattr(backend, layout.name), problem, given, needs)
+            return layout.run(getattr(load("reference"), layout.name), problem, given, needs)
         return operators_of(problem.backend).call(layout, problem, given, needs)
     tensors = internals.alive(layout.join(given))
-    given = layout.split(tensors)
     if internals.transformed() or internals.recorded_below() or internals.batched_in_backward(tensors):
-        return operators_of(problem.backend).call(layout, problem, given, needs)
+        return operators_of(problem.backend).call(layout, problem, layout.split(tensors), needs)
     if not internals.recording(tensors):
-        return layout.run(getattr(backend, layout.name), problem, given, needs)
+        return _compute(layout, problem, needs, tensors)
     return internals.apply_function(FUNCTIONS[layout.name], problem, needs, *tensors)
+
+
+def _compute(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors) -> tuple[Any, ...]:
+    """A map on the backend, flat; nothing is differentiated here."""
+    backend = load(problem.backend)
+    found: tuple[Any, ...] | None = None
+    if problem.backend == "cpu":
+        found = backend.run_plain(layout, problem, needs, tensors)
+    if found is None:
+        found = layout.run(getattr(backend, layout.name), problem, layout.split(tensors), needs)
+    return found
 
 
 def _refuse_duals() -> None:
@@ -92,7 +101,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """An operator's results as a function of its tensors."""
     found: tuple[Tensor | None, ...] = internals.apply_function(
-        FUNCTIONS[layout.name], problem, needs, *tensors
+        FUNCTIONS[layout.name], problem, needs, *internals.alive(tensors)
     )
     return found
 
@@ -102,11 +111,12 @@ backends.differentiate = _differentiate
 
 def _run(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors) -> tuple[Any, ...]:
     """A map on the backend, from within a Function's forward."""
-    backend, given = load(problem.backend), layout.split(tensors)
     if not internals.transformed():
-        return layout.run(getattr(backend, layout.name), problem, given, needs)
+        return _compute(layout, problem, needs, tensors)
     with internals.outer_levels(), internals.below_autograd():
-        found: tuple[Any, ...] = operators_of(problem.backend).call(layout, problem, given, needs)
+        found: tuple[Any, ...] = operators_of(problem.backend).call(
+            layout, problem, layout.split(tensors), needs
+        )
     return found
 
 

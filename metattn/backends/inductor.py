@@ -72,7 +72,7 @@ def _unchecked(handler: Lowering) -> Lowering:
 
 def _shortened(layout: Layout, full: Lowering, short: Lowering, shorten: Shorten) -> Lowering:
     """The plain twin's call where it serves, else the full one's."""
-    places = plain.places_of(layout)
+    places = set(plain.PLACES[layout.name])
 
     def lowered(*arguments: Any, **more: Any) -> Any:
         graph = sys.modules["torch._inductor.virtualized"].V.graph
@@ -82,15 +82,12 @@ def _shortened(layout: Layout, full: Lowering, short: Lowering, shorten: Shorten
             and q.get_device().type == "cpu"
             and q.get_dtype() in plain.DTYPES
             and not graph.cpp_wrapper  # what is packaged calls operators of public schemas alone
-            and _used(graph.current_node) <= set(places)
+            and _used(graph.current_node) <= places
         )
         shortened = shorten(layout, arguments) if serves else None
         if shortened is None:
             return full(*arguments, **more)
-        results: list[Any] = [None] * layout.size_given
-        for place, result in zip(places, short(*shortened), strict=True):
-            results[place] = result
-        return results
+        return plain.spread(layout, short(*shortened))
 
     return lowered
 

@@ -57,10 +57,9 @@ def schema(layout: Layout) -> str:
     return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * layout.size_given)})"
 
 
-def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
-    """What a map's operator takes."""
-    tensors = layout.join(given)
-    settings = (
+def settings_of(problem: Problem) -> tuple[Any, ...]:
+    """A problem as operators take it."""
+    return (
         problem.max_q,
         problem.max_k,
         problem.scale,
@@ -69,8 +68,18 @@ def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | 
         *problem.window,
         problem.dropout_p,
     )
-    last = (sum([1 << index for index, need in enumerate(needs) if need]),) if needs is not None else ()
-    return (*tensors[:FIRST], *settings, *tensors[FIRST:], *last)
+
+
+def number_of(needs: Needs) -> int:
+    """Needs as operators take them."""
+    return sum([1 << index for index, need in enumerate(needs) if need])
+
+
+def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
+    """What a map's operator takes."""
+    tensors = layout.join(given)
+    last = () if needs is None else (number_of(needs),)
+    return (*tensors[:FIRST], *settings_of(problem), *tensors[FIRST:], *last)
 
 
 def parsed(
@@ -109,6 +118,28 @@ def found_by(
             if not need:
                 found[index] = None
     return tuple(found)
+
+
+def run_plain(
+    layout: Layout, problem: Problem, needs: Needs | None, tensors: Sequence[Any]
+) -> tuple[Any, ...] | None:
+    """What the map gives, flat, without derivatives, by its plain operator; None where that does not serve.
+
+    Who watches the operators that are called sees the full ones.
+    """
+    if tensors[0].dtype not in plain.DTYPES or internals.watched(tensors):
+        return None
+    number = None if needs is None else number_of(needs)
+    arguments = plain.arguments_of(layout, tensors, settings_of(problem), number)
+    if arguments is None:
+        return None
+    found = plain.spread(layout, _plain_operator(layout.name)(*arguments))
+    return found if number in (None, plain.NEEDS - 1) else found_by(layout, tensors[0], needs, found)
+
+
+@functools.cache
+def _plain_operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, inductor.bare(plain.NAMESPACE)), plain.PREFIX + name).default
 
 
 def allows_tf32() -> bool:

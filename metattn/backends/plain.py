@@ -8,36 +8,29 @@ forward has 18. The numbers are the full operators'. Only the compiled backend o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 
-from metattn.layout import Layout
+from metattn.layout import MAPS, Layout
 
 NAMESPACE = "metattn"  # the operators that have plain twins, and how those are called
 PREFIX = "plain_"
 DTYPES = (torch.float32, torch.float64)
+SETTINGS = (0.0, -1, -1, 0.0)  # softcap, windows, dropout_p
 # How many members of a group there are in a plain call, which has those and no others.
 MEMBERS = {"primals": 3, "constants": 0, "results": 2, "cotangents": 1, "tangents": 3, "results_t": 2}
 NEEDS = 1 << MEMBERS["primals"]  # above all sums of needs
 
 
-def arguments_of(
-    layout: Layout, tensors: Sequence[Any], settings: Sequence[Any], needs: int | None
-) -> tuple[Any, ...] | None:
-    """What a map's plain operator takes; None where the call has options."""
-    _, _, scale, softcap, causal, left, right, dropout_p = settings
-    if (softcap, left, right, dropout_p) != (0.0, -1, -1, 0.0) or (needs is not None and needs >= NEEDS):
-        return None
-    there: list[Any] = []
-    for group, part in layout.parts.items():
-        end = part.start + MEMBERS[group]
-        there += tensors[part.start : end]
-        if any(x is not None for x in tensors[end : part.stop]):
-            return None
-    if any(x is None for x in there):
-        return None
-    return (*there[:3], scale, causal, *there[3:], *(() if needs is None else (needs,)))
+def _there(layout: Layout) -> list[bool]:
+    """Which of a map's tensors a plain call has."""
+    return [
+        index < MEMBERS[group]
+        for group, part in layout.parts.items()
+        for index in range(part.stop - part.start)
+    ]
 
 
 def places_of(layout: Layout) -> tuple[int, ...]:
@@ -47,12 +40,42 @@ def places_of(layout: Layout) -> tuple[int, ...]:
     return (*results, *(3 * layout.gives_results + index for index in gradients))
 
 
+THERE = {name: _there(layout) for name, layout in MAPS.items()}
+PLACES = {name: places_of(layout) for name, layout in MAPS.items()}
+
+
+def _spreader(layout: Layout) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    places = PLACES[layout.name]
+    return itemgetter(*(places.index(i) if i in places else len(places) for i in range(layout.size_given)))
+
+
+_SPREADERS = {name: _spreader(layout) for name, layout in MAPS.items()}
+
+
+def arguments_of(
+    layout: Layout, tensors: Sequence[Any], settings: Sequence[Any], needs: int | None
+) -> tuple[Any, ...] | None:
+    """What a map's plain operator takes; None where the call has options."""
+    _, _, scale, softcap, causal, left, right, dropout_p = settings
+    if (softcap, left, right, dropout_p) != SETTINGS or (needs is not None and needs >= NEEDS):
+        return None
+    if [x is not None for x in tensors] != THERE[layout.name]:
+        return None
+    q, k, v, *others = [x for x in tensors if x is not None]
+    return (q, k, v, scale, causal, *others) if needs is None else (q, k, v, scale, causal, *others, needs)
+
+
+def spread(layout: Layout, found: Sequence[Any]) -> tuple[Any, ...]:
+    """A plain operator's results where the full one's are, None for the others."""
+    return _SPREADERS[layout.name]((*found, None))
+
+
 def fake(layout: Layout, full: Callable[..., Sequence[Any]]) -> Callable[..., tuple[Any, ...]]:
     """The shapes of a plain operator's results, by the full one's."""
     first = MEMBERS["primals"]
 
     def shapes(*arguments: Any) -> tuple[Any, ...]:
         found = full(*arguments[:first], None, None, *arguments[first:])
-        return tuple([found[place] for place in places_of(layout)])
+        return tuple([found[place] for place in PLACES[layout.name]])
 
     return shapes
