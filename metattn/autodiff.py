@@ -76,12 +76,20 @@ def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None
 
 def _compute(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors) -> tuple[Any, ...]:
     """A map on the backend, flat; nothing is differentiated here."""
-    backend = load(problem.backend)
-    found: tuple[Any, ...] | None = None
-    if problem.backend == "cpu":
-        found = backend.run_plain(layout, problem, needs, tensors)
+    found = _plainly(layout, problem, needs, tensors)
     if found is None:
-        found = layout.run(getattr(backend, layout.name), problem, layout.split(tensors), needs)
+        function = getattr(load(problem.backend), layout.name)
+        found = layout.run(function, problem, layout.split(tensors), needs)
+    return found
+
+
+def _plainly(
+    layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors
+) -> tuple[Any, ...] | None:
+    """The same by an operator of fewer arguments, None where the backend or the call has none."""
+    if problem.backend != "cpu":
+        return None
+    found: tuple[Any, ...] | None = load("cpu").run_plain(layout, problem, needs, tensors)
     return found
 
 
@@ -113,10 +121,13 @@ def _run(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors
     """A map on the backend, from within a Function's forward."""
     if not internals.transformed():
         return _compute(layout, problem, needs, tensors)
-    with internals.outer_levels(), internals.below_autograd():
-        found: tuple[Any, ...] = operators_of(problem.backend).call(
-            layout, problem, layout.split(tensors), needs
-        )
+    found: tuple[Any, ...] | None = None
+    if internals.outermost_of_derivatives(tensors):
+        with internals.below_autograd():
+            found = _plainly(layout, problem, needs, tensors)
+    if found is None:
+        with internals.outer_levels(), internals.below_autograd():
+            found = operators_of(problem.backend).call(layout, problem, layout.split(tensors), needs)
     return found
 
 
@@ -170,7 +181,7 @@ class Forward(Function):
         if do is None and dlse is None:
             return _of_tensors(FORWARD.gradients())
         needs = _wanted(FORWARD, ctx).primals
-        given = _with_results(ctx)._replace(cotangents=Cotangents(do, dlse))
+        given = VJP.split((*ctx.saved_tensors, do, dlse))  # what it was given, and gave
         return _of_tensors(FORWARD.gradients(primals=call_map(VJP, ctx.problem, given, needs)))
 
     @staticmethod

@@ -83,9 +83,12 @@ _kept = functools.lru_cache(maxsize=256)(Problem)
 
 def problem_of(*fields: Any) -> Problem:
     """Problem(*fields), the one there was where there was one: in small calls its making can be felt."""
-    if torch.compiler.is_compiling() or type(fields[0]) is not float:  # a traced scale is not hashable
+    if torch.compiler.is_compiling():
         return Problem(*fields)
-    return _kept(*fields)
+    try:
+        return _kept(*fields)
+    except TypeError:  # traced numbers have no hash
+        return Problem(*fields)
 
 
 class Options(NamedTuple):

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 # which make a class for each. Replaced by: an autograd Function of C++ in the stable ABI.
 _bare_apply = torch._C._FunctionBase.__dict__["apply"]
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
+_TORCHS_OWN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def transformed() -> bool:
@@ -29,25 +30,17 @@ def batched_in_backward(tensors: Sequence[Tensor | None]) -> bool:
 
     Functions of autograd lose their graph within it; operators do not. Replaced by: torch.func.vmap there.
     """
-    for x in tensors:
-        if x is not None and _functorch.is_legacy_batchedtensor(x):
-            return True
-    return False
+    return any([x is not None and _functorch.is_legacy_batchedtensor(x) for x in tensors])
 
 
 def no_autocast() -> bool:
-    """Whether autocast is off on every device, where that can be said at once. Replaced by: such a question."""
+    """Whether autocast is off on all devices, where that can be told at once. Replaced by: a public question."""
     return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled()
 
 
-def watched(tensors: Sequence[Any]) -> bool:
+def watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a dispatch mode, or a tensor of a class of its own, sees the operators that are called."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    for x in tensors:
-        if x is not None and type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-            return True
-    return False
+    return torch._C._len_torch_dispatch_stack() > 0 or not {type(x) for x in tensors} <= _TORCHS_OWN
 
 
 def recorded_below() -> bool:
@@ -158,6 +151,19 @@ def outer_levels() -> Iterator[None]:
     reverse, forward = _caller.modes
     with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):  # type: ignore[no-untyped-call]
         yield
+
+
+def outermost_of_derivatives(tensors: Sequence[Tensor | None]) -> bool:
+    """In a Function's forward under a transform: whether nobody further out asks for a derivative.
+
+    That is so at torch.func's first level, without forward mode, where the tensors within the wrappers need no
+    gradient. Replaced by: a dispatcher that asks before it calls Python.
+    """
+    if _functorch.current_level() != 1 or forward_ad._current_level >= 0:
+        return False
+    reverse, _ = _caller.modes
+    bare = [_functorch.get_unwrapped(x) if x is not None and _is_wrapped(x) else x for x in tensors]
+    return not (reverse and torch._C._any_requires_grad(*bare))
 
 
 def forward_mode() -> AbstractContextManager[None]:

@@ -24,7 +24,7 @@ from metattn.backends import inductor, plain, reference
 from metattn.backends.batching import Fold
 from metattn.backends.maps import Maps
 from metattn.layout import MAPS, Given, Layout, Needs
-from metattn.problem import Primals, Problem
+from metattn.problem import Primals, Problem, problem_of
 
 ROUNDED = (torch.bfloat16, torch.float16)  # dtypes of results that are computed in a wider one
 CAUSAL = (None, "top-left", "bottom-right")
@@ -87,7 +87,9 @@ def parsed(
 ) -> tuple[Problem, tuple[Any, ...], Needs | None]:
     """The inverse; the tensors flat."""
     max_q, max_k, scale, softcap, causal, left, right, dropout_p = arguments[FIRST:CALL]
-    problem = Problem(scale, softcap or None, CAUSAL[causal], (left, right), dropout_p, max_q, max_k, backend)
+    problem = problem_of(
+        scale, softcap or None, CAUSAL[causal], (left, right), dropout_p, max_q, max_k, backend
+    )
     needs = None
     end = layout.size + CALL - FIRST
     if layout.gives_gradients:
@@ -317,8 +319,16 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
         """torch.func.vmap's batching rule."""
         problem, tensors, needs = parsed(layout, "", arguments)
         bare, dims, level = internals.unbatched(tensors)
+        # nobody further out asks for a derivative
+        alone = level == 1 and not internals.recording(bare)
+        plainly = alone and namespace == plain.NAMESPACE and bare[0].device.type == "cpu"
+
+        def of_folded(tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+            found = run_plain(layout, problem, needs, tensors) if plainly else None
+            return called(problem, tensors, needs, more) if found is None else _tensors(found, tensors[0])
+
         with internals.beyond_vmap():
-            found, places = _folded(layout, bare, dims, needs, lambda x: called(problem, x, needs, more))
+            found, places = _folded(layout, bare, dims, needs, of_folded)
         return tuple(map(internals.batched, found, places, [level] * len(found)))
 
     def legacy_vmap(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
