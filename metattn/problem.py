@@ -70,6 +70,11 @@ class Problem:
     max_k: int
     backend: str  # "reference" | "cpu" | "cuda" | "triton"
 
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Without options that are no tensors, but for the scale and causal."""
+        return self.softcap is None and self.window == (-1, -1) and self.dropout_p == 0.0
+
     def on(self, backend: str) -> Problem:
         """The same problem on another backend."""
         if backend == self.backend:

@@ -34,7 +34,7 @@ def batched_in_backward(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def no_autocast() -> bool:
-    """Whether autocast is off on all devices, where that can be told at once. Replaced by: a public question."""
+    """Whether autocast is off on all devices, if it can be told at once. Replaced by: a public question."""
     return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled()
 
 
@@ -156,8 +156,8 @@ def outer_levels() -> Iterator[None]:
 def outermost_of_derivatives(tensors: Sequence[Tensor | None]) -> bool:
     """In a Function's forward under a transform: whether nobody further out asks for a derivative.
 
-    That is so at torch.func's first level, without forward mode, where the tensors within the wrappers need no
-    gradient. Replaced by: a dispatcher that asks before it calls Python.
+    That is so at torch.func's first level, without forward mode, where the tensors within the wrappers need
+    no gradient. Replaced by: a dispatcher that asks before it calls Python.
     """
     if _functorch.current_level() != 1 or forward_ad._current_level >= 0:
         return False

@@ -57,19 +57,6 @@ def schema(layout: Layout) -> str:
     return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * layout.size_given)})"
 
 
-def settings_of(problem: Problem) -> tuple[Any, ...]:
-    """A problem as operators take it."""
-    return (
-        problem.max_q,
-        problem.max_k,
-        problem.scale,
-        0.0 if problem.softcap is None else problem.softcap,
-        CAUSAL.index(problem.causal),
-        *problem.window,
-        problem.dropout_p,
-    )
-
-
 def number_of(needs: Needs) -> int:
     """Needs as operators take them."""
     return sum([1 << index for index, need in enumerate(needs) if need])
@@ -78,8 +65,17 @@ def number_of(needs: Needs) -> int:
 def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
     """What a map's operator takes."""
     tensors = layout.join(given)
+    settings = (
+        problem.max_q,
+        problem.max_k,
+        problem.scale,
+        0.0 if problem.softcap is None else problem.softcap,
+        CAUSAL.index(problem.causal),
+        *problem.window,
+        problem.dropout_p,
+    )
     last = () if needs is None else (number_of(needs),)
-    return (*tensors[:FIRST], *settings_of(problem), *tensors[FIRST:], *last)
+    return (*tensors[:FIRST], *settings, *tensors[FIRST:], *last)
 
 
 def parsed(
@@ -98,11 +94,14 @@ def parsed(
 
 
 def shortened(layout: Layout, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
-    """What the map's plain operator takes; None where the call has options."""
+    """The same as the map's plain operator takes it; None where the call has options."""
+    _, _, scale, softcap, causal, left, right, dropout_p = arguments[FIRST:CALL]
+    if (softcap, left, right, dropout_p) != (0.0, -1, -1, 0.0):
+        return None
     end = layout.size + CALL - FIRST
     needs = arguments[end] if layout.gives_gradients else None
     tensors = (*arguments[:FIRST], *arguments[CALL:end])
-    return plain.arguments_of(layout, tensors, arguments[FIRST:CALL], needs)
+    return plain.arguments_of(layout, tensors, scale, causal, needs)
 
 
 def found_by(
@@ -129,10 +128,11 @@ def run_plain(
 
     Who watches the operators that are called sees the full ones.
     """
-    if tensors[0].dtype not in plain.DTYPES or internals.watched(tensors):
+    if not problem.is_plain or tensors[0].dtype not in plain.DTYPES or internals.watched(tensors):
         return None
     number = None if needs is None else number_of(needs)
-    arguments = plain.arguments_of(layout, tensors, settings_of(problem), number)
+    causal = CAUSAL.index(problem.causal)
+    arguments = plain.arguments_of(layout, tensors, problem.scale, causal, number)
     if arguments is None:
         return None
     found = plain.spread(layout, _plain_operator(layout.name)(*arguments))

@@ -18,7 +18,6 @@ from metattn.layout import MAPS, Layout
 NAMESPACE = "metattn"  # the operators that have plain twins, and how those are called
 PREFIX = "plain_"
 DTYPES = (torch.float32, torch.float64)
-SETTINGS = (0.0, -1, -1, 0.0)  # softcap, windows, dropout_p
 # How many members of a group there are in a plain call, which has those and no others.
 MEMBERS = {"primals": 3, "constants": 0, "results": 2, "cotangents": 1, "tangents": 3, "results_t": 2}
 NEEDS = 1 << MEMBERS["primals"]  # above all sums of needs
@@ -53,13 +52,10 @@ _SPREADERS = {name: _spreader(layout) for name, layout in MAPS.items()}
 
 
 def arguments_of(
-    layout: Layout, tensors: Sequence[Any], settings: Sequence[Any], needs: int | None
+    layout: Layout, tensors: Sequence[Any], scale: Any, causal: int, needs: int | None
 ) -> tuple[Any, ...] | None:
-    """What a map's plain operator takes; None where the call has options."""
-    _, _, scale, softcap, causal, left, right, dropout_p = settings
-    if (softcap, left, right, dropout_p) != SETTINGS or (needs is not None and needs >= NEEDS):
-        return None
-    if [x is not None for x in tensors] != THERE[layout.name]:
+    """What a map's plain operator takes in a call of a plain problem; None where tensors make it none."""
+    if [x is not None for x in tensors] != THERE[layout.name] or (needs is not None and needs >= NEEDS):
         return None
     q, k, v, *others = [x for x in tensors if x is not None]
     return (q, k, v, scale, causal, *others) if needs is None else (q, k, v, scale, causal, *others, needs)
