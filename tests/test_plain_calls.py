@@ -1,4 +1,4 @@
-"""Plain calls have operators of fewer arguments: with equal bits, for no other call, in Inductor's code."""
+"""Plain calls have operators of fewer arguments: with equal bits, for no other call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OPTIONS, Shape, make_call, operator_arguments
+from helpers import OPTIONS, RecordedMaps, Shape, make_call, operator_arguments
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 
 import metattn
 from metattn.backends import available_backends, operators, plain
@@ -213,3 +213,91 @@ def test_cpp_wrappers_call_public_schemas() -> None:
     assert "metattn_bare::forward" in "".join(code)
     assert "plain_" not in "".join(code)
     assert torch.equal(found, metattn.attention(q, k, v))
+
+
+# Eager calls.
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plain operators that eager code calls, as they are called."""
+    names: list[str] = []
+    found = operators._plain_operator
+
+    def recorded(name: str) -> Any:
+        names.append(name)
+        return found(name)
+
+    monkeypatch.setattr(operators, "_plain_operator", recorded)
+    return names
+
+
+def backward(*x: Tensor) -> Any:
+    return torch.autograd.grad(metattn.attention(*x).sin().sum(), x)
+
+
+def twice(*x: Tensor) -> Any:
+    first = torch.autograd.grad(metattn.attention(*x).sin().sum(), x, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), x)
+
+
+def energy(*x: Tensor) -> Tensor:
+    return metattn.attention(*x).sin().sum()
+
+
+EAGER: dict[str, tuple[Any, list[str]]] = {
+    "forward": (metattn.attention, ["forward"]),
+    "backward": (backward, ["forward", "vjp"]),
+    "twice": (twice, ["forward", "vjp", "double_backward", "vjp"]),
+    "grad": (grad(energy, (0, 1, 2)), ["forward", "vjp"]),
+    "vmap": (vmap(lambda *x: metattn.attention(*(t[None] for t in x))), ["forward"]),
+    "grad of grad": (second_order(), ["forward", "vjp", "double_backward", "vjp"]),
+    # the level of the gradient, then the user's leaves
+    "backward of grad": (
+        lambda *x: torch.autograd.grad(sum(g.square().sum() for g in grad(energy, (0, 1, 2))(*x)), x),
+        ["forward", "vjp", "double_backward", "vjp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_eager_calls_take_them(name: str, short: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each map, with the full operators' bits."""
+    function, names = EAGER[name]
+    tensors = draw(SHAPES["square"], torch.float64)
+    if name in ("backward", "twice", "backward of grad"):
+        tensors = [x.requires_grad_() for x in tensors]
+    found = function(*tensors)
+    assert short == names
+    monkeypatch.setattr(metattn.backends.load("cpu"), "run_plain", lambda *_: None)
+    monkeypatch.setattr(operators, "run_plain", lambda *_: None)
+    expected = function(*tensors)
+    assert short == names
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"window": (2, 1)}, {"dropout_p": 0.5}], ids=str)
+def test_eager_options_take_full_operators(options: dict[str, Any], short: list[str]) -> None:
+    q, k, v = draw(SHAPES["square"], torch.float64)
+    metattn.attention(q, k, v, **options)
+    metattn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert short == []
+
+
+def test_who_watches_sees_full_operators(short: list[str]) -> None:
+    """Dispatch modes count and record what users know."""
+    with RecordedMaps() as recorded:
+        backward(*[x.requires_grad_() for x in draw(SHAPES["square"], torch.float64)])
+    assert recorded.names == ["forward", "vjp"]
+    assert short == []
+
+
+def test_only_some_gradients_are_needed(short: list[str]) -> None:
+    q, k, v = draw(SHAPES["square"], torch.float64)
+    k.requires_grad_()
+    (found,) = torch.autograd.grad(metattn.attention(q, k, v).sin().sum(), k)
+    assert short == ["forward", "vjp"]
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    (expected,) = torch.autograd.grad((scores.softmax(-1) @ v).sin().sum(), k)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
