@@ -66,21 +66,36 @@ View strided(const Tensor& x, DType dtype, bool broadcast, bool packed) {
 // What every operator is given first.
 struct Problem {
   Tensor q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k;
-  int64_t max_q, max_k;
-  double scale, softcap;
-  int64_t causal, window_left, window_right;
-  double dropout_p;
+  int64_t max_q = 0, max_k = 0;
+  double scale = 1, softcap = 0;
+  int64_t causal = 0, window_left = -1, window_right = -1;
+  double dropout_p = 0;
+  bool plain = false;  // without options, and nothing is rounded
 };
 #define METATTN_PROBLEM_SCHEMA                                                                                  \
   "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? slopes, Tensor? rng, "      \
   "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
   "int window_right, float dropout_p"
-Problem take_problem(Arguments& in) {  // a braced list is worked off from left to right
-  return {in.tensor(),  in.tensor(),  in.tensor(),                // q, k, v
-          in.maybe(),   in.maybe(),   in.maybe(),   in.maybe(),   // bias, sinks, mask, slopes
-          in.maybe(),   in.maybe(),   in.maybe(),                 // rng, cu_q, cu_k
-          in.integer(), in.integer(), in.real(),    in.real(),    // max_q, max_k, scale, softcap
-          in.integer(), in.integer(), in.integer(), in.real()};   // causal, windows, dropout_p
+#define METATTN_PLAIN_SCHEMA "Tensor q, Tensor k, Tensor v, float scale, int causal"
+Problem take_problem(Arguments& in) {
+  Problem given;
+  given.plain = in.plain();
+  for (Tensor* x : {&given.q, &given.k, &given.v}) *x = in.tensor();
+  for (Tensor* x : {&given.bias, &given.sinks, &given.mask, &given.slopes, &given.rng, &given.cu_q, &given.cu_k})
+    *x = in.option();
+  if (!given.plain) {
+    given.max_q = in.integer();
+    given.max_k = in.integer();
+  }
+  given.scale = in.real();
+  if (!given.plain) given.softcap = in.real();
+  given.causal = in.integer();
+  if (!given.plain) {
+    given.window_left = in.integer();
+    given.window_right = in.integer();
+    given.dropout_p = in.real();
+  }
+  return given;
 }
 
 // One call of a map, being filled in.
@@ -123,8 +138,20 @@ struct Call {
   }
   Tensor new_statistic() const { return empty(given.q, {leading, p.heads, rows}, codes.f64); }
   int32_t compute_type() const { return is_double ? codes.f64 : codes.f32; }
-  Tensor nothing() const { return empty(given.q, {0}, given.q.dtype()); }
 };
+
+// Leaves results on an operator's stack, tensors without elements for what there is not; where the next go. A plain call
+// gives none that only options have: o_lo, and the gradients of bias and sinks.
+template <class Tensors>
+StableIValue* put(StableIValue* stack, const Call& call, Tensors results) {
+  constexpr size_t kAll = std::tuple_size_v<Tensors>, kPlain = kAll == std::tuple_size_v<Results> ? 2 : 3;
+  for (size_t i = 0; i < (call.given.plain ? kPlain : kAll); ++i) {
+    Tensor& result = results[i];
+    if (!result) result = empty(call.given.q, {0}, call.given.q.dtype());
+    *stack++ = torch::stable::detail::from(result.release());
+  }
+  return stack;
+}
 
 // The offsets of packed sequences, checked; `longest` becomes that of the sequences there are.
 const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_t most, int64_t& longest) {
@@ -156,11 +183,13 @@ Call make_call(const Problem& given) {
   Call call{given};
   Params& p = call.p;
   const auto& [q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left,
-               window_right, dropout_p] = given;
+               window_right, dropout_p, plain] = given;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "metattn: q, k and v must have 4 dimensions");
   STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(),
                   "metattn: q, k and v must have one dtype");
-  call.is_double = dtype_of(q, "q") == DType::f64;
+  const DType dtype = dtype_of(q, "q");
+  call.is_double = dtype == DType::f64;
+  STD_TORCH_CHECK(!plain || dtype == DType::f64 || dtype == DType::f32, "metattn: a plain call rounds nothing");
   call.packed = bool(cu_q);
   STD_TORCH_CHECK(call.packed == bool(cu_k), "metattn: cu_q and cu_k go together");
   const int64_t *q_sizes = q.sizes(), *k_sizes = k.sizes();
@@ -219,12 +248,12 @@ Call make_call(const Problem& given) {
   return call;
 }
 
-// Allocates o, lse and, for dtypes that o is rounded to, o_lo (no elements otherwise).
+// Allocates o, lse and, for dtypes that o is rounded to, o_lo.
 Results new_results(Call& call) {
   const bool rounded = call.given.q.dtype() != call.compute_type();
   Tensor o = call.new_query(call.p.dv), lse = call.new_statistic();
   // bfloat16 for float16 too: where o overflows, o_lo holds it
-  Tensor o_lo = rounded ? empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, codes.bf16) : call.nothing();
+  Tensor o_lo = rounded ? empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, codes.bf16) : Tensor();
   call.p.out_o = call.query_like(o, "o", call.p.dv);
   call.p.out_lse = call.statistic(lse, "lse");
   if (rounded) call.p.out_o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
@@ -232,7 +261,7 @@ Results new_results(Call& call) {
 }
 
 // o, lse and o_lo, or their tangents, as a later map is given them.
-Results take_results(Arguments& in) { return {in.tensor(), in.tensor(), in.maybe()}; }
+Results take_results(Arguments& in) { return {in.tensor(), in.tensor(), in.option()}; }
 void set_results(Call& call, const Results& results) {
   const auto& [o, lse, o_lo] = results;
   call.p.o = call.query_like(o, "o", call.p.dv);
@@ -250,7 +279,7 @@ void set_tangent_results(Call& call, const Results& results, bool rounded) {
 struct Cotangents {
   Tensor o, lse;
 };
-Cotangents take_cotangents(Arguments& in) { return {in.maybe(), in.maybe()}; }
+Cotangents take_cotangents(Arguments& in) { return {in.maybe(), in.option()}; }
 void set_cotangents(Call& call, const Cotangents& given) {
   if (given.o) call.p.d_o = call.query_like(given.o, "do", call.p.dv);
   if (given.lse) call.p.d_lse = call.statistic(given.lse, "dlse");
@@ -259,7 +288,7 @@ void set_cotangents(Call& call, const Cotangents& given) {
 struct Tangents {
   Tensor q, k, v, bias, sinks;
 };
-Tangents take_tangents(Arguments& in) { return {in.maybe(), in.maybe(), in.maybe(), in.maybe(), in.maybe()}; }
+Tangents take_tangents(Arguments& in) { return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option()}; }
 void set_tangents(Call& call, const Tangents& given) {
   if (given.q) call.p.t_q = call.query_like(given.q, "tq", call.p.d);
   if (given.k) call.p.t_k = call.key_like(given.k, "tk", call.p.d);
@@ -270,7 +299,7 @@ void set_tangents(Call& call, const Tangents& given) {
   if (given.sinks) call.p.t_sinks = call.head_like(given.sinks, "tsinks");
 }
 
-// Allocates what is needed of dQ, dK and dV; what is not needed has no elements. The bias' and the sinks' are left.
+// Allocates what is needed of dQ, dK and dV. The bias' and the sinks' are left.
 Gradients new_gradients(Call& call, int64_t needs) {
   Params& p = call.p;
   const Problem& given = call.given;
@@ -281,14 +310,9 @@ Gradients new_gradients(Call& call, int64_t needs) {
   p.needs = needs;
   Gradients made;
   auto& [q, k, v, bias, sinks] = made;
-  q = needs & metattn::kNeedQ ? empty_like(given.q) : call.nothing();
-  k = needs & metattn::kNeedK ? empty_like(given.k) : call.nothing();
-  v = needs & metattn::kNeedV ? empty_like(given.v) : call.nothing();
-  if (needs & metattn::kNeedQ) p.grad_q = call.query_like(q, "dq", p.d);
-  if (needs & metattn::kNeedK) p.grad_k = call.key_like(k, "dk", p.d);
-  if (needs & metattn::kNeedV) p.grad_v = call.key_like(v, "dv", p.dv);
-  if (!(needs & metattn::kNeedBias)) bias = call.nothing();
-  if (!(needs & metattn::kNeedSinks)) sinks = call.nothing();
+  if (needs & metattn::kNeedQ) p.grad_q = call.query_like(q = empty_like(given.q), "dq", p.d);
+  if (needs & metattn::kNeedK) p.grad_k = call.key_like(k = empty_like(given.k), "dk", p.d);
+  if (needs & metattn::kNeedV) p.grad_v = call.key_like(v = empty_like(given.v), "dv", p.dv);
   return made;
 }
 
@@ -330,11 +354,16 @@ void set_sinks_gradient(Call& call, Tensor& grad_sinks) {
               "bool tf32=False) -> "                                                                                   \
               "(Tensor ot, Tensor lt, Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)")
 
-#define METATTN_IMPLEMENT_OPERATORS(library) \
-  library.impl("forward", forward);          \
-  library.impl("vjp", vjp);                  \
-  library.impl("jvp", jvp);                  \
-  library.impl("vjp_jvp", vjp_jvp);          \
-  library.impl("double_backward", double_backward)
+// The same for plain calls, of fewer arguments: to convert one from Python takes a tenth of a microsecond.
+#define METATTN_DEFINE_PLAIN_OPERATORS(library)                                                                        \
+  library.def("plain_forward(" METATTN_PLAIN_SCHEMA ") -> (Tensor o, Tensor lse)");                                    \
+  library.def("plain_vjp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, int needs) -> "                   \
+              "(Tensor dq, Tensor dk, Tensor dv)");                                                                    \
+  library.def("plain_jvp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor tq, Tensor tk, Tensor tv) -> "         \
+              "(Tensor ot, Tensor lt)");                                                                               \
+  library.def("plain_vjp_jvp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, Tensor tq, Tensor tk, "       \
+              "Tensor tv, Tensor ot, Tensor lt, int needs) -> (Tensor dqt, Tensor dkt, Tensor dvt)");                  \
+  library.def("plain_double_backward(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, Tensor tq, "          \
+              "Tensor tk, Tensor tv, int needs) -> (Tensor ot, Tensor lt, Tensor dqt, Tensor dkt, Tensor dvt)")
 
 }  // namespace

@@ -40,17 +40,19 @@ void run(metattn::MapName map, Call& call) {
 
 // ---- the four maps ----
 
+template <bool plain>
 void forward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
+  Arguments in(stack, plain);
   const Problem problem = take_problem(in);
   Call call = make_call(problem);
   Results results = new_results(call);
   run(metattn::kForward, call);
-  put(stack, std::move(results));
+  put(stack, call, std::move(results));
 }
 
+template <bool plain>
 void jvp(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
+  Arguments in(stack, plain);
   const Problem problem = take_problem(in);
   const Results given = take_results(in);
   const Tangents tangents = take_tangents(in);
@@ -59,7 +61,7 @@ void jvp(StableIValue* stack, uint64_t, uint64_t) {
   set_tangents(call, tangents);
   Results results = new_results(call);
   run(metattn::kJvp, call);
-  put(stack, std::move(results));
+  put(stack, call, std::move(results));
 }
 
 // Parts of dQ, one for each chunk of keys.
@@ -113,8 +115,9 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   return made;
 }
 
+template <bool plain>
 void vjp(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
+  Arguments in(stack, plain);
   const Problem problem = take_problem(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
@@ -122,11 +125,12 @@ void vjp(StableIValue* stack, uint64_t, uint64_t) {
   Call call = make_call(problem);
   set_results(call, given);
   set_cotangents(call, cotangents);
-  put(stack, run_key_sweep(metattn::kVjp, call, needs));
+  put(stack, call, run_key_sweep(metattn::kVjp, call, needs));
 }
 
+template <bool plain>
 void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
+  Arguments in(stack, plain);
   const Problem problem = take_problem(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
@@ -138,12 +142,13 @@ void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
   set_tangent_results(call, given_t, bool(given_t[2]));
-  put(stack, run_key_sweep(metattn::kVjpJvp, call, needs));
+  put(stack, call, run_key_sweep(metattn::kVjpJvp, call, needs));
 }
 
 // jvp and vjp_jvp at once. Where all keys are in one block, that is one sweep.
+template <bool plain>
 void double_backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack);
+  Arguments in(stack, plain);
   const Problem problem = take_problem(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
@@ -160,16 +165,29 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
     set_tangent_results(call, results, bool(call.p.out_o_lo));
   }
   Gradients gradients = run_key_sweep(at_once ? metattn::kDoubleBackward : metattn::kVjpJvp, call, needs);
-  put(put(stack, std::move(results)), std::move(gradients));
+  put(put(stack, call, std::move(results)), call, std::move(gradients));
 }
 
 }  // namespace
 
+#define METATTN_IMPLEMENT(library, prefix, plain)           \
+  library.impl(prefix "forward", forward<plain>);           \
+  library.impl(prefix "vjp", vjp<plain>);                   \
+  library.impl(prefix "jvp", jvp<plain>);                   \
+  library.impl(prefix "vjp_jvp", vjp_jvp<plain>);           \
+  library.impl(prefix "double_backward", double_backward<plain>)
+
 STABLE_TORCH_LIBRARY(metattn, library) { METATTN_DEFINE_OPERATORS(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+STABLE_TORCH_LIBRARY_IMPL(metattn, CPU, library) { METATTN_IMPLEMENT(library, "", false); }
 
 // The same without derivatives, for code whose derivatives were taken when it was compiled.
-STABLE_TORCH_LIBRARY(metattn_bare, library) { METATTN_DEFINE_OPERATORS(library); }
+STABLE_TORCH_LIBRARY(metattn_bare, library) {
+  METATTN_DEFINE_OPERATORS(library);
+  METATTN_DEFINE_PLAIN_OPERATORS(library);
+}
 
-STABLE_TORCH_LIBRARY_IMPL(metattn_bare, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
+STABLE_TORCH_LIBRARY_IMPL(metattn_bare, CPU, library) {
+  METATTN_IMPLEMENT(library, "", false);
+  METATTN_IMPLEMENT(library, "plain_", true);
+}

@@ -129,12 +129,17 @@ Tensor empty_like(const Tensor& x) {
 
 // ---- an operator's stack ----
 
-// Takes its arguments, in the order of the schema; tensors become the caller's.
+// Takes its arguments, in the order of the schema; tensors become the caller's. The schema of a plain call is without what
+// only options need.
 class Arguments {
  public:
-  explicit Arguments(const StableIValue* stack) : next_(stack) {}
+  explicit Arguments(const StableIValue* stack, bool plain = false) : next_(stack), plain_(plain) {}
+  bool plain() const { return plain_; }
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
-  Tensor maybe() { return Tensor(take<std::optional<AtenTensorHandle>>().value_or(nullptr)); }
+  Tensor maybe() {  // there, where the call is plain
+    return plain_ ? tensor() : Tensor(take<std::optional<AtenTensorHandle>>().value_or(nullptr));
+  }
+  Tensor option() { return plain_ ? Tensor() : maybe(); }
   int64_t integer() { return take<int64_t>(); }
   double real() { return take<double>(); }
   bool flag() { return take<bool>(); }
@@ -145,13 +150,7 @@ class Arguments {
     return torch::stable::detail::to<T>(*next_++);
   }
   const StableIValue* next_;
+  const bool plain_;
 };
-
-// Leaves results there; where the next go.
-template <class Tensors>
-StableIValue* put(StableIValue* stack, Tensors results) {
-  for (Tensor& result : results) *stack++ = torch::stable::detail::from(result.release());
-  return stack;
-}
 
 }  // namespace

@@ -60,20 +60,37 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
 
 def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None = None) -> Any:
     """A map of tensors that may be differentiated, recorded or compiled."""
-    backend = load(problem.backend)
     if torch.compiler.is_compiling():
         if internals.duals_from_outside():
             _refuse_duals()
         if problem.backend == "reference":  # differentiable by itself, and what it does can be compiled
-            return layout.run(getattr(backend, layout.name), problem, given, needs)
+            return layout.run(getattr(load("reference"), layout.name), problem, given, needs)
         return operators_of(problem.backend).call(layout, problem, given, needs)
     tensors = internals.alive(layout.join(given))
-    given = layout.split(tensors)
     if internals.transformed() or internals.recorded_below() or internals.batched_in_backward(tensors):
-        return operators_of(problem.backend).call(layout, problem, given, needs)
+        return operators_of(problem.backend).call(layout, problem, layout.split(tensors), needs)
     if not internals.recording(tensors):
-        return layout.run(getattr(backend, layout.name), problem, given, needs)
+        return _compute(layout, problem, needs, tensors)
     return internals.apply_function(FUNCTIONS[layout.name], problem, needs, *tensors)
+
+
+def _compute(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors) -> tuple[Any, ...]:
+    """A map on the backend, flat; nothing is differentiated here."""
+    found = _plainly(layout, problem, needs, tensors)
+    if found is None:
+        function = getattr(load(problem.backend), layout.name)
+        found = layout.run(function, problem, layout.split(tensors), needs)
+    return found
+
+
+def _plainly(
+    layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors
+) -> tuple[Any, ...] | None:
+    """The same by an operator of fewer arguments, None where the backend or the call has none."""
+    if problem.backend != "cpu":
+        return None
+    found: tuple[Any, ...] | None = load("cpu").run_plain(layout, problem, needs, tensors)
+    return found
 
 
 def _refuse_duals() -> None:
@@ -92,7 +109,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """An operator's results as a function of its tensors."""
     found: tuple[Tensor | None, ...] = internals.apply_function(
-        FUNCTIONS[layout.name], problem, needs, *tensors
+        FUNCTIONS[layout.name], problem, needs, *internals.alive(tensors)
     )
     return found
 
@@ -102,11 +119,15 @@ backends.differentiate = _differentiate
 
 def _run(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors) -> tuple[Any, ...]:
     """A map on the backend, from within a Function's forward."""
-    backend, given = load(problem.backend), layout.split(tensors)
     if not internals.transformed():
-        return layout.run(getattr(backend, layout.name), problem, given, needs)
-    with internals.outer_levels(), internals.below_autograd():
-        found: tuple[Any, ...] = operators_of(problem.backend).call(layout, problem, given, needs)
+        return _compute(layout, problem, needs, tensors)
+    found: tuple[Any, ...] | None = None
+    if internals.outermost_of_derivatives(tensors):
+        with internals.below_autograd():
+            found = _plainly(layout, problem, needs, tensors)
+    if found is None:
+        with internals.outer_levels(), internals.below_autograd():
+            found = operators_of(problem.backend).call(layout, problem, layout.split(tensors), needs)
     return found
 
 
@@ -160,7 +181,7 @@ class Forward(Function):
         if do is None and dlse is None:
             return _of_tensors(FORWARD.gradients())
         needs = _wanted(FORWARD, ctx).primals
-        given = _with_results(ctx)._replace(cotangents=Cotangents(do, dlse))
+        given = VJP.split((*ctx.saved_tensors, do, dlse))  # what it was given, and gave
         return _of_tensors(FORWARD.gradients(primals=call_map(VJP, ctx.problem, given, needs)))
 
     @staticmethod

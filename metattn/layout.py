@@ -58,11 +58,16 @@ class Layout:
     def __init__(self, name: str, groups: tuple[str, ...], *, results: bool, gradients: bool) -> None:
         self.name, self.groups = name, groups
         self.gives_results, self.gives_gradients = results, gradients
+        self.size_given = results * len(Results._fields) + gradients * len(Primals._fields)
         self.parts: dict[str, slice] = {}
         self.size = 0
         for group in groups:
             self.parts[group] = slice(self.size, self.size + len(KINDS[group]._fields))
             self.size = self.parts[group].stop
+        # of every group how it is made, where it is, and what stands for one that is not taken
+        self._makers = [
+            (KINDS[group]._make, self.parts.get(group), Given._field_defaults.get(group)) for group in KINDS
+        ]
 
     def join(self, given: Given) -> tuple[Any, ...]:
         """All members, flat."""
@@ -70,17 +75,16 @@ class Layout:
 
     def split(self, members: Sequence[Any]) -> Given:
         """The inverse of join."""
-        return Given(**{group: KINDS[group](*members[part]) for group, part in self.parts.items()})
+        return Given._make(
+            [default if part is None else make(members[part]) for make, part, default in self._makers]
+        )
 
     def gradients(self, **groups: Sequence[Any]) -> tuple[Any, ...]:
         """A flat sequence of gradients: those of the groups that are named, None for all others."""
-        return tuple(
-            [
-                member
-                for group, part in self.parts.items()
-                for member in groups.get(group, (None,) * (part.stop - part.start))
-            ]
-        )
+        found: list[Any] = [None] * self.size
+        for group, members in groups.items():
+            found[self.parts[group]] = members
+        return tuple(found)
 
     def spread(self, given: Given, needs: Needs | None) -> list[Any]:
         """What a backend's function of this map takes after the problem: the groups, and the needs."""

@@ -6,6 +6,7 @@ autodiff and every backend take. What is wrong is refused here, before a kernel 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from metattn import torch_internals as internals
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QKV = ("q", "k", "v")
@@ -43,6 +46,9 @@ class Constants(NamedTuple):
     cu_k: Tensor | None
 
 
+NO_CONSTANTS = Constants(None, None, None, None, None)
+
+
 class Results(NamedTuple):
     """What forward gives; also the type of its tangents, which jvp gives."""
 
@@ -64,12 +70,30 @@ class Problem:
     max_k: int
     backend: str  # "reference" | "cpu" | "cuda" | "triton"
 
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Without options that are no tensors, but for the scale and causal."""
+        return self.softcap is None and self.window == (-1, -1) and self.dropout_p == 0.0
+
     def on(self, backend: str) -> Problem:
         """The same problem on another backend."""
         if backend == self.backend:
             return self
         same = (self.scale, self.softcap, self.causal, self.window, self.dropout_p, self.max_q, self.max_k)
-        return Problem(*same, backend)
+        return problem_of(*same, backend)
+
+
+_kept = functools.lru_cache(maxsize=256)(Problem)
+
+
+def problem_of(*fields: Any) -> Problem:
+    """Problem(*fields), the one there was where there was one: in small calls its making can be felt."""
+    if torch.compiler.is_compiling():
+        return Problem(*fields)
+    try:
+        return _kept(*fields)
+    except TypeError:  # traced numbers have no hash
+        return Problem(*fields)
 
 
 class Options(NamedTuple):
@@ -109,14 +133,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Call:
         )
     batch, q_heads, n, d = q.shape
     k_batch, kv_heads, m, k_d = k.shape
-    if k_batch != batch or k_d != d or v.shape[:3] != k.shape[:3]:
+    v_batch, v_heads, v_m, _ = v.shape
+    if k_batch != batch or k_d != d or v_batch != k_batch or v_heads != kv_heads or v_m != m:
         raise ValueError(
             "q, k, v: expected one batch size, k's last dimension equal to q's, k and v alike in heads and "
             f"length, got {_shapes(q, k, v)}"
         )
     check_head_groups(q_heads, kv_heads)
-    constants = Constants(None, None, None, None, None)
-    return _with_options(Primals(q, k, v, None, None), constants, options, (batch, q_heads, n, m))
+    return _with_options(Primals(q, k, v, None, None), NO_CONSTANTS, options, (batch, q_heads, n, m))
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Call:
@@ -162,7 +186,7 @@ has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch's autocast hands them to its own attention: floats but float64 in its dtype."""
     first = tensors[0]
-    if not isinstance(first, Tensor):
+    if internals.no_autocast() or not isinstance(first, Tensor):
         return tensors
     device = first.device.type
     if not (has_autocast(device) and torch.is_autocast_enabled(device)):
@@ -233,7 +257,8 @@ def _with_options(
         softcap = _real("softcap", softcap)
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
-    dropout_p = _real("dropout_p", dropout_p)
+    if type(dropout_p) is not float:
+        dropout_p = _real("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
     if dropout_seed is not None and not _is_int(dropout_seed):
@@ -255,10 +280,14 @@ def _with_options(
         sinks = _per_head("sinks", sinks, q, full)
     max_q, max_k = (0, 0) if constants.cu_q is None else full[2:]
     rng = _rng(full[0], dropout_seed, q.device) if dropout_p > 0.0 else None
+    if bias is not None or sinks is not None:
+        primals = Primals(q, primals.k, primals.v, bias, sinks)
+    if mask is not None or slopes is not None or rng is not None:
+        constants = Constants(mask, slopes, rng, constants.cu_q, constants.cu_k)
     return (
-        Problem(scale, softcap, alignment, sides, dropout_p, max_q, max_k, "reference"),
-        Primals(q, primals.k, primals.v, bias, sinks),
-        Constants(mask, slopes, rng, constants.cu_q, constants.cu_k),
+        problem_of(scale, softcap, alignment, sides, dropout_p, max_q, max_k, "reference"),
+        primals,
+        constants,
     )
 
 

@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 # Function.apply binds default arguments first, 70 µs a call, and hands the call to functorch's interpreters,
 # which make a class for each. Replaced by: an autograd Function of C++ in the stable ABI.
 _bare_apply = torch._C._FunctionBase.__dict__["apply"]
+_is_wrapped = _functorch.is_functorch_wrapped_tensor
+_TORCHS_OWN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def transformed() -> bool:
@@ -24,12 +26,22 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def batched_in_backward(tensors: Sequence[Any]) -> bool:
+def batched_in_backward(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a tensor is batched by is_grads_batched or vectorize=True, torch's older vmap.
 
     Functions of autograd lose their graph within it; operators do not. Replaced by: torch.func.vmap there.
     """
-    return any(isinstance(x, Tensor) and _functorch.is_legacy_batchedtensor(x) for x in tensors)
+    return any([x is not None and _functorch.is_legacy_batchedtensor(x) for x in tensors])
+
+
+def no_autocast() -> bool:
+    """Whether autocast is off on all devices, if it can be told at once. Replaced by: a public question."""
+    return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled()
+
+
+def watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a dispatch mode, or a tensor of a class of its own, sees the operators that are called."""
+    return torch._C._len_torch_dispatch_stack() > 0 or not {type(x) for x in tensors} <= _TORCHS_OWN
 
 
 def recorded_below() -> bool:
@@ -100,23 +112,24 @@ def below_autograd() -> AbstractContextManager[None]:
     return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return, attr-defined]
 
 
-def alive(tensors: Sequence[Any]) -> list[Any]:
+def alive(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Tensors without the wrappers of transforms that have ended, which may have been kept beyond them."""
-    return [_functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in tensors]
+    return [x if x is None or not _is_wrapped(x) else _functorch.unwrap_if_dead(x) for x in tensors]
 
 
 def apply_function(function: Any, *arguments: Any) -> Any:
     """An autograd Function's node made on the current level of torch.func alone, or of eager PyTorch.
 
-    Its forward has to go on below autograd, by an operator: that meets the transforms further out.
+    Its tensors have to be alive. Its forward has to go on below autograd, by an operator: that meets the
+    transforms further out.
     """
     if not transformed():
-        return _bare_apply(function, *alive(arguments))
+        return _bare_apply(function, *arguments)
     before = _functorch.get_single_level_autograd_function_allowed()
     _functorch.set_single_level_autograd_function_allowed(True)
     _caller.modes = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
     try:
-        return _bare_apply(function, *alive(arguments))
+        return _bare_apply(function, *arguments)
     finally:
         _functorch.set_single_level_autograd_function_allowed(before)
 
@@ -139,6 +152,19 @@ def outer_levels() -> Iterator[None]:
     reverse, forward = _caller.modes
     with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):  # type: ignore[no-untyped-call]
         yield
+
+
+def outermost_of_derivatives(tensors: Sequence[Tensor | None]) -> bool:
+    """In a Function's forward under a transform: whether nobody further out asks for a derivative.
+
+    That is so at torch.func's first level, without forward mode, where the tensors within the wrappers need
+    no gradient. Replaced by: a dispatcher that asks before it calls Python.
+    """
+    if _functorch.current_level() != 1 or forward_ad._current_level >= 0:
+        return False
+    reverse, _ = _caller.modes
+    bare = [_functorch.get_unwrapped(x) if x is not None and _is_wrapped(x) else x for x in tensors]
+    return not (reverse and torch._C._any_requires_grad(*bare))
 
 
 def forward_mode() -> AbstractContextManager[None]:

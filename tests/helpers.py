@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metattn
 from metattn.backends import operators, reference
-from metattn.layout import MAPS, Given
+from metattn.layout import MAPS, Cotangents, Given
+from metattn.problem import Options, Packing, Primals, Problem, dense
+from metattn.problem import packed as packed_problem
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 FLOAT_DTYPES = {
@@ -348,3 +350,27 @@ class RecordedMaps(TorchDispatchMode):
             _, tensors, needs = operators.parsed(layout, "", args)
             self.calls.append((layout.name, layout.split(tensors), needs))
         return func(*args, **(kwargs or {}))
+
+
+def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
+    """What each of torch.ops.metattn receives for a call, its forward and both orders."""
+    module = metattn.backends.load("cpu")
+    x = call.inputs
+    options = Options(**call.constants, **{name: x[name] for name in ("bias", "sinks") if name in x})
+    problem: Problem
+    if call.lengths is None:
+        problem, primals, constants = dense(x["q"], x["k"], x["v"], options)
+    else:
+        lengths_q, lengths_k = zip(*call.lengths, strict=True)
+        cu = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
+        lengths = Packing(*cu, max(lengths_q), max(lengths_k))
+        problem, primals, constants = packed_problem(x["q"], x["k"], x["v"], lengths, options)
+    moves = Primals(*[None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals])
+    results = module.forward(problem, primals, constants)
+    results_t = module.jvp(problem, primals, constants, results, moves)
+    needs = tuple(primal is not None for primal in primals)
+    given = Given(primals, constants, results, Cotangents(*results[:2]), moves, results_t)
+    return {
+        name: operators.arguments_of(layout, problem, given, needs if layout.gives_gradients else None)
+        for name, layout in MAPS.items()
+    }

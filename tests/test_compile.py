@@ -21,6 +21,7 @@ from helpers import (
     finite,
     largest_difference,
     make_call,
+    operator_arguments,
     relative_error,
 )
 from torch import Tensor, nn
@@ -29,11 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metattn
 from metattn import autodiff
-from metattn.backends import available_backends, operators
-from metattn.layout import MAPS, Cotangents, Given
+from metattn.backends import available_backends
+from metattn.layout import MAPS
 from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
-from metattn.problem import Options, Primals, Problem, dense, packed
-from metattn.problem import Packing as Lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 native = pytest.mark.skipif(
@@ -392,31 +391,6 @@ class TestWithoutData:
         tensors = [fake.from_tensor(t) for t in call.tensors]
         with fake:
             assert described(tensors) == expected
-
-
-def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
-    """What each of torch.ops.metattn receives for a call, its forward and both orders."""
-    from metattn.backends import native as module
-
-    x = call.inputs
-    options = Options(**call.constants, **{name: x[name] for name in ("bias", "sinks") if name in x})
-    problem: Problem
-    if call.lengths is None:
-        problem, primals, constants = dense(x["q"], x["k"], x["v"], options)
-    else:
-        lengths_q, lengths_k = zip(*call.lengths, strict=True)
-        cu = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
-        lengths = Lengths(*cu, max(lengths_q), max(lengths_k))
-        problem, primals, constants = packed(x["q"], x["k"], x["v"], lengths, options)
-    moves = Primals(*[None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals])
-    results = module.forward(problem, primals, constants)
-    results_t = module.jvp(problem, primals, constants, results, moves)
-    needs = tuple(primal is not None for primal in primals)
-    given = Given(primals, constants, results, Cotangents(*results[:2]), moves, results_t)
-    return {
-        name: operators.arguments_of(layout, problem, given, needs if layout.gives_gradients else None)
-        for name, layout in MAPS.items()
-    }
 
 
 OPERATORS = tuple(MAPS)

@@ -198,6 +198,8 @@ class Recorder:
         self.module, self.calls = module, []
 
     def __getattr__(self, name: str) -> Callable[..., object]:
+        if name == "run_plain":  # the short way, which serves no call now: all take the maps' functions
+            return lambda *_: None
         function = getattr(self.module, name)  # it has no more than the backend has
 
         def run(problem: object, *arguments: object) -> object:

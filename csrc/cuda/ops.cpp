@@ -91,7 +91,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   Call call = make_call(problem);
   Results results = new_results(call);
   run(Map::forward, call, tf32);
-  put(stack, std::move(results));
+  put(stack, call, std::move(results));
 }
 
 void jvp(StableIValue* stack, uint64_t, uint64_t) {
@@ -106,7 +106,7 @@ void jvp(StableIValue* stack, uint64_t, uint64_t) {
   set_tangents(call, tangents);
   Results results = new_results(call);
   run(Map::jvp, call, tf32);
-  put(stack, std::move(results));
+  put(stack, call, std::move(results));
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -168,7 +168,7 @@ void vjp(StableIValue* stack, uint64_t, uint64_t) {
   Call call = make_call(problem);
   set_results(call, given);
   set_cotangents(call, cotangents);
-  put(stack, run_gradients(Map::vjp, call, needs, tf32));
+  put(stack, call, run_gradients(Map::vjp, call, needs, tf32));
 }
 
 void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
@@ -186,7 +186,7 @@ void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
   set_tangent_results(call, given_t, bool(given_t[2]));
-  put(stack, run_gradients(Map::vjp_jvp, call, needs, tf32));
+  put(stack, call, run_gradients(Map::vjp_jvp, call, needs, tf32));
 }
 
 // jvp, then vjp_jvp with what that gave.
@@ -208,10 +208,17 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   set_tangent_results(call, results, bool(call.p.out_o_lo));
   call.p.out_o = call.p.out_lse = call.p.out_o_lo = View{};
   Gradients gradients = run_gradients(Map::vjp_jvp, call, needs, tf32);
-  put(put(stack, std::move(results)), std::move(gradients));
+  put(put(stack, call, std::move(results)), call, std::move(gradients));
 }
 
 }  // namespace
+
+#define METATTN_IMPLEMENT_OPERATORS(library) \
+  library.impl("forward", forward);          \
+  library.impl("vjp", vjp);                  \
+  library.impl("jvp", jvp);                  \
+  library.impl("vjp_jvp", vjp_jvp);          \
+  library.impl("double_backward", double_backward)
 
 // Why no call with heads of these sizes can run on a GPU, or null.
 extern "C" __attribute__((visibility("default"))) const char* metattn_cuda_objection(int dtype, int64_t d, int64_t dv,

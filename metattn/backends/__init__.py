@@ -66,6 +66,8 @@ def operators_of(name: str) -> Any:
 
 def unavailable_reason(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None; asked once a process."""
+    if name in _reasons:
+        return _reasons[name]
     with _loading:
         if name not in _reasons:
             try:

@@ -94,7 +94,8 @@ class Fold:
         if x is None:
             return None
         if dim is not None:
-            return x.movedim(dim, self.axis).flatten(self.axis, self.axis + 1)
+            in_place = x if dim == self.axis else x.movedim(dim, self.axis)
+            return in_place.flatten(self.axis, self.axis + 1)
         tokens_first = x.movedim(
             self.axis, 0
         )  # in memory, where it has to be copied: as packed callers have it
@@ -149,7 +150,7 @@ class Fold:
         return rows, self.axis
 
     def _rows(self, x: Tensor, example: Any) -> Tensor:
-        rows: Tensor = x.unflatten(self.axis, (self.size, example[self.axis]))
+        rows: Tensor = torch.unflatten(x, self.axis, (self.size, example[self.axis]))
         return rows
 
     def _of_shared(self, x: Tensor, example: Any) -> Tensor:

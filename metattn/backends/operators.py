@@ -20,11 +20,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from metattn import backends
 from metattn import torch_internals as internals
-from metattn.backends import inductor, reference
+from metattn.backends import inductor, plain, reference
 from metattn.backends.batching import Fold
 from metattn.backends.maps import Maps
 from metattn.layout import MAPS, Given, Layout, Needs
-from metattn.problem import Primals, Problem
+from metattn.problem import Primals, Problem, problem_of
 
 ROUNDED = (torch.bfloat16, torch.float16)  # dtypes of results that are computed in a wider one
 CAUSAL = (None, "top-left", "bottom-right")
@@ -54,8 +54,12 @@ def schema(layout: Layout) -> str:
     ]
     if layout.gives_gradients:
         arguments.append("int needs")
-    count = 3 * layout.gives_results + 5 * layout.gives_gradients
-    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * count)})"
+    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * layout.size_given)})"
+
+
+def number_of(needs: Needs) -> int:
+    """Needs as operators take them."""
+    return sum([1 << index for index, need in enumerate(needs) if need])
 
 
 def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
@@ -70,7 +74,7 @@ def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | 
         *problem.window,
         problem.dropout_p,
     )
-    last = (sum([1 << index for index, need in enumerate(needs) if need]),) if needs is not None else ()
+    last = () if needs is None else (number_of(needs),)
     return (*tensors[:FIRST], *settings, *tensors[FIRST:], *last)
 
 
@@ -79,12 +83,25 @@ def parsed(
 ) -> tuple[Problem, tuple[Any, ...], Needs | None]:
     """The inverse; the tensors flat."""
     max_q, max_k, scale, softcap, causal, left, right, dropout_p = arguments[FIRST:CALL]
-    problem = Problem(scale, softcap or None, CAUSAL[causal], (left, right), dropout_p, max_q, max_k, backend)
+    problem = problem_of(
+        scale, softcap or None, CAUSAL[causal], (left, right), dropout_p, max_q, max_k, backend
+    )
     needs = None
     end = layout.size + CALL - FIRST
     if layout.gives_gradients:
         needs = tuple([bool(arguments[end] >> index & 1) for index in range(len(Primals._fields))])
     return problem, (*arguments[:FIRST], *arguments[CALL:end]), needs  # type: ignore[return-value]
+
+
+def shortened(layout: Layout, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The same as the map's plain operator takes it; None where the call has options."""
+    _, _, scale, softcap, causal, left, right, dropout_p = arguments[FIRST:CALL]
+    if (softcap, left, right, dropout_p) != (0.0, -1, -1, 0.0):
+        return None
+    end = layout.size + CALL - FIRST
+    needs = arguments[end] if layout.gives_gradients else None
+    tensors = (*arguments[:FIRST], *arguments[CALL:end])
+    return plain.arguments_of(layout, tensors, scale, causal, needs)
 
 
 def found_by(
@@ -102,6 +119,29 @@ def found_by(
             if not need:
                 found[index] = None
     return tuple(found)
+
+
+def run_plain(
+    layout: Layout, problem: Problem, needs: Needs | None, tensors: Sequence[Any]
+) -> tuple[Any, ...] | None:
+    """What the map gives, flat, without derivatives, by its plain operator; None where that does not serve.
+
+    Who watches the operators that are called sees the full ones.
+    """
+    if not problem.is_plain or tensors[0].dtype not in plain.DTYPES or internals.watched(tensors):
+        return None
+    number = None if needs is None else number_of(needs)
+    causal = CAUSAL.index(problem.causal)
+    arguments = plain.arguments_of(layout, tensors, problem.scale, causal, number)
+    if arguments is None:
+        return None
+    found = plain.spread(layout, _plain_operator(layout.name)(*arguments))
+    return found if number in (None, plain.NEEDS - 1) else found_by(layout, tensors[0], needs, found)
+
+
+@functools.cache
+def _plain_operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, inductor.bare(plain.NAMESPACE)), plain.PREFIX + name).default
 
 
 def allows_tf32() -> bool:
@@ -197,7 +237,7 @@ def _fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
 
 def _fake(namespace: str, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
     def fake(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
-        inductor.prepare(namespace)
+        inductor.prepare(namespace, shortened)
         results = _fake_results(*arguments) if layout.gives_results else ()
         return (*results, *(_fake_gradients(*arguments) if layout.gives_gradients else ()))
 
@@ -279,8 +319,16 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
         """torch.func.vmap's batching rule."""
         problem, tensors, needs = parsed(layout, "", arguments)
         bare, dims, level = internals.unbatched(tensors)
+        # nobody further out asks for a derivative
+        alone = level == 1 and not internals.recording(bare)
+        plainly = alone and namespace == plain.NAMESPACE and bare[0].device.type == "cpu"
+
+        def of_folded(tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+            found = run_plain(layout, problem, needs, tensors) if plainly else None
+            return called(problem, tensors, needs, more) if found is None else _tensors(found, tensors[0])
+
         with internals.beyond_vmap():
-            found, places = _folded(layout, bare, dims, needs, lambda x: called(problem, x, needs, more))
+            found, places = _folded(layout, bare, dims, needs, of_folded)
         return tuple(map(internals.batched, found, places, [level] * len(found)))
 
     def legacy_vmap(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
@@ -345,5 +393,9 @@ def describe(namespace: str, backend_of: Callable[[Tensor], str]) -> None:
         for each in (namespace, twins):
             torch.library.register_fake(f"{each}::{layout.name}", fake)
         _library(twins).impl(layout.name, torch.library.fallthrough_kernel, "Autograd")
+        if namespace == plain.NAMESPACE:
+            short = plain.PREFIX + layout.name
+            torch.library.register_fake(f"{twins}::{short}", plain.fake(layout, fake))
+            _library(twins).impl(short, torch.library.fallthrough_kernel, "Autograd")
         register_flop_formula(getattr(getattr(torch.ops, namespace), layout.name))(_flops(layout))
         _register_derivatives(namespace, layout, backend_of)
