@@ -188,7 +188,8 @@ class Forward(Function):
     def jvp(ctx: Any, _: None, __: None, *tangents: Any) -> Any:
         with internals.forward_mode():
             given = _still(_with_results(ctx))
-            return call_map(JVP, ctx.problem, given._replace(tangents=_moved(FORWARD, tangents).primals))
+            given_t = given._replace(tangents=_moved(FORWARD, tangents).primals)
+            return _lying_as(given.results, call_map(JVP, ctx.problem, given_t))
 
 
 def _with_results(ctx: Any) -> Given:
@@ -243,7 +244,7 @@ class Vjp(Function):
             if _any(move.cotangents):
                 along = call_map(VJP, problem, given._replace(cotangents=move.cotangents), needs)
                 found = _sum(found, along)
-            return tuple(found)
+            return _lying_as(given.primals, found)
 
 
 class Jvp(Function):
@@ -268,7 +269,7 @@ class Jvp(Function):
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
             given = _still(JVP.split(ctx.saved_tensors[: JVP.size]))
-            return _moved_jvp(ctx.problem, given, _moved(JVP, moves))
+            return _lying_as(given.results, _moved_jvp(ctx.problem, given, _moved(JVP, moves)))
 
 
 class VjpJvp(Function):
@@ -292,7 +293,8 @@ class VjpJvp(Function):
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
             given = _still(VJP_JVP.split(ctx.saved_tensors))
-            return _moved_vjp_jvp(ctx.problem, ctx.needs, given, _moved(VJP_JVP, moves))
+            found = _moved_vjp_jvp(ctx.problem, ctx.needs, given, _moved(VJP_JVP, moves))
+            return _lying_as(given.primals, found)
 
 
 class DoubleBackward(Function):
@@ -322,7 +324,8 @@ class DoubleBackward(Function):
             given, move = _still(_with_tangent_results(ctx)), _moved(DOUBLE_BACKWARD, moves)
             results = _moved_jvp(ctx.problem, given, move)
             move = move._replace(results_t=Results(*results))  # type: ignore[arg-type]
-            return (*results, *_moved_vjp_jvp(ctx.problem, ctx.needs, given, move))
+            gradients = _moved_vjp_jvp(ctx.problem, ctx.needs, given, move)
+            return _lying_as((*given.results, *given.primals), (*results, *gradients))
 
 
 def _with_tangent_results(ctx: Any) -> Given:
@@ -517,6 +520,16 @@ def _reference_jvp(
 def _tangent(x: Tensor) -> Tensor:
     tangent = internals.tangent_of(x)
     return torch.zeros_like(x) if tangent is None else tangent
+
+
+def _lying_as(likes: Tensors, tangents: Tensors) -> tuple[Any, ...]:
+    """A Function's outputs' tangents with the outputs' strides, which are those of `likes`."""
+    return tuple(
+        [
+            x if x is None or like is None else internals.with_strides_of(x, like)
+            for x, like in zip(tangents, likes, strict=True)
+        ]
+    )
 
 
 def _still(given: Given) -> Given:

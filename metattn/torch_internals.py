@@ -175,6 +175,20 @@ def forward_mode() -> AbstractContextManager[None]:
     return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def with_strides_of(x: Tensor, like: Tensor) -> Tensor:
+    """x as it lies in memory where sizes are symbols: torch wants a tangent to lie as its output does.
+
+    It makes a copy that does where it must, but of symbolic sizes fails to (_new_zeros_with_same_feature_meta).
+    Replaced by: a torch that can.
+    """
+    if not any(isinstance(size, torch.SymInt) for size in (*x.shape, *like.shape)) or x.dim() < 2:
+        return x
+    strides = like.stride()
+    order = sorted(range(x.dim()), key=lambda dim: strides[dim], reverse=True)
+    places = [order.index(dim) for dim in range(x.dim())]
+    return x.permute(order).contiguous().permute(places)
+
+
 def demanded(node: Any, inputs: Sequence[Any], needed: Sequence[bool]) -> tuple[bool, ...]:
     """needs_input_grad of a Function's inputs, without what the running backward pass does not go on to.
 

@@ -39,6 +39,8 @@ pytestmark = pytest.mark.skipif(
 
 # every program, every route, and both kinds of shapes
 CASES = [(PROGRAMS[index % len(PROGRAMS)], by, index % 2 == 1) for index, by in enumerate(ROUTES)]
+# whose tangents do not lie in memory as what they are the tangents of
+CASES += [("jacfwd", "attention", True), ("hessian", "attention", True)]
 
 
 @pytest.fixture(autouse=True)
