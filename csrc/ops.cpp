@@ -107,7 +107,7 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
     p.all_batches = call.given.bias.size(0) == 1;
     p.all_heads = call.given.bias.size(1) == 1;
   }
-  metattn::plan_key_sweep(p);
+  metattn::plan_key_sweep(p, map);
   if (needs & metattn::kNeedQ && p.key_chunks > 1) q_parts = set_q_parts(call);
   if (needs & metattn::kNeedBias) bias_parts = set_bias_parts(call, made[3]);
   if (needs & metattn::kNeedSinks) set_sinks_gradient(call, made[4]);
@@ -145,7 +145,7 @@ void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
   put(stack, call, run_key_sweep(metattn::kVjpJvp, call, needs));
 }
 
-// jvp and vjp_jvp at once. Where all keys are in one block, that is one sweep.
+// jvp and vjp_jvp at once. Where keys are few, that is one sweep.
 template <bool plain>
 void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
@@ -159,7 +159,7 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
   Results results = new_results(call);
-  const bool at_once = !problem.sinks && metattn::keys_fit_a_block(call.p);
+  const bool at_once = !problem.sinks && metattn::fits_double_backward(call.p);
   if (!at_once) {
     run(metattn::kJvp, call);
     set_tangent_results(call, results, bool(call.p.out_o_lo));

@@ -124,6 +124,8 @@ bool all_bfloat16(const Params& p) {
 bool takes_pairs(const Isa& isa, const Params& p) { return isa.pair_keys_at_once != nullptr && all_bfloat16(p); }
 
 bool keys_fit(const Isa& isa, const Params& p) {
+  // all keys of a head are one unit's: more than a few where there are heads for several threads
+  if (p.m > kKeyBlock / 2 && p.batch * p.kv_heads < kFewOwners) return false;
   return p.m <= (takes_pairs(isa, p) ? *isa.pair_keys_at_once : *isa.keys_at_once);
 }
 
@@ -228,7 +230,12 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
 
 }  // namespace
 
-void plan_key_sweep(Params& p) {
+void plan_key_sweep(Params& p, MapName map) {
+  if (map == kDoubleBackward) {
+    p.key_chunk = larger(kKeyBlock, ceil_div(p.m, kKeyBlock) * kKeyBlock);
+    p.key_chunks = 1;
+    return;
+  }
   const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
   const int64_t wanted = owners > 0 ? ceil_div(kKeySweepUnits, owners) : 1;
   const int64_t least = owners < kFewOwners ? kKeyBlock : larger(kKeyBlock, kWorthAUnit / larger(1, p.d + p.dv));
@@ -238,7 +245,7 @@ void plan_key_sweep(Params& p) {
   p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
 }
 
-bool keys_fit_a_block(const Params& p) { return keys_fit(*active_isa().load(), p); }
+bool fits_double_backward(const Params& p) { return keys_fit(*active_isa().load(), p); }
 
 bool run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
   const Isa& isa = *active_isa().load();

@@ -12,14 +12,14 @@ struct Threads {
 };
 
 // Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had,
-// or when another instruction set was chosen since keys_fit_a_block said yes.
+// or when another instruction set was chosen since fits_double_backward said yes.
 bool run_map(MapName map, Params& p, bool is_double, const Threads& threads);
 
 // Whether kDoubleBackward serves a problem: its keys, tensors set.
-bool keys_fit_a_block(const Params& p);
+bool fits_double_backward(const Params& p);
 
 // Parts of dQ and of the bias gradient that the key sweeps of this problem leave: key_chunks of run_map's plan.
-void plan_key_sweep(Params& p);
+void plan_key_sweep(Params& p, MapName map);
 
 }  // namespace metattn
 

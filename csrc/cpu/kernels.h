@@ -15,7 +15,7 @@ struct MapKernel {
   void (*run_units)(const Params&, char* scratch, int64_t (*next)(void* walk), void* walk);
 };
 
-// kDoubleBackward: jvp and vjp_jvp of problems whose keys are all in one block.
+// kDoubleBackward: jvp and vjp_jvp of problems of few keys.
 enum MapName { kForward, kVjp, kJvp, kVjpJvp, kDoubleBackward, kMapCount };
 
 // What sums and products are taken in; kPairs: bfloat16 operands, float sums.
@@ -28,7 +28,7 @@ enum Arithmetic { kFloat, kDouble, kPairs, kArithmetics };
   extern const MapKernel jvp[kArithmetics];              \
   extern const MapKernel vjp_jvp[kArithmetics];          \
   extern const MapKernel double_backward[kArithmetics];  \
-  extern const int64_t keys_at_once; /* of a block */    \
+  extern const int64_t keys_at_once; /* most of those */ \
   }
 METATTN_DECLARE_ISA(baseline)
 METATTN_DECLARE_ISA(avx2)

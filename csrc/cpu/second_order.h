@@ -15,14 +15,15 @@ struct SecondOrder : GradientSweep<A> {
   T *beta, *d_s_t;  // [kKeys] a row of the bias' tangent, and of dSt
 
   // sums_values: products sum over the keys of v and its tangent too.
-  SecondOrder(const Params& params, char* scratch, bool sums_values) : GradientSweep<A>(params, scratch, sums_values) {
+  SecondOrder(const Params& params, char* scratch, bool sums_values, int64_t rows, int64_t tiles)
+      : GradientSweep<A>(params, scratch, sums_values, rows, tiles) {
     Arena& arena = this->arena;
     const int64_t blocks = key_sweep_blocks(params);
     a = PackedRows<A>::take(arena, params.t_q, params.d, this->results.want_k);
     b = PackedKeys<A>::take(arena, params.t_k, params.d, blocks, this->results.want_q, true);
     c = PackedKeys<A>::take(arena, params.t_v, params.dv, blocks, sums_values, this->gains);
-    t_r = arena.template take<T>(kRows * kKeys);
-    e = arena.template take<T>(kRows * kKeys);
+    t_r = arena.template take<T>(tiles * rows * kKeys);
+    e = arena.template take<T>(tiles * rows * kKeys);
     beta = arena.template take<T>(kKeys);
     d_s_t = arena.template take<T>(kKeys);
   }
@@ -43,7 +44,7 @@ struct SecondOrder : GradientSweep<A> {
     if (this->gains && c) multiply_scores(tile, this->d_o, c, block, e, false);
     if (a) multiply_scores(tile, a, this->k, block, t_r, false);
     if (b) multiply_scores(tile, this->q, b, block, t_r, bool(a));
-    if (!a && !b) memset(t_r, 0, sizeof(T) * kRows * kKeys);
+    if (!a && !b) memset(t_r, 0, sizeof(T) * tile.rows * kKeys);
   }
   // s = P in a row, and its beta.
   void begin_row(const Tile& tile, int64_t r) {

@@ -61,7 +61,7 @@ static void row_sweep(const Params& p, int64_t unit, Map& map) {
 static inline int64_t row_sweep_blocks(const Params& p) { return (p.m + kKeys - 1) / kKeys; }
 static inline int64_t key_sweep_blocks(const Params& p) { return (p.key_chunk + kKeys - 1) / kKeys; }
 
-// A Map of a key sweep offers pack as above, and
+// A Map of a key sweep offers pack as above, rows_of_tile, and
 //   begin_keys(keys), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
 //   begin(tile), visit(tile, block), end(tile, chunk)           a block of rows; end also when no tile was visited
 template <class T, class Map>
@@ -72,7 +72,7 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
   const int64_t seq_end = p.all_batches ? p.batch : seq_begin + 1;
   const int64_t kv_begin = p.all_heads ? 0 : owner % owned_heads;
   const int64_t kv_end = p.all_heads ? p.kv_heads : kv_begin + 1;
-  const int64_t group = p.heads / p.kv_heads, rows = rows_at_once(p);
+  const int64_t group = p.heads / p.kv_heads, rows = map.rows_of_tile;
   for (int64_t seq = seq_begin; seq < seq_end; ++seq) {
     const Sequence s = sequence(p, seq);
     const int64_t chunk_begin = chunk * p.key_chunk, chunk_end = smaller(chunk_begin + p.key_chunk, s.m);
@@ -198,6 +198,7 @@ struct GradientSweep {
   Scope<A> scope;
   Arena arena;
   KeySweepResults<A> results;
+  const int64_t rows_of_tile;
   const bool in_registers;
   const bool gains;  // dP is wanted: there is a dO, and somebody needs dS
   T* row;
@@ -208,12 +209,13 @@ struct GradientSweep {
   LogSumExp<T> lse;
   T D[kRows];
 
-  // sums_values: products sum over the keys of v too.
-  GradientSweep(const Params& params, char* scratch, bool sums_values)
+  // sums_values: products sum over the keys of v too. tiles: so many at a time, one after the other in memory.
+  GradientSweep(const Params& params, char* scratch, bool sums_values, int64_t rows, int64_t tiles)
       : p(params),
         exponents(params),
         arena{scratch},
         results(params, arena),
+        rows_of_tile(rows),
         in_registers(fits_registers<A>(params, exponents)),
         gains((results.want_q || results.want_k || results.want_bias) && params.d_o) {
     const int64_t blocks = key_sweep_blocks(p);
@@ -222,10 +224,11 @@ struct GradientSweep {
     d_o = PackedRows<A>::take(arena, p.d_o, p.dv, results.want_v);
     k = PackedKeys<A>::take(arena, p.k, p.d, blocks, results.want_q, true);
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, sums_values, gains);
-    s = arena.take<T>(kRows * kKeys);
-    tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
-    z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
-    d_p = arena.take<T>(kRows * kKeys);
+    const int64_t elements = tiles * rows * kKeys;
+    s = arena.take<T>(elements);
+    tanh_tile = p.softcap != 0 ? arena.take<T>(elements) : nullptr;
+    z = p.rng != nullptr ? arena.take<T>(elements) : nullptr;
+    d_p = arena.take<T>(elements);
     scratch_row = arena.take<T>(padded<T>(p.dv));
   }
 

@@ -148,8 +148,7 @@ struct LogSumExp {
       low[r] = static_cast<T>((lse[r] - natural * static_cast<double>(high[r])) * kLog2e);
     bool odd = false;
     for (int64_t r = 0; r < tile.rows; ++r) odd |= !(__builtin_fabs(lse[r]) < kLarge<T>);
-    memset(dead, 0, sizeof(bool) * tile.rows);
-    memset(large, 0, sizeof(bool) * tile.rows);
+    for (int64_t r = 0; r < tile.rows; ++r) dead[r] = large[r] = false;
     for (int64_t r = 0; odd && r < tile.rows; ++r) {
       dead[r] = lse[r] == -kInfinity<double>;
       large[r] = is_large<T>(lse[r]);

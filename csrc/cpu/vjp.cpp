@@ -9,7 +9,7 @@ template <class A>
 struct Vjp : GradientSweep<A> {
   using T = Compute<A>;
 
-  Vjp(const Params& params, char* scratch) : GradientSweep<A>(params, scratch, false) {}
+  Vjp(const Params& params, char* scratch) : GradientSweep<A>(params, scratch, false, rows_at_once(params), 1) {}
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
     const Params& p = this->p;

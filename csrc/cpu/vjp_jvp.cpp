@@ -10,7 +10,7 @@ struct VjpJvp : SecondOrder<A> {
   using T = Compute<A>;
   T Dt[kRows], tau[kRows];
 
-  VjpJvp(const Params& params, char* scratch) : SecondOrder<A>(params, scratch, false) {}
+  VjpJvp(const Params& params, char* scratch) : SecondOrder<A>(params, scratch, false, rows_at_once(params), 1) {}
 
   void begin(const Tile& tile) {
     SecondOrder<A>::begin(tile);
