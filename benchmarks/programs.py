@@ -1,7 +1,7 @@
 """Whole programs of torch.func in one compiled graph, by every way into metattn, beside what is right.
 
     python -m benchmarks.programs [--routes attention module …] [--programs maml hessian …]
-        [--out benchmarks/results/programs] [--page docs/recipes/compile.md]
+        [--jobs 2] [--out benchmarks/results/programs] [--page docs/recipes/compile.md]
 
 Each program is compiled with fullgraph=True, for fixed and for changing shapes, and differentiated once more
 by a backward from outside; value and gradients are compared with those of the formula in eager mode, in
@@ -17,8 +17,10 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,21 @@ def tried(name: str, program: str, dynamic: bool, theirs: bool = False) -> dict[
     return {"verdict": "right" if off < by.tolerance else "wrong", "distance": off}
 
 
+def rows_of(name: str, names: list[str]) -> list[dict[str, Any]]:
+    """Of a route."""
+    torch.set_num_threads(1)
+    return [
+        {
+            "program": program,
+            "dynamic": dynamic,
+            "metattn": tried(name, program, dynamic),
+            "formula": tried(name, program, dynamic, theirs=True),
+        }
+        for program in names
+        for dynamic in (False, True)
+    ]
+
+
 def markdown(results: dict[str, Any]) -> str:
     lines = [
         "| route | right, of compiled programs | of the formula's | what is not right |",
@@ -346,23 +363,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES), metavar="ROUTE")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS, metavar="PROGRAM")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, each for a route")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/programs"))
     parser.add_argument("--page", type=Path, help="a Markdown file whose table of programs is rewritten")
     args = parser.parse_args()
-    routes: dict[str, Any] = {}
-    for name in args.routes:
-        routes[name] = [
-            {
-                "program": program,
-                "dynamic": dynamic,
-                "metattn": tried(name, program, dynamic),
-                "formula": tried(name, program, dynamic, theirs=True),
-            }
-            for program in args.programs
-            for dynamic in (False, True)
-        ]
-        for row in routes[name]:
-            print(name, row["program"], row["dynamic"], row["metattn"], row["formula"]["verdict"], flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        found = pool.map(rows_of, args.routes, [args.programs] * len(args.routes))
+        routes = dict(zip(args.routes, found, strict=True))
     results = {"machine": machine(), "routes": routes}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "programs.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -68,6 +68,27 @@ def test_inductor(name: str) -> None:
     assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_reduced_overhead(autocast: bool) -> None:
+    """A penalty on a gradient in torch's other mode, and in bfloat16 by autocast around all of it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    weights = [(torch.randn(8, 8) / 3).requires_grad_() for _ in range(3)]
+    layer = layer_of(lambda q, k, v: metattn.attention(q, k, v, causal=True))
+
+    def penalty(w: list[Tensor], x: Tensor) -> Tensor:
+        return total([grad(lambda x: layer(w, x).sin().float().sum())(x)])
+
+    def run(function: Any) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = function(weights, x)
+            return [value, *torch.autograd.grad(value, weights)]
+
+    found, expected = run(torch.compile(penalty, fullgraph=True, mode="reduce-overhead")), run(penalty)
+    for ours, eager in zip(found, expected, strict=True):
+        assert (ours - eager).norm() <= (3e-2 if autocast else 1e-5) * eager.norm()
+
+
 def test_changing_batches_compile_twice() -> None:
     by = route(ROUTE)
     compiled = torch.compile(programs(by.ours)["maml"], backend="aot_eager", fullgraph=True)
