@@ -52,7 +52,10 @@ AVX512 = [
     "-DMETATTN_VECTOR_BYTES=64",
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
-    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # of intrinsics that start from an undefined register: gcc's bug 105593
+    *(
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ),  # of intrinsics that start from an undefined register: gcc's bug 105593
 ]
 X86_ISAS = {
     "baseline": ["-DMETATTN_VECTOR_BYTES=16"],

@@ -61,7 +61,8 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
 def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None = None) -> Any:
     """A map of tensors that may be differentiated, recorded or compiled."""
     if torch.compiler.is_compiling():
-        if internals.duals_from_outside():
+        # another thread may be the one that compiles
+        if torch.compiler.is_dynamo_compiling() and internals.duals_from_outside():
             _refuse_duals()
         if problem.backend == "reference":  # differentiable by itself, and what it does can be compiled
             return layout.run(getattr(load("reference"), layout.name), problem, given, needs)
@@ -244,7 +245,7 @@ class Vjp(Function):
             if _any(move.cotangents):
                 along = call_map(VJP, problem, given._replace(cotangents=move.cotangents), needs)
                 found = _sum(found, along)
-            return _lying_as(given.primals, found)
+            return _lying_as(_gradients_lie_as(given.primals), found)
 
 
 class Jvp(Function):
@@ -294,7 +295,7 @@ class VjpJvp(Function):
         with internals.forward_mode():
             given = _still(VJP_JVP.split(ctx.saved_tensors))
             found = _moved_vjp_jvp(ctx.problem, ctx.needs, given, _moved(VJP_JVP, moves))
-            return _lying_as(given.primals, found)
+            return _lying_as(_gradients_lie_as(given.primals), found)
 
 
 class DoubleBackward(Function):
@@ -325,7 +326,8 @@ class DoubleBackward(Function):
             results = _moved_jvp(ctx.problem, given, move)
             move = move._replace(results_t=Results(*results))  # type: ignore[arg-type]
             gradients = _moved_vjp_jvp(ctx.problem, ctx.needs, given, move)
-            return _lying_as((*given.results, *given.primals), (*results, *gradients))
+            likes = (*given.results, *_gradients_lie_as(given.primals))
+            return _lying_as(likes, (*results, *gradients))
 
 
 def _with_tangent_results(ctx: Any) -> Given:
@@ -523,13 +525,14 @@ def _tangent(x: Tensor) -> Tensor:
 
 
 def _lying_as(likes: Tensors, tangents: Tensors) -> tuple[Any, ...]:
-    """A Function's outputs' tangents with the outputs' strides, which are those of `likes`."""
-    return tuple(
-        [
-            x if x is None or like is None else internals.with_strides_of(x, like)
-            for x, like in zip(tangents, likes, strict=True)
-        ]
-    )
+    """A Function's outputs' tangents with the outputs' strides, those of `likes` (None: contiguous)."""
+    pairs = zip(tangents, likes, strict=True)
+    return tuple([x if x is None else internals.with_strides_of(x, like) for x, like in pairs])
+
+
+def _gradients_lie_as(primals: Primals) -> Primals:
+    """The gradients of bias and sinks are contiguous."""
+    return primals._replace(bias=None, sinks=None)
 
 
 def _still(given: Given) -> Given:

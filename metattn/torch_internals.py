@@ -175,14 +175,16 @@ def forward_mode() -> AbstractContextManager[None]:
     return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def with_strides_of(x: Tensor, like: Tensor) -> Tensor:
-    """x as it lies in memory where sizes are symbols: torch wants a tangent to lie as its output does.
+def with_strides_of(x: Tensor, like: Tensor | None) -> Tensor:
+    """x, as `like` lies in memory (None: contiguous) where sizes are symbols; else as it is.
 
-    It makes a copy that does where it must, but of symbolic sizes fails to (_new_zeros_with_same_feature_meta).
-    Replaced by: a torch that can.
+    torch wants a tangent to lie as its output does. It makes a copy that does where it must, but of symbolic
+    sizes fails to (_new_zeros_with_same_feature_meta). Replaced by: a torch that can.
     """
-    if not any(isinstance(size, torch.SymInt) for size in (*x.shape, *like.shape)) or x.dim() < 2:
+    if not any(isinstance(size, torch.SymInt) for size in x.shape):
         return x
+    if like is None:
+        return x.contiguous()
     strides = like.stride()
     order = sorted(range(x.dim()), key=lambda dim: strides[dim], reverse=True)
     places = [order.index(dim) for dim in range(x.dim())]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import largest_difference
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, jvp
 
 import metattn
 from benchmarks.programs import (
@@ -66,6 +66,24 @@ def test_inductor(name: str) -> None:
     compiled = torch.compile(programs(by.ours)[name], fullgraph=True)
     found, expected = with_gradients(compiled, by.weights), expected_of(ROUTE, name)
     assert largest_difference(found, expected) < 1e-11 * max(float(x.abs().max()) for x in expected)
+
+
+def test_tangents_of_a_bias_that_lies_turned() -> None:
+    """Its gradient is contiguous, and so must the gradient's tangent be where sizes are symbols."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(2, 3, 5, 5, generator=generator, dtype=torch.float64).mT
+
+    def moved(attend: Any) -> Any:
+        def energy(q: Tensor, bias: Tensor) -> Tensor:
+            return attend(q, k, v, bias).sin().sum()
+
+        return lambda q, bias: jvp(grad(energy, argnums=(0, 1)), (q, bias), (q.sin(), bias.cos()))[1]
+
+    ours = moved(lambda q, k, v, bias: metattn.attention(q, k, v, bias=bias))
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    expected = moved(lambda q, k, v, bias: (q @ k.mT / 2 + bias).softmax(-1) @ v)(q, bias)
+    assert largest_difference(compiled(q, bias), expected) < 1e-11
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

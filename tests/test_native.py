@@ -101,9 +101,12 @@ def test_four_maps_in_low_precision(isa: str, name: str, dtype: torch.dtype, rel
     assert_close(four_maps(native, call), by_reference(call, wide=True), relative, relative * 1e-2)
 
 
-# A block has 64 or 128 keys: with more, the operator runs the two maps. All kinds of calls, few of each.
+# With more than 256 keys (64 of few heads, 128 in bfloat16) the operator runs the two maps.
+# All kinds of calls, few of each.
 DOUBLE = {
     **{name: Call((2, 4, 2, 100, 64, 8, 12), **options) for name, options in OPTIONS.items()},
+    **{f"{name}-tiles": Call((2, 4, 2, 70, 150, 8, 12), **options) for name, options in OPTIONS.items()},
+    **{f"{keys}-keys-of-many-heads": Call((1, 4, 4, 50, keys, 16, 5)) for keys in (65, 128, 193, 256, 257)},
     **{f"{keys}-keys": Call((1, 2, 1, 130, keys, 40, 33)) for keys in (0, 2, 63, 65, 128, 129)},
     "packed": Call(lengths=SHORT_LENGTHS, bias=(1, 1, 1, 1), causal="bottom-right", dropout_p=0.2),
     "no-rows": CALLS["no-rows"],
@@ -343,6 +346,22 @@ def test_a_dead_row_with_a_sink_leaks_nothing() -> None:
     clean = both_orders()
     primals.q[:, :, 1] = do[:, :, 1] = tangents.q[:, :, 1] = torch.nan
     assert_close(both_orders(), clean, 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_query_under_a_softcap(isa: str, dtype: torch.dtype) -> None:
+    """Its scores are finite; what stands behind the last key, 0 times infinity, is in no sum."""
+    call = Call((1, 1, 1, 2, 3, 4, 4), softcap=1.5, dtype=dtype)
+    problem, primals, tangents, constants, do, _ = call.make()
+    primals.k.abs_().clamp_(min=0.5)  # no product is NaN
+    primals.q[0, 0, 0] = torch.inf
+    needs = (True, True, True, False, False)
+    tangents = tangents._replace(k=None)
+    results = native.forward(problem, primals, constants)
+    first = native.vjp(problem, primals, constants, results, do, None, needs)
+    _, second = native.double_backward(problem, primals, constants, results, do, None, tangents, needs)
+    assert not first.q[0, 0, 0].any()
+    assert not second.q[0, 0, 0].any()
 
 
 def test_a_tangent_under_a_mask_is_nobodys_business() -> None:

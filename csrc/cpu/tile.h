@@ -75,6 +75,13 @@ static inline void hide_outside(T* row, int64_t cols, int64_t lo, int64_t hi) {
     store(row + j, joined<T>(load(row + j), hidden, hi - j));
 }
 
+// tanh of what is hidden becomes 0: a NaN in it would come in by 0·NaN.
+template <class T>
+static inline void drop_hidden(const T* s_row, T* tanh_row, int64_t cols) {
+  for (int64_t j = 0; j < cols; j += kLanes<T>)
+    store(tanh_row + j, load(s_row + j) > -kInfinity<T> ? load(tanh_row + j) : Vec<T>{});
+}
+
 // The tile [kRows][kKeys] of Exponents: scale·QKᵀ with softcap, bias and ALiBi, or QKᵀ alone; −inf where masked.
 // tanh_tile receives tanh(R / c) where there is a softcap; row is scratch.
 template <class A, class T>
@@ -109,6 +116,7 @@ static void scores(const Params& p, const Exponents<T>& exponents, const Tile& t
     }
     const Range range = tile.partial ? attended_keys(p, tile.s, i) : Range{tile.key0, tile.key0 + tile.keys};
     hide_outside(s_row, tile.cols, range.lo - tile.key0, larger(0, smaller(range.hi - tile.key0, tile.keys)));
+    if (p.softcap != 0) drop_hidden(s_row, tanh_tile + r * kKeys, tile.cols);
   }
 }
 

@@ -43,11 +43,14 @@ class Compiled:
     Arguments:
         checkpoint: False keeps every step's activations. True keeps parameters and the optimizer's state
             between the steps alone, and computes each step again on the way back, as "checkpointed" does.
-            Everything that is differentiated must then be an argument of :func:`adapt`.
+            Everything that is differentiated must then be an argument of :func:`adapt`, and what a step reads
+            of Python must be the same on the way back.
         backend, options: those of torch.compile. ``options={"cpp_wrapper": True}`` compiles a step faster on
             CPUs.
 
-    Differentiable once, by autograd: a second derivative of the result raises RuntimeError.
+    Differentiable once, by autograd: a second derivative of the result raises RuntimeError, and so do
+    retain_graph and is_grads_batched, of compiled code. Tensors that an outer vmap maps must be arguments,
+    not read by a loss from around it.
     Errors: NotImplementedError inside of torch.compile, of torch.func's grad, vjp and jvp, and for dual
     numbers, which compiled code would drop; ValueError for an optimizer whose state is not made of tensors,
     and beside checkpoint for a loss or an optimizer that depends on another tensor that requires a gradient.
@@ -170,7 +173,7 @@ class _Repeated(torch.autograd.Function):
                 'derivative: take "reverse" or "checkpointed"'
             )
         leaves = _leaves(ctx.saved_tensors, ctx.needed)
-        with torch.enable_grad(), ctx.replay.again("run"):
+        with torch.enable_grad(), many_graphs(), ctx.replay.again("run"):
             outputs = ctx.run(*leaves)
         pairs = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if v is not None]
         if not pairs:
@@ -252,7 +255,7 @@ def _recorded(x: Tensor, vmaps: Sequence[Vmap]) -> Tensor:
 
 def _vmaps(tree: Any) -> list[Vmap]:
     """Those at work, the innermost first. NotImplementedError for what would be wrong in compiled code."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # is_compiling is true in every thread while one compiles
         raise NotImplementedError(
             "meta_gradient: Compiled compiles its steps one by one, and eager PyTorch calls them; inside of "
             'torch.compile take "reverse" or "first-order"'

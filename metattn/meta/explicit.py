@@ -25,7 +25,7 @@ class Call:
     """
 
     def __init__(self, loop: InnerLoop, params: Params, others: Any, tensors: list[Tensor]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             raise NotImplementedError(
                 'meta_gradient: only "reverse" and "first-order" can be compiled, for a compiled backward '
                 "cannot repeat a step; take one of these, or leave the call to eager PyTorch and take "
