@@ -134,7 +134,8 @@ def with_gradients(program: Program, weights: list[Tensor], batch: int = 2) -> l
 
     w = [weight.detach().clone().requires_grad_() for weight in weights]
     value = program(w, draw(batch, POINTS, WIDTH), draw(batch, POINTS, WIDTH))
-    return [value, *torch.autograd.grad(value, w)]
+    # a weight that a program makes no use of has the gradient 0; where it should not, it is not right
+    return [value, *torch.autograd.grad(value, w, materialize_grads=True)]
 
 
 @dataclass(frozen=True)
