@@ -333,7 +333,7 @@ def rows_of(name: str, names: list[str]) -> list[dict[str, Any]]:
 
 
 def retried(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """What was not right, in a process of its own, for torch's errors leave things behind; and the formula."""
+    """What was not right, in a process of its own, as errors leave things behind; and the formula."""
     program, dynamic = row["program"], row["dynamic"]
     ours = tried(name, program, dynamic)
     if ours["verdict"] != "right":
