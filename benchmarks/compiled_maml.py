@@ -11,7 +11,6 @@ plain formula's in float64, then timed in turn, in rounds; a round takes each fo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from torch import Tensor
 from torch.func import grad
 
 import metattn
+from benchmarks.publish import publish
 from metattn.cli._measure import interleave, machine, per_round
-from metattn.cli._report import rewrite
 from metattn.cli._tables import ratio
 
 ROW = 0.03  # seconds
@@ -169,13 +168,7 @@ def main() -> int:
     args = parser.parse_args()
     rows = [measure(points, threads, args.seconds) for threads in args.threads for points in args.points]
     results = {"machine": machine(), "goals": GOALS, "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "compiled_maml.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown(results)
-    (args.out / "compiled_maml.md").write_text(table)
-    if args.page is not None:
-        rewrite(args.page, MARKS, f"\n{table}\n")
-    print(table)
+    publish(results, markdown(results), args.out, "compiled_maml", args.page, MARKS)
     return 0
 
 

@@ -14,7 +14,6 @@ a single step.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from benchmarks.publish import publish
 from metattn.cli._measure import in_fresh_process, interleave, machine, peak_memory, per_round
 from metattn.cli._tables import ratio
 from metattn.meta import SGD, AttentionMetaLearner, Compiled, maml_loss
@@ -105,11 +105,7 @@ def main() -> int:
                 request = {"what": "peak", "way": way, "steps": steps, **common}
                 peaks.append(in_fresh_process("benchmarks.compiled_meta_once", request))
     results = {"machine": machine(), **common, "rows": rows, "peaks": peaks}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "compiled_meta.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown(results)
-    (args.out / "compiled_meta.md").write_text(table)
-    print(table)
+    publish(results, markdown(results), args.out, "compiled_meta")
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import io
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import metattn
+from benchmarks.publish import publish
 from metattn.cli._measure import machine
-from metattn.cli._report import rewrite
 
 FEATURES = 3
 
@@ -282,13 +281,7 @@ def main() -> int:
     args = parser.parse_args()
     found = {door: {name: tried(door, attend) for name, attend in CONTESTANTS.items()} for door in DOORS}
     results = {"machine": machine(), "doors": found}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "doors.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown(results)
-    (args.out / "doors.md").write_text(table)
-    if args.page is not None:
-        rewrite(args.page, MARKS, f"\n{table}\n")
-    print(table)
+    publish(results, markdown(results), args.out, "doors", args.page, MARKS)
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import metattn
+from benchmarks.publish import publish
 from metattn.cli._measure import machine
-from metattn.cli._report import rewrite
 
 HEADS, FEATURES, POINTS = 2, 4, 3
 WIDTH = HEADS * FEATURES
@@ -384,13 +383,7 @@ def main() -> int:
         found = pool.map(rows_of, args.routes, [args.programs] * len(args.routes))
         routes = dict(zip(args.routes, found, strict=True))
     results = {"machine": machine(), "routes": _with_retries(routes, args.jobs)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "programs.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown(results)
-    (args.out / "programs.md").write_text(table)
-    if args.page is not None:
-        rewrite(args.page, MARKS, f"\n{table}\n")
-    print(table)
+    publish(results, markdown(results), args.out, "programs", args.page, MARKS)
     return 0
 
 

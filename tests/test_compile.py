@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,7 @@ native = pytest.mark.skipif(
 MAIN = "cpu" if available_backends()["cpu"] is None else "reference"
 TRACED = [(MAIN, name) for name in OPTIONS] + [("reference", name) for name in ("plain", "dropout", "packed")]
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def gradients(function: Any, call: Call) -> tuple[Tensor, ...]:

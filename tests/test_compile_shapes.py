@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 SIZES = ((5, 6), (7, 8), (3, 11))  # of batch and length; the second makes both symbolic
 MAIN = "cpu" if available_backends()["cpu"] is None else "reference"
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def randn(*shape: int) -> Tensor:

@@ -33,22 +33,17 @@ from benchmarks.programs import (
 from metattn.backends import available_backends
 from metattn.layout import MAPS
 
-pytestmark = pytest.mark.skipif(
-    available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.skipif(available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"),
+]
 
 # every program, every route, and both kinds of shapes
 CASES = [(PROGRAMS[index % len(PROGRAMS)], by, index % 2 == 1) for index, by in enumerate(ROUTES)]
 # whose tangents do not lie in memory as what they are the tangents of
 CASES += [("jacfwd", "attention", True), ("hessian", "attention", True)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+# a weight for every task, of a size that is a symbol
+CASES += [("vmap of maml", "metattn.nn.MultiheadAttention", True)]
 
 
 ROUTE = "attention, causal"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,14 @@ from test_meta_compile import network, optimizer_of, value_and_gradient
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import mse_loss
-from unrolled import TASKS, Params, model_of, of_task, samples_of
+from unrolled import TASKS, LearnedLoss, Params, head_of, model_of, of_task, samples_of
 
 import metattn
 from metattn.meta import SGD, Adam, Compiled, adapt, maml_loss
 
 WAYS = [False, True]  # checkpoint
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Counted:
@@ -130,16 +125,8 @@ def test_a_pair_for_every_step_in_chunks(again: bool) -> None:
 
 @pytest.mark.parametrize("again", WAYS, ids=["kept", "checkpoint"])
 def test_part_of_a_model_with_learned_loss_targets_and_rate(again: bool) -> None:
-    class Learned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64))
-
-        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-            return (self.weight * (outputs - targets).square()).mean()
-
-    model, loss_fn = model_of(), Learned()
-    head = {name: value for name, value in model.named_parameters() if name.startswith("decoder.")}
+    model, loss_fn = model_of(), LearnedLoss()
+    head = head_of(model)
     x, y = of_task(samples_of(2, 1), 0)
     y.requires_grad_()
     rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)

@@ -7,7 +7,6 @@ wrong there.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -25,16 +24,11 @@ from metattn.backends import available_backends
 
 FLOAT64 = True  # backends that lack it: TestSinglePrecision
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 def ours(backend: str | None) -> Attention:
     return lambda q, k, v: metattn.attention(q, k, v, causal=True, backend=backend)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -16,9 +16,11 @@ from torch.nn.functional import mse_loss
 from unrolled import (
     LATER,
     TASKS,
+    LearnedLoss,
     Params,
     agree,
     gradient_of,
+    head_of,
     model_of,
     of_task,
     plain_sgd,
@@ -127,16 +129,8 @@ def test_steps_are_torch_optims(name: str) -> None:
 def test_everything_the_loop_depends_on_gets_its_gradient(kind: Any) -> None:
     """ANIL's body, a learned loss, learned targets, step sizes and momentum: one call, against autograd."""
 
-    class Learned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64))
-
-        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-            return (self.weight * (outputs - targets).square()).mean()
-
-    model, loss_fn = model_of(), Learned()
-    head = {name: value for name, value in model.named_parameters() if name.startswith("decoder.")}
+    model, loss_fn = model_of(), LearnedLoss()
+    head = head_of(model)
     x, y = of_task(samples_of(2, 1), 0)
     query = of_task(samples_of(4, 2), 0)
     y = y.clone().requires_grad_()
@@ -173,7 +167,7 @@ def test_everything_the_loop_depends_on_gets_its_gradient(kind: Any) -> None:
 
 def test_anil_adapts_the_head_alone() -> None:
     model, support, query = model_of(), samples_of(2, 1), samples_of(4, 2)
-    head = {name: value for name, value in model.named_parameters() if name.startswith("decoder.")}
+    head = head_of(model)
     expected = unrolled_mean(
         model,
         support,

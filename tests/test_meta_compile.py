@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from unrolled import POINTS, Params, Samples, model_of, of_task, samples_of
+from unrolled import POINTS, LearnedLoss, Params, Samples, head_of, model_of, of_task, samples_of
 
 import metattn
 from metattn.meta import SGD, Adam, MetaSGD, adapt, maml_loss, reptile_loss
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Network(nn.Module):
@@ -130,16 +125,8 @@ def test_functional_gradient_inside_of_the_graph() -> None:
 def test_adapt_with_a_learned_loss_and_learned_targets() -> None:
     """ANIL: only the head is adapted; what else the steps depend on gets its gradient."""
 
-    class Learned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64))
-
-        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-            return (self.weight * (outputs - targets).square()).mean()
-
-    model, loss_fn = model_of(), Learned()
-    head = {name: value for name, value in model.named_parameters() if name.startswith("decoder.")}
+    model, loss_fn = model_of(), LearnedLoss()
+    head = head_of(model)
     x, y = of_task(samples_of(2, 1), 0)
     y.requires_grad_()
     leaves = dict(model.named_parameters()) | {"loss": loss_fn.weight, "targets": y}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ from metattn.backends import available_backends, operators, plain
 from metattn.layout import MAPS, Cotangents, Given, Layout, Needs
 from metattn.problem import Options, Primals, Problem, Results, dense
 
-pytestmark = pytest.mark.skipif(
-    available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.skipif(available_backends()["cpu"] is not None, reason=f"cpu: {available_backends()['cpu']}"),
+]
 
 SHAPES = {
     "square": Shape(batch=1, heads=2, n=5, m=5, d=4, dv=4, kv_heads=2),
@@ -28,13 +28,6 @@ SHAPES = {
     "blocks": Shape(batch=1, heads=1, n=33, m=600, d=16, dv=16, kv_heads=1),
     "no rows": Shape(batch=1, heads=2, n=0, m=3, d=4, dv=4, kv_heads=2),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def draw(shape: Shape, dtype: torch.dtype, transposed: bool = False) -> list[Tensor]:

@@ -27,6 +27,22 @@ def model_of(seed: int = 0) -> AttentionMetaLearner:
     return model
 
 
+class LearnedLoss(nn.Module):
+    """A squared error with a learned weight for each output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (self.weight * (outputs - targets).square()).mean()
+
+
+def head_of(model: nn.Module) -> Params:
+    """The parameters that ANIL adapts."""
+    return {name: value for name, value in model.named_parameters() if name.startswith("decoder.")}
+
+
 def samples_of(sets: int, seed: int, tasks: int = TASKS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = (tasks, sets, POINTS, 2), (tasks, sets, POINTS, 3)

@@ -15,13 +15,17 @@ constexpr int64_t kKeys = 128;
 constexpr int64_t kKeys = 64;
 #endif
 
-// Rows of a tile, at most kRows: few where little is made of each, so that a tile's arrays stay in the first cache.
+// Heads up to this width make little of each row and key: what follows a product costs as much as the product.
+constexpr int64_t kNarrow = 32;
+static inline bool is_narrow(const Params& p) { return p.d <= kNarrow && p.dv <= kNarrow; }
+
+// Rows of a tile, at most kRows: few where little is made of each, so that a tile's arrays stay near.
 static inline int64_t rows_at_once(const Params& p) {
 #ifdef METATTN_PAIRS
   static_cast<void>(p);
   return kRows;
 #else
-  return p.d <= 32 && p.dv <= 32 ? 48 : 96;
+  return is_narrow(p) ? kRows / 2 : kRows;
 #endif
 }
 

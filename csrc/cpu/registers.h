@@ -1,6 +1,6 @@
 // Scores of a few rows against a panel of keys, kept in registers from the product on: what follows a product of narrow
 // heads costs as much as the product, and to put scores aside and fetch them again would cost as much again. For problems
-// without options that need a row in memory.
+// without options that need a row in memory; of wider heads larger blocks of rows and keys are better.
 #pragma once
 
 #include "tile.h"
@@ -14,10 +14,6 @@ constexpr int kRowsInRegisters = 3;
 constexpr int kRowsInRegisters = 0;
 #endif
 
-// Wider heads make so much of each row of the products that to keep scores aside costs nothing, and larger blocks of rows
-// and keys are better.
-constexpr int64_t kWidthInRegisters = 32;
-
 // An arithmetic whose scores can, and a problem whose do.
 template <class A>
 constexpr bool kInRegisters = false;
@@ -29,7 +25,7 @@ constexpr bool kInRegisters<double> = kRowsInRegisters > 0;
 #endif
 template <class A, class T>
 static inline bool fits_registers(const Params& p, const Exponents<T>& exponents) {
-  return kInRegisters<A> && larger(p.d, p.dv) <= kWidthInRegisters && exponents.plain && !p.mask && p.rng == nullptr;
+  return kInRegisters<A> && is_narrow(p) && exponents.plain && !p.mask && p.rng == nullptr;
 }
 
 // Scores: rows × vectors of keys.
@@ -97,7 +93,7 @@ template <class T, int Vectors>
   for (int v = 0; v < Vectors; ++v) x[v] = load(source + v * kLanes<T>);
 }
 
-// Calls body.rows<Rows, Vectors>(r, j) for all rows and panels of a tile.
+// Calls body<Rows, Vectors>(r, j) for all rows of a tile, from each panel's first column on.
 template <class T, int Vectors, class Body>
 static inline void walk_rows(const Tile& tile, int64_t j, const Body& body) {
   int64_t r = 0;

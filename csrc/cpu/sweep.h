@@ -209,7 +209,8 @@ struct GradientSweep {
   LogSumExp<T> lse;
   T D[kRows];
 
-  // sums_values: products sum over the keys of v too. tiles: so many at a time, one after the other in memory.
+  // sums_values: products sum over the keys of v too. A tile has up to `rows`;
+  // `tiles` are kept at a time, one after the other in memory.
   GradientSweep(const Params& params, char* scratch, bool sums_values, int64_t rows, int64_t tiles)
       : p(params),
         exponents(params),

@@ -20,6 +20,7 @@ from torch.nn.functional import (
 )
 from torch.overrides import TorchFunctionMode
 
+from metattn.nn import symbolic
 from metattn.nn.norm import affine, standardized
 from metattn.nn.norm import layer_norm as exact_layer_norm
 from metattn.torch_internals import leave_uncompiled
@@ -67,34 +68,16 @@ class ExactDerivatives(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if bias is None:
-        return input @ weight.t()
-    if input.dim() < 2 or weight.dim() != 2 or weight.shape[1] == 0:
-        return linear(input, weight, bias)
-    rows = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
-    return rows.reshape(*input.shape[:-1], weight.shape[0])
-
-
-def _chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
-    if chunks < 1 or input.shape[dim] % chunks:
-        return torch.chunk(input, chunks, dim)
-    return torch.unflatten(input, dim, (chunks, input.shape[dim] // chunks)).unbind(
-        dim if dim >= 0 else dim - 1
-    )
-
-
 def _traced(func: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a graph: in a function mode Dynamo does not know unflatten as a method.
 
-    And vmap's rules for linear and for chunk's derivative, a concatenation, ask for sizes as numbers, so that
-    there would be a graph for every size.
+    And linear and chunk would make a graph for every size.
     """
     if func is Tensor.unflatten:
         return torch.unflatten
     if func is linear:
-        return _linear
-    return _chunk if func in (torch.chunk, Tensor.chunk) else func
+        return symbolic.linear
+    return symbolic.chunk if func in (torch.chunk, Tensor.chunk) else func
 
 
 _BY_CHANNEL = ("input", "weight", "bias", "running_mean", "running_var")

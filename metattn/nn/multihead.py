@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -11,8 +12,10 @@ from torch.nn import functional as F  # noqa: N812 (torch's own abbreviation)
 from metattn import backends
 from metattn.autodiff import attend
 from metattn.backends import reference
+from metattn.nn import symbolic
 from metattn.nn.traced import traced_call
 from metattn.problem import Call, Options, dense, has_autocast
+from metattn.torch_internals import transformed
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -214,7 +217,8 @@ def multihead(
     o = o.transpose(1, 2).flatten(-2)  # [B, L, E]
     if not batch_first:
         o = o.transpose(0, 1)
-    output = F.linear(o, parameters.out_proj, parameters.out_bias)
+    linear, _ = _products()
+    output = linear(o, parameters.out_proj, parameters.out_bias)
     return output if batched else output.squeeze(0), (problem, primals, constants)
 
 
@@ -223,20 +227,28 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The projected query, key and value; one product for those that are the same tensor."""
     weight, bias = parameters.in_proj, parameters.in_bias
+    linear, chunk = _products()
     if isinstance(weight, Tensor):
         size = weight.shape[1]
         if query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+            q, k, v = chunk(linear(query, weight, bias), 3, dim=-1)
             return q, k, v
         if key is value:
-            q = F.linear(query, weight[:size], None if bias is None else bias[:size])
-            k, v = F.linear(key, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
+            q = linear(query, weight[:size], None if bias is None else bias[:size])
+            k, v = chunk(linear(key, weight[size:], None if bias is None else bias[size:]), 2, dim=-1)
             return q, k, v
-        w_q, w_k, w_v = weight.chunk(3)
+        w_q, w_k, w_v = chunk(weight, 3)
     else:
         w_q, w_k, w_v = weight
-    b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
-    return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+    b_q, b_k, b_v = (None, None, None) if bias is None else chunk(bias, 3)
+    return linear(query, w_q, b_q), linear(key, w_k, b_k), linear(value, w_v, b_v)
+
+
+def _products() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """linear and chunk; those for sizes that are symbols where a transform is being compiled."""
+    if torch.compiler.is_compiling() and transformed():
+        return symbolic.linear, symbolic.chunk
+    return F.linear, torch.chunk
 
 
 def check(

@@ -1,0 +1,26 @@
+"""Where a measurement's results go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from metattn.cli._report import rewrite
+
+
+def publish(
+    results: dict[str, Any],
+    table: str,
+    folder: Path,
+    name: str,
+    page: Path | None = None,
+    marks: tuple[str, str] = ("", ""),
+) -> None:
+    """Writes NAME.json and NAME.md, the table, which is printed, and what lies between a page's marks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table)
+    if page is not None:
+        rewrite(page, marks, f"\n{table}\n")
+    print(table)
