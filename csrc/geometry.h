@@ -22,6 +22,10 @@ struct Range {
   int64_t lo, hi;  // lo <= j < hi
 };
 
+// A thread packs so many keys at a time, and a running sum has about so many terms before it is put aside. Float sums of
+// more terms lose digits; packed keys of more would outgrow the caches, and be as many copies as there are threads.
+constexpr int64_t kSpan = 1024;
+
 // Keys that position alone leaves to row i; both ends never decrease as i grows. Empty: lo >= hi.
 static METATTN_HD Range attended_keys(const Params& p, const Sequence& s, int64_t i) {
   const int64_t offset = p.causal == Causal::top_left ? 0 : s.m - s.n;

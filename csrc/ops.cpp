@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include "cpu/dispatch.h"
+#include "geometry.h"
 
 namespace {
 
@@ -78,20 +79,36 @@ Tensor set_q_parts(Call& call) {
   return parts;
 }
 
+// Parts of dK or dV, one for each part of the rows.
+Tensor set_key_parts(Call& call, char*& data, int64_t width) {
+  Params& p = call.p;
+  Tensor parts = empty(call.given.k, {p.row_parts, call.leading, p.kv_heads, call.keys, width}, call.compute_type());
+  p.key_rows = call.keys;
+  data = parts.data();
+  return parts;
+}
+
+// Floats lose digits in sums of more terms.
+constexpr double kFloatTerms = 128;
+
 // Allocates the bias' gradient; the parts that it is the sum of, where it is not made in place.
-Tensor set_bias_parts(Call& call, Tensor& grad_bias) {
+Tensor set_bias_parts(Call& call, int64_t elements, Tensor& grad_bias) {
   Params& p = call.p;
   const Tensor& bias = call.given.bias;
   const int64_t* sizes = bias.sizes();
-  p.grad_bias_parts = sizes[3] == 1 ? p.key_chunks : 1;
-  const int64_t elements = set_bias_gradient(call);
-  p.grad_bias_stride[0] = p.grad_bias_parts == 1 ? 0 : elements;
-  if (p.grad_bias_parts == 1 && bias.dtype() == call.compute_type()) {
+  const int64_t chunks = sizes[3] == 1 ? p.key_chunks : 1;
+  const int64_t row_parts = p.all_batches || p.all_heads || sizes[2] == 1 ? p.row_parts : 1;
+  p.grad_bias_parts = chunks * row_parts;
+  p.grad_bias_stride[0] = chunks == 1 ? 0 : elements * row_parts;
+  p.grad_bias_part_stride = row_parts == 1 ? 0 : elements;
+  p.bias_in_double = 1.0 * p.batch * p.heads * p.n * p.m > kFloatTerms * elements;
+  const int32_t dtype = p.bias_in_double ? codes.f64 : call.compute_type();
+  if (p.grad_bias_parts == 1 && bias.dtype() == dtype) {
     grad_bias = zeros(bias, {sizes[0], sizes[1], sizes[2], sizes[3]}, bias.dtype());
     p.grad_bias = grad_bias.data();
     return {};
   }
-  Tensor parts = zeros(bias, {p.grad_bias_parts, sizes[0], sizes[1], sizes[2], sizes[3]}, call.compute_type());
+  Tensor parts = zeros(bias, {p.grad_bias_parts, sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
   p.grad_bias = parts.data();
   grad_bias = empty(bias, {sizes[0], sizes[1], sizes[2], sizes[3]}, bias.dtype());
   p.grad_bias_out = strided(grad_bias, dtype_of(grad_bias, "dbias"), false, false);
@@ -102,14 +119,21 @@ Tensor set_bias_parts(Call& call, Tensor& grad_bias) {
 Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   Params& p = call.p;
   Gradients made = new_gradients(call, needs);
-  Tensor q_parts, bias_parts;
+  Tensor q_parts, k_parts, v_parts, bias_parts;
+  int64_t bias_elements = 0;
   if (needs & metattn::kNeedBias) {  // a broadcast bias has one owner for all that it is broadcast over
     p.all_batches = call.given.bias.size(0) == 1;
     p.all_heads = call.given.bias.size(1) == 1;
+    bias_elements = set_bias_gradient(call);
   }
   metattn::plan_key_sweep(p, map);
-  if (needs & metattn::kNeedQ && p.key_chunks > 1) q_parts = set_q_parts(call);
-  if (needs & metattn::kNeedBias) bias_parts = set_bias_parts(call, made[3]);
+  // spans of keys are added up in what has the compute type
+  const bool q_in_place = p.key_chunks == 1 && (p.key_chunk <= metattn::kSpan || call.given.q.dtype() == call.compute_type());
+  if (needs & metattn::kNeedQ && !q_in_place) q_parts = set_q_parts(call);
+  const bool cuts_rows = p.row_parts > 1 && !p.all_batches && !p.all_heads;
+  if (needs & metattn::kNeedK && cuts_rows) k_parts = set_key_parts(call, p.grad_k_parts, p.d);
+  if (needs & metattn::kNeedV && cuts_rows) v_parts = set_key_parts(call, p.grad_v_parts, p.dv);
+  if (needs & metattn::kNeedBias) bias_parts = set_bias_parts(call, bias_elements, made[3]);
   if (needs & metattn::kNeedSinks) set_sinks_gradient(call, made[4]);
   run(map, call);
   return made;

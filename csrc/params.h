@@ -69,11 +69,15 @@ struct Params {
   // Outputs; absent where not wanted.
   View out_o, out_o_lo, out_lse;          // forward (o, lse) and jvp (their tangents)
   View grad_q, grad_k, grad_v;            // vjp and vjp_jvp
-  char* grad_q_parts;                     // compute type [key_chunks, B, Hq, N, d]; null when key_chunks is 1
+  char* grad_q_parts;                     // compute type [key_chunks, B, Hq, N, d]; null where grad_q is written at once
   int64_t grad_q_parts_stride[4];         // elements; over (chunk, seq, head, row), columns contiguous
-  char* grad_bias;                        // compute type, zero-filled; [parts, 1|B, 1|Hq, 1|N, 1|M]
+  char *grad_k_parts, *grad_v_parts;      // compute type [row_parts, B, Hkv, M, d or dv], contiguous; null where there is one
+  int64_t key_rows;                       // M of those, or a packed problem's total
+  char* grad_bias;                        // zero-filled; [parts, 1|B, 1|Hq, 1|N, 1|M]
+  bool bias_in_double;                    // grad_bias holds float64, else the compute type
   int64_t grad_bias_stride[5];            // over (chunk, seq, head, row, key); 0 on summed dimensions
-  int64_t grad_bias_parts;                // key_chunks where the bias has one key for all, else 1
+  int64_t grad_bias_part_stride;          // over row parts
+  int64_t grad_bias_parts;                // all of them: chunks of keys, times parts of rows, that share elements
   int64_t bias_size[4];                   // sizes of bias before broadcasting
   View grad_bias_out;                     // where the sum of the parts goes; absent where grad_bias is the result
   char* grad_sinks;                       // compute type [1|B, Hq] contiguous, zero-filled
@@ -81,9 +85,11 @@ struct Params {
   int64_t needs;
 
   // Plan (plan.h): how the work is cut. A unit is what one thread does alone.
-  int64_t row_chunk;            // row sweeps: rows of a unit, a multiple of the row block
+  int64_t row_chunk;            // row sweeps: rows of a unit
+  int64_t head_chunk;           // and query heads of it, of those that share a key head
   int64_t key_chunk;            // key sweeps: keys of a unit, a multiple of the key block
   int64_t key_chunks;
+  int64_t row_parts;            // key sweeps: parts of an owner's row tiles, or of its pairs of batch and key head
   bool all_batches, all_heads;  // key sweeps: a unit walks every batch (head), so that it owns a broadcast bias gradient
   const int64_t* first_unit;    // row sweeps: [batch + 1] first unit of each packed sequence; null: all have as many
 

@@ -28,6 +28,12 @@ constexpr int64_t kKeySweepUnits = 16;
 // Each of a head's units loads all its rows, which is worth it for so many products of elements a row, or where there are
 // few heads.
 constexpr int64_t kWorthAUnit = 1 << 13, kFewOwners = 4;
+// Long problems are cut further, for machines of many threads: into up to so many units, of that many keys at least. A
+// head's dQ is then a sum of at most kKeySweepUnits parts.
+constexpr int64_t kLongSweepUnits = 64, kKeysOfLong = 2048;
+// Where keys are too few for kKeySweepUnits, rows are cut too: into parts of at least so many products of elements.
+constexpr double kWorthAPart = 1 << 21;
+constexpr int64_t kLeastRows = 16;  // of a unit of a row sweep
 
 struct Isa {
   const char* name;
@@ -98,20 +104,68 @@ std::atomic<const Isa*>& active_isa() {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// To wake a thread takes about as long as so many products of elements.
+constexpr double kWorthAThread = 1 << 17;
+
+// How many threads a map is worth.
+int worth_of(const Params& p, int threads) {
+  const double products = 1.0 * p.batch * p.heads * p.n * p.m * (p.d + p.dv);
+  return products < kWorthAThread * threads ? static_cast<int>(products / kWorthAThread) + 1 : threads;
+}
 
 // Rows are independent of each other, so a row sweep may be cut by the number of threads. A packed problem's sequences have
 // units of their own count, which `first_unit` receives.
 int64_t plan_row_sweep(Params& p, int threads, std::vector<int64_t>& first_unit) {
-  const int64_t pairs = p.batch * p.kv_heads;
+  const int64_t pairs = p.batch * p.kv_heads, group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
   const int64_t pieces = pairs > 0 ? ceil_div(4 * threads, pairs) : 1;
-  p.row_chunk = ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock;
-  if (p.row_chunk < 2 * kRowBlock) p.row_chunk = 2 * kRowBlock;
-  if (p.cu_q == nullptr) return ceil_div(p.n, p.row_chunk) * pairs;
+  p.row_chunk = larger(2 * kRowBlock, ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock);
+  p.head_chunk = group;
+  const int64_t units = ceil_div(p.n, p.row_chunk) * pairs, wanted = worth_of(p, threads);
+  if (units > 0 && units < wanted) {  // a unit packs its keys: fewer than threads only where there is no other way
+    p.head_chunk = larger(1, group * units / wanted);
+    const int64_t owners = pairs * ceil_div(group, p.head_chunk);
+    if (owners < wanted) p.row_chunk = ceil_div(ceil_div(p.n, ceil_div(wanted, owners)), kLeastRows) * kLeastRows;
+  }
+  const int64_t owners = p.kv_heads * ceil_div(group, p.head_chunk);
+  if (p.cu_q == nullptr) return ceil_div(p.n, p.row_chunk) * p.batch * owners;
   first_unit.resize(p.batch + 1);
   for (int64_t seq = 0; seq < p.batch; ++seq)
-    first_unit[seq + 1] = first_unit[seq] + ceil_div(sequence(p, seq).n, p.row_chunk) * p.kv_heads;
+    first_unit[seq + 1] = first_unit[seq] + ceil_div(sequence(p, seq).n, p.row_chunk) * owners;
   p.first_unit = first_unit.data();
   return first_unit[p.batch];
+}
+
+int64_t owners_of(const Params& p) { return (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads); }
+
+// Keys of a unit.
+int64_t plan_key_chunk(const Params& p, MapName map, int64_t owners) {
+  if (map == kDoubleBackward || p.m == 0 || owners == 0) return larger(kKeyBlock, ceil_div(p.m, kKeyBlock) * kKeyBlock);
+  const int64_t least = owners < kFewOwners ? kKeyBlock : larger(kKeyBlock, kWorthAUnit / larger(1, p.d + p.dv));
+  const auto pieces_of = [&](int64_t units, int64_t least) {
+    return smaller(smaller(ceil_div(units, owners), kKeySweepUnits), larger(1, p.m / least));
+  };
+  const int64_t pieces = larger(pieces_of(kKeySweepUnits, least), pieces_of(kLongSweepUnits, kKeysOfLong));
+  return ceil_div(ceil_div(p.m, pieces), kKeyBlock) * kKeyBlock;
+}
+
+// Parts of an owner's rows, or of its pairs of batch and key head where it owns a bias for several. Each is an addend of the
+// gradients of keys, or of the bias.
+int64_t plan_row_parts(const Params& p, int64_t owners) {
+  const int64_t units = owners * p.key_chunks;
+  if (units == 0 || units >= kKeySweepUnits) return 1;
+  const int64_t group = p.heads / p.kv_heads, pairs = p.batch * p.kv_heads / owners;
+  const bool cuts_pairs = p.all_batches || p.all_heads;
+  int64_t most = cuts_pairs ? pairs : group * ceil_div(p.n, kRowBlock);
+  const double work = 1.0 * pairs * group * p.n * smaller(p.m, p.key_chunk) * (p.d + p.dv);
+  if (work < kWorthAPart * most) most = static_cast<int64_t>(work / kWorthAPart);
+  if (cuts_pairs && p.needs & kNeedBias) {  // the parts take no more memory than dQ does
+    const double elements = 1.0 * p.bias_size[0] * p.bias_size[1] * p.bias_size[2] * p.bias_size[3];
+    const double room = 1.0 * p.batch * p.heads * p.n * p.d / 2;
+    if (room < elements * most) most = static_cast<int64_t>(room / elements);
+  }
+  return larger(1, smaller(ceil_div(kKeySweepUnits, units), most));
 }
 
 // bfloat16 products need every operand in that dtype.
@@ -134,13 +188,9 @@ const MapKernel& kernel_of(const Isa& isa, MapName map, const Params& p, bool is
   return isa.maps[map][is_double ? kDouble : kFloat];
 }
 
-// To wake a thread takes about as long as so many products of elements.
-constexpr double kWorthAThread = 1 << 17;
-
 // How many threads share a map's units.
 int tasks_of(const Params& p, int64_t units, int threads) {
-  const double products = 1.0 * p.batch * p.heads * p.n * p.m * (p.d + p.dv);
-  const int64_t worth = products < kWorthAThread * threads ? static_cast<int64_t>(products / kWorthAThread) + 1 : threads;
+  const int64_t worth = worth_of(p, threads);
   return static_cast<int>(units < worth ? units : worth);
 }
 
@@ -220,9 +270,17 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
                       {batch, p.heads, rows, p.d}};
     parallel(threads, batch * p.heads * rows, 128, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
   }
+  const auto sum_key_parts = [&](char* parts, const View& target, int64_t width, double factor) {
+    if (parts == nullptr) return;
+    const int64_t batch = p.cu_k == nullptr ? p.batch : 1, rows = batch * p.kv_heads * p.key_rows;
+    const PartSum job{parts, p.row_parts, rows * width, is_double, factor, target, {batch, p.kv_heads, p.key_rows, width}};
+    parallel(threads, rows, 128, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
+  };
+  sum_key_parts(p.grad_k_parts, p.grad_k, p.d, p.scale);
+  sum_key_parts(p.grad_v_parts, p.grad_v, p.dv, 1);
   if (p.grad_bias_out) {
     const int64_t rows = p.bias_size[0] * p.bias_size[1] * p.bias_size[2];
-    const PartSum job{p.grad_bias, p.grad_bias_parts, rows * p.bias_size[3], is_double, 1.0, p.grad_bias_out,
+    const PartSum job{p.grad_bias, p.grad_bias_parts, rows * p.bias_size[3], is_double || p.bias_in_double, 1.0, p.grad_bias_out,
                       {p.bias_size[0], p.bias_size[1], p.bias_size[2], p.bias_size[3]}};
     parallel(threads, rows, 16, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
   }
@@ -231,18 +289,10 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
 }  // namespace
 
 void plan_key_sweep(Params& p, MapName map) {
-  if (map == kDoubleBackward) {
-    p.key_chunk = larger(kKeyBlock, ceil_div(p.m, kKeyBlock) * kKeyBlock);
-    p.key_chunks = 1;
-    return;
-  }
-  const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
-  const int64_t wanted = owners > 0 ? ceil_div(kKeySweepUnits, owners) : 1;
-  const int64_t least = owners < kFewOwners ? kKeyBlock : larger(kKeyBlock, kWorthAUnit / larger(1, p.d + p.dv));
-  const int64_t most = larger(1, p.m / least);
-  const int64_t pieces = wanted < most ? wanted : most;
-  p.key_chunk = p.m > 0 ? ceil_div(ceil_div(p.m, pieces), kKeyBlock) * kKeyBlock : kKeyBlock;
-  p.key_chunks = p.m > 0 ? ceil_div(p.m, p.key_chunk) : 1;
+  const int64_t owners = owners_of(p);
+  p.key_chunk = plan_key_chunk(p, map, owners);
+  p.key_chunks = larger(1, ceil_div(p.m, p.key_chunk));
+  p.row_parts = plan_row_parts(p, owners);
 }
 
 bool fits_double_backward(const Params& p) { return keys_fit(*active_isa().load(), p); }
@@ -254,10 +304,8 @@ bool run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
   std::vector<int64_t> first_unit;
   int64_t units;
   if (key_sweep) {
-    const int64_t owners = (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads);
     const bool wanted = map == kDoubleBackward || p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
-    const bool sweep = p.kv_heads > 0 && wanted;
-    units = sweep ? owners * p.key_chunks : 0;
+    units = p.kv_heads > 0 && wanted ? owners_of(p) * p.key_chunks * p.row_parts : 0;
   } else {
     units = plan_row_sweep(p, threads.count, first_unit);
   }

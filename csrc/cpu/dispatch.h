@@ -18,7 +18,8 @@ bool run_map(MapName map, Params& p, bool is_double, const Threads& threads);
 // Whether kDoubleBackward serves a problem: its keys, tensors set.
 bool fits_double_backward(const Params& p);
 
-// Parts of dQ and of the bias gradient that the key sweeps of this problem leave: key_chunks of run_map's plan.
+// Parts of the gradients that the key sweeps of this problem leave: key_chunks and row_parts of run_map's plan. Asks for
+// `needs`, and for the bias' sizes where its gradient is wanted.
 void plan_key_sweep(Params& p, MapName map);
 
 }  // namespace metattn

@@ -202,7 +202,7 @@ struct DoubleBackward : SecondOrder<A> {
   }
   bool all_at_once() const { return this->in_registers && this->p.m <= PackedKeys<T>::kKeyPanel; }
 
-  void end(const Tile& tile, int64_t chunk, bool visited) {
+  void end(const Tile& tile, const KeySpan& span, bool visited) {
     const Params& p = this->p;
     if (!all_at_once()) {
       if (p.softcap != 0) differentiate_rows<true>(visited ? tile.rows : 0);
@@ -215,7 +215,7 @@ struct DoubleBackward : SecondOrder<A> {
       // a peaked row of few keys averages nothing out
       this->add(tiles[i], selected, this->results.sums.in_two_parts());
     }
-    this->results.end_rows(tile, chunk, visited);
+    this->results.end_rows(tile, span, visited);
     this->results.sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;

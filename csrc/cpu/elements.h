@@ -218,6 +218,17 @@ static inline void store_rows(const View& view, int64_t offset, int64_t rows, in
     store_row(view, offset + r * view.stride[2], view.stride[3], width, factor, source + r * wide);
 }
 
+// The same added to what the view holds, which are elements of T. `scratch` is a row.
+template <class T>
+static inline void add_rows(const View& view, int64_t offset, int64_t rows, int64_t width, T factor, const T* source,
+                            int64_t wide, T* scratch) {
+  for (int64_t r = 0; r < rows; ++r, offset += view.stride[2], source += wide) {
+    load_row(view, offset, view.stride[3], width, scratch);
+    for (int64_t c = 0; c < width; ++c) scratch[c] += factor * source[c];
+    store_row(view, offset, view.stride[3], width, T{1}, scratch);
+  }
+}
+
 template <class T>
 static inline bool is_finite(T x) {
   return x - x == 0;

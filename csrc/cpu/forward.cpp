@@ -30,6 +30,14 @@ struct Forward {
   T reference[kRows], limit[kRows];  // limit: the element from which on the reference is raised
   double log_reference[kRows];       // -inf: nothing came yet
   bool large[kRows];
+  // A block of rows that waits for other keys, and the sums of such blocks, one after the other.
+  struct Waiting {
+    T reference[kRows], limit[kRows];
+    double log_reference[kRows];
+    bool large[kRows], done;
+  };
+  Waiting* waiting;
+  T* waiting_sums;
 
   Forward(const Params& params, char* scratch)
       : p(params),
@@ -49,30 +57,79 @@ struct Forward {
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
     if (WeightedSums<A>::kAdds) added = arena.take<T>(kRows * kLanes<T>);
+    const int64_t slots = row_sweep_slots(p);
+    waiting = arena.take<Waiting>(slots);
+    waiting_sums = arena.take<T>(slots * sums_of_a_block());
     slack = kSlack / exponents.factor;
   }
+  int64_t sums_of_a_block() const { return kRows * (wide_dv + 2 * kLanes<T>); }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
     pack_key_block<A, 2>(p, seq, kv_head, at, key0, keys, block, {&k, &v}, {&p.k, &p.v}, row);
   }
 
+  void clear(int64_t rows) {
+    memset(acc, 0, sizeof(T) * rows * wide_dv);
+    memset(totals, 0, sizeof(T) * rows * kLanes<T>);
+    if constexpr (WeightedSums<A>::kAdds) memset(added, 0, sizeof(T) * rows * kLanes<T>);
+  }
   void begin(const Tile& tile) {
     q.pack(p, p.q, tile, nullptr, row);
-    memset(acc, 0, sizeof(T) * tile.rows * wide_dv);
+    clear(tile.rows);
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
       limit[r] = log_reference[r] = -kInfinity<T>;
       large[r] = false;
-      Vec<T> total = {};
-      if (sink != -kInfinity<T>) {
-        refer_to(r, sink);
-        total[0] = 1;
-      }
-      store(totals + r * kLanes<T>, total);
-      if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, Vec<T>{});
+      if (sink == -kInfinity<T>) continue;
+      refer_to(r, sink);
+      totals[r * kLanes<T>] = 1;
     }
   }
+
+  // ---- keys that come by spans ----
+
+  T* sums_of(int64_t slot, int64_t r) const { return waiting_sums + slot * sums_of_a_block() + r * (wide_dv + 2 * kLanes<T>); }
+  void keep(const Tile& tile, int64_t slot) {
+    Waiting& to = waiting[slot];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      to.reference[r] = reference[r];
+      to.limit[r] = limit[r];
+      to.log_reference[r] = log_reference[r];
+      to.large[r] = large[r];
+      T* const target = sums_of(slot, r);
+      store(target, load(totals + r * kLanes<T>));
+      if constexpr (WeightedSums<A>::kAdds) store(target + kLanes<T>, load(added + r * kLanes<T>));
+      memcpy(target + 2 * kLanes<T>, acc + r * wide_dv, sizeof(T) * wide_dv);
+    }
+  }
+  void resume(const Tile& tile, int64_t slot) {
+    q.pack(p, p.q, tile, nullptr, row);
+    clear(tile.rows);
+    const Waiting& from = waiting[slot];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      reference[r] = from.reference[r];
+      limit[r] = from.limit[r];
+      log_reference[r] = from.log_reference[r];
+      large[r] = from.large[r];
+    }
+  }
+  // The sums that wait are of an earlier reference.
+  void settle(const Tile& tile, int64_t slot) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const double before = waiting[slot].log_reference[r];
+      if (before == -kInfinity<double>) continue;
+      const T decay = before == log_reference[r] ? T{1} : static_cast<T>(__builtin_exp(before - log_reference[r]));
+      const auto gain = [&](T* sum, const T* from) { store(sum, load(sum) + load(from) * decay); };
+      const T* const source = sums_of(slot, r);
+      gain(totals + r * kLanes<T>, source);
+      if constexpr (WeightedSums<A>::kAdds) gain(added + r * kLanes<T>, source + kLanes<T>);
+      for (int64_t c = 0; c < wide_dv; c += kLanes<T>) gain(acc + r * wide_dv + c, source + 2 * kLanes<T> + c);
+    }
+  }
+  bool is_done(int64_t slot) const { return waiting[slot].done; }
+  void set_done(int64_t slot, bool is) { waiting[slot].done = is; }
+
 
   void refer_to(int64_t r, T element) {
     const T score = element * static_cast<T>(exponents.natural);

@@ -29,6 +29,14 @@ struct Jvp {
   int64_t wide_dv;
   bool has_scores;  // a tangent reaches the scores
   const bool in_registers;
+  // A block of rows that waits for other keys, and its sums, [kRows][padded(dv)].
+  struct Waiting {
+    T base[kRows];
+    double excess[kRows];
+    bool again, done;
+  };
+  Waiting* waiting;
+  T* waiting_sums;
 
   Jvp(const Params& params, char* scratch)
       : p(params),
@@ -52,16 +60,22 @@ struct Jvp {
     t = has_scores ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     scratch_row = arena.take<T>(wide_dv);
+    const int64_t slots = row_sweep_slots(p);
+    waiting = arena.take<Waiting>(slots);
+    waiting_sums = arena.take<T>(slots * kRows * wide_dv);
   }
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
     pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&k, &b, &v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v}, row);
   }
 
-  void begin(const Tile& tile) {
+  void pack_rows(const Tile& tile) {
     lse.load(p, exponents, tile);
     q.pack(p, p.q, tile, lse.dead, row);
     if (a) a.pack(p, p.t_q, tile, lse.dead, row);
+  }
+  void begin(const Tile& tile) {
+    pack_rows(tile);
     again = false;
     for (int64_t r = 0; r < tile.rows; ++r) base[r] = 0;
     clear(tile.rows);
@@ -71,6 +85,30 @@ struct Jvp {
     memset(acc, 0, sizeof(T) * rows * wide_dv);
     for (int64_t r = 0; r < rows; ++r) excess[r] = 0;
   }
+
+  // Keys that come by spans.
+  T* sums_of(int64_t slot) const { return waiting_sums + slot * kRows * wide_dv; }
+  void keep(const Tile& tile, int64_t slot) {
+    Waiting& to = waiting[slot];
+    to.again = again;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      to.base[r] = base[r];
+      to.excess[r] = excess[r];
+    }
+    memcpy(sums_of(slot), acc, sizeof(T) * tile.rows * wide_dv);
+  }
+  void resume(const Tile& tile, int64_t slot) {
+    pack_rows(tile);
+    clear(tile.rows);
+    again = waiting[slot].again;
+    for (int64_t r = 0; r < tile.rows; ++r) base[r] = waiting[slot].base[r];
+  }
+  void settle(const Tile& tile, int64_t slot) {
+    for (int64_t r = 0; r < tile.rows; ++r) excess[r] += waiting[slot].excess[r];
+    add_all(acc, sums_of(slot), tile.rows * wide_dv);
+  }
+  bool is_done(int64_t slot) const { return waiting[slot].done; }
+  void set_done(int64_t slot, bool is) { waiting[slot].done = is; }
 
   // t = P∘(T − base)∘Z and s = P∘Z; excess gains Σ P∘(T − base).
   template <bool Capped>

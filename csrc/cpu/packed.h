@@ -212,33 +212,72 @@ struct WeightedSums {
   }
 };
 
+// to += from
+template <class T>
+static inline void add_all(T* to, const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(to + i) + load(from + i));
+}
+
+// Sums of many terms, in whole vectors. A float loses digits of what is added to a long sum: every kSpan terms or so, what was
+// gathered is put aside.
+template <class T>
+struct LongSums {
+  T *data = nullptr, *aside = nullptr;
+  int64_t terms = 0;
+
+  static LongSums take(Arena& arena, bool wanted, int64_t size, int64_t terms) {
+    if (!wanted) return {};
+    T* const data = arena.take<T>(size);
+    return {data, sizeof(T) == sizeof(float) && terms > 2 * kSpan ? arena.take<T>(size) : nullptr};
+  }
+  void clear(int64_t size) {
+    memset(data, 0, sizeof(T) * size);
+    if (aside != nullptr) memset(aside, 0, sizeof(T) * size);
+    terms = 0;
+  }
+  void gained(int64_t more, int64_t size) {
+    if (aside == nullptr || (terms += more) < kSpan) return;
+    add_all(aside, data, size);
+    memset(data, 0, sizeof(T) * size);
+    terms = 0;
+  }
+  void finish(int64_t size) {
+    if (aside != nullptr) add_all(data, aside, size);
+  }
+};
+
 // Sums over rows, for each key of a unit: [blocks][kKeys][padded(width)]; or turned, [blocks][width][kKeys], where that
 // leaves fewer lanes empty.
 template <class T>
 struct KeySums {
-  T* data = nullptr;
+  LongSums<T> sums;
   int64_t width = 0, wide = 0;
   bool turned = false;
 
-  static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
+  // terms: most rows of a sum.
+  static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width, int64_t terms) {
     const int64_t wide = padded<T>(width);
-    return {wanted ? arena.take<T>(blocks * kKeys * wide) : nullptr, width, wide, wide == panel_of<T>(width) && 4 * width <= 3 * wide};
+    return {LongSums<T>::take(arena, wanted, blocks * kKeys * wide, terms), width, wide,
+            wide == panel_of<T>(width) && 4 * width <= 3 * wide};
   }
-  void clear(int64_t keys) { memset(data, 0, sizeof(T) * (turned ? round_up(keys, kKeys) * width : keys * wide)); }
+  int64_t size(int64_t keys) const { return turned ? round_up(keys, kKeys) * width : keys * wide; }
+  void clear(int64_t keys) { sums.clear(size(keys)); }
+  void gained(int64_t rows, int64_t keys) { sums.gained(rows, size(keys)); }
+  void finish(int64_t keys) { sums.finish(size(keys)); }
   void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block) {
     constexpr int64_t kTwo = 2 * kLanes<T>;  // a dozen rows of so many fit the registers
     if (turned)
       gemm<Read::kTransposed>(width, tile.keys, tile.rows, rows.turned(), Panels<T>{weights, kTwo, kTwo, kKeys},
-                              data + block * kKeys * width, kKeys, true);
+                              sums.data + block * kKeys * width, kKeys, true);
     else
       gemm<Read::kTransposed>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
-                              data + block * kKeys * wide, wide, true);
+                              sums.data + block * kKeys * wide, wide, true);
   }
   // The sums of kLanes keys, counted from the unit's first, from a multiple of that on: [kLanes][padded(width)], in `rows`
   // or where they are.
   const T* of_keys(int64_t first, T* rows) const {
-    if (!turned) return data + first * wide;
-    const T* corner = data + first / kKeys * kKeys * width + first % kKeys;
+    if (!turned) return sums.data + first * wide;
+    const T* corner = sums.data + first / kKeys * kKeys * width + first % kKeys;
     for (int64_t c = 0; c < width; c += kLanes<T>) {
       Vec<T> square[kLanes<T>];
 #pragma GCC unroll 16

@@ -283,23 +283,26 @@ struct WeightedSums<Pairs> {
 // Sums over rows, turned: [blocks][wide width][kKeys].
 template <>
 struct KeySums<Pairs> {
-  float* data = nullptr;
+  LongSums<float> sums;
   int64_t width = 0, wide = 0;
 
-  static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width) {
-    return {wanted ? arena.take<float>(blocks * kKeys * tiles_wide(width)) : nullptr, width, padded<float>(width)};
+  static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width, int64_t terms) {
+    return {LongSums<float>::take(arena, wanted, blocks * kKeys * tiles_wide(width), terms), width, padded<float>(width)};
   }
-  void clear(int64_t keys) { memset(data, 0, sizeof(float) * round_up(keys, kKeys) * tiles_wide(width)); }
+  int64_t size(int64_t keys) const { return round_up(keys, kKeys) * tiles_wide(width); }
+  void clear(int64_t keys) { sums.clear(size(keys)); }
+  void gained(int64_t rows, int64_t keys) { sums.gained(rows, size(keys)); }
+  void finish(int64_t keys) { sums.finish(size(keys)); }
   void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
            int64_t block) {
     by.round_pairs(tile, weights);
     for (int part = 0; part <= by.twice; ++part)
       gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows,
                  by.rounded + part * WeightedSums<Pairs>::kPart, kPairTile * kRows,
-                 data + block * kKeys * tiles_wide(width), kKeys, true);
+                 sums.data + block * kKeys * tiles_wide(width), kKeys, true);
   }
   const float* of_keys(int64_t first, float* rows) const {
-    const float* corner = data + first / kKeys * kKeys * tiles_wide(width) + first % kKeys;
+    const float* corner = sums.data + first / kKeys * kKeys * tiles_wide(width) + first % kKeys;
     for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
       Vec<float> square[kPairTile];
 #pragma GCC unroll 16

@@ -22,11 +22,21 @@ static inline int64_t packed_sequence_of(const Params& p, int64_t unit) {
 //   pack(seq, kv_head, s, key0, keys, block)   packs one block of keys
 //   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results; or end
 //                                              asks for the tiles once more, by true
-template <class T, class Map>
-static void row_sweep(const Params& p, int64_t unit, Map& map) {
+//   keep(tile, slot), resume(tile, slot),      where keys come by spans: what is known of a block of rows put aside; an
+//   settle(tile, slot), is_done, set_done       empty sum begun beside it; the two added; whether its results are out
+struct RowUnit {
+  int64_t seq, kv_head;
+  Sequence s;
+  int64_t head_begin, head_end, row_begin, row_end;
+  int64_t key_begin, key_end;  // those that its rows see
+};
+
+static inline RowUnit row_unit(const Params& p, int64_t unit) {
+  const int64_t group = p.heads / p.kv_heads;
+  const int64_t head_parts = (group + p.head_chunk - 1) / p.head_chunk, owners = p.kv_heads * head_parts;
   int64_t seq, within;  // the unit's sequence, and its place among that's units
   if (p.first_unit == nullptr) {
-    const int64_t units = (p.n + p.row_chunk - 1) / p.row_chunk * p.kv_heads;
+    const int64_t units = (p.n + p.row_chunk - 1) / p.row_chunk * owners;
     seq = unit / units;
     within = unit % units;
   } else {
@@ -34,71 +44,168 @@ static void row_sweep(const Params& p, int64_t unit, Map& map) {
     within = unit - p.first_unit[seq];
   }
   const Sequence s = sequence(p, seq);
-  const int64_t kv_head = within % p.kv_heads;
-  const int64_t row_begin = within / p.kv_heads * p.row_chunk;
-  const int64_t row_end = smaller(row_begin + p.row_chunk, s.n);
-  const int64_t key_begin = attended_keys(p, s, row_begin).lo / kKeys * kKeys;
-  const int64_t key_end = attended_keys(p, s, row_end - 1).hi;
-  for (int64_t key0 = key_begin; key0 < key_end; key0 += kKeys)
-    map.pack(seq, kv_head, s, key0, smaller(kKeys, s.m - key0), (key0 - key_begin) / kKeys);
-  const int64_t group = p.heads / p.kv_heads, rows = rows_at_once(p);
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t row0 = row_begin; row0 < row_end; row0 += rows) {
-      Tile tile{seq, head, kv_head, s, row0, smaller(rows, row_end - row0), 0, 0, 0, false};
-      map.begin(tile);
-      const int64_t lo = attended_keys(p, s, row0).lo, hi = attended_keys(p, s, row0 + tile.rows - 1).hi;
-      do {
-        for (int64_t key0 = lo / kKeys * kKeys; key0 < hi; key0 += kKeys) {
-          place_keys<T>(p, tile, key0, s.m);
-          map.visit(tile, (key0 - key_begin) / kKeys);
-        }
-      } while (map.end(tile));
+  const int64_t kv_head = within % owners / head_parts, part = within % head_parts;
+  const int64_t row_begin = within / owners * p.row_chunk, row_end = smaller(row_begin + p.row_chunk, s.n);
+  return {seq,
+          kv_head,
+          s,
+          kv_head * group + part * p.head_chunk,
+          kv_head * group + smaller((part + 1) * p.head_chunk, group),
+          row_begin,
+          row_end,
+          attended_keys(p, s, row_begin).lo / kKeys * kKeys,
+          attended_keys(p, s, row_end - 1).hi};
+}
+
+// body(tile, slot) for every block of rows of a unit.
+template <class Body>
+static inline void for_each_block_of_rows(const Params& p, const RowUnit& unit, const Body& body) {
+  const int64_t rows = rows_at_once(p);
+  int64_t slot = 0;
+  for (int64_t head = unit.head_begin; head < unit.head_end; ++head)
+    for (int64_t row0 = unit.row_begin; row0 < unit.row_end; row0 += rows) {
+      Tile tile{unit.seq, head, unit.kv_head, unit.s, row0, smaller(rows, unit.row_end - row0), 0, 0, 0, false};
+      body(tile, slot++);
     }
+}
+
+// Packs keys [begin, end), and visits those of them that a block of rows sees: all blocks are counted from `begin`.
+template <class Map>
+static inline void pack_keys(const RowUnit& unit, int64_t begin, int64_t end, Map& map) {
+  for (int64_t key0 = begin; key0 < end; key0 += kKeys)
+    map.pack(unit.seq, unit.kv_head, unit.s, key0, smaller(kKeys, unit.s.m - key0), (key0 - begin) / kKeys);
+}
+static inline Range seen_keys(const Params& p, const Tile& tile, int64_t begin, int64_t end) {
+  const int64_t lo = attended_keys(p, tile.s, tile.row0).lo / kKeys * kKeys;
+  return {larger(lo, begin), smaller(attended_keys(p, tile.s, tile.row0 + tile.rows - 1).hi, end)};
+}
+template <class T, class Map>
+static inline void visit_keys(const Params& p, Tile& tile, const Range& range, int64_t begin, Map& map) {
+  for (int64_t key0 = range.lo; key0 < range.hi; key0 += kKeys) {
+    place_keys<T>(p, tile, key0, tile.s.m);
+    map.visit(tile, (key0 - begin) / kKeys);
   }
 }
 
-// Most key blocks that a unit of a sweep packs.
-static inline int64_t row_sweep_blocks(const Params& p) { return (p.m + kKeys - 1) / kKeys; }
-static inline int64_t key_sweep_blocks(const Params& p) { return (p.key_chunk + kKeys - 1) / kKeys; }
+template <class T, class Map>
+static void row_sweep(const Params& p, int64_t index, Map& map) {
+  const RowUnit unit = row_unit(p, index);
+  const int64_t begin = unit.key_begin;
+  if (unit.key_end - begin <= kSpan) {
+    pack_keys(unit, begin, unit.key_end, map);
+    for_each_block_of_rows(p, unit, [&](Tile& tile, int64_t) {
+      map.begin(tile);
+      do visit_keys<T>(p, tile, seen_keys(p, tile, begin, unit.key_end), begin, map);
+      while (map.end(tile));
+    });
+    return;
+  }
+  bool more = true;
+  for (bool first_walk = true; more; first_walk = false) {
+    for (int64_t span = begin; span < unit.key_end; span += kSpan) {
+      const int64_t span_end = smaller(span + kSpan, unit.key_end);
+      const bool first = first_walk && span == begin;
+      pack_keys(unit, span, span_end, map);
+      for_each_block_of_rows(p, unit, [&](Tile& tile, int64_t slot) {
+        const Range seen = seen_keys(p, tile, span, span_end);
+        if (first) {
+          map.set_done(slot, false);
+          map.begin(tile);
+        } else if (seen.lo < seen.hi && !map.is_done(slot)) {
+          map.resume(tile, slot);
+        } else {
+          return;
+        }
+        visit_keys<T>(p, tile, seen, span, map);
+        if (!first) map.settle(tile, slot);
+        map.keep(tile, slot);
+      });
+    }
+    more = false;
+    for_each_block_of_rows(p, unit, [&](Tile& tile, int64_t slot) {
+      if (map.is_done(slot)) return;
+      map.resume(tile, slot);
+      map.settle(tile, slot);
+      const bool again = map.end(tile);
+      map.keep(tile, slot);
+      map.set_done(slot, !again);
+      more |= again;
+    });
+  }
+}
+
+// Most key blocks that a unit of a sweep packs, and blocks of rows that a row sweep keeps.
+static inline int64_t row_sweep_blocks(const Params& p) { return (smaller(p.m, kSpan) + kKeys - 1) / kKeys; }
+static inline int64_t row_sweep_slots(const Params& p) {
+  const int64_t rows = rows_at_once(p);
+  return p.m > kSpan ? p.head_chunk * ((smaller(p.row_chunk, p.n) + rows - 1) / rows) : 0;
+}
+static inline int64_t key_sweep_blocks(const Params& p) { return (smaller(p.key_chunk, kSpan) + kKeys - 1) / kKeys; }
 
 // A Map of a key sweep offers pack as above, rows_of_tile, and
-//   begin_keys(keys), end_keys(seq, kv_head, s, key0, keys)   accumulators of dK and dV; their results
-//   begin(tile), visit(tile, block), end(tile, chunk)           a block of rows; end also when no tile was visited
+//   begin_keys(span), end_keys(span)            accumulators of dK and dV; their results
+//   begin(tile), visit(tile, block)             a block of rows
+//   end(tile, span, visited)                    its results; also when no tile was visited
+struct KeySpan {
+  int64_t seq, kv_head;
+  Sequence s;
+  int64_t chunk, row_part;   // of the unit
+  int64_t key0, keys;
+  bool first;                // of its chunk
+};
+
+template <class T, class Map>
+static void sweep_span(const Params& p, const KeySpan& span, Map& map) {
+  const Sequence& s = span.s;
+  const int64_t end = span.key0 + span.keys, group = p.heads / p.kv_heads, rows = map.rows_of_tile;
+  for (int64_t key0 = span.key0; key0 < end; key0 += kKeys)
+    map.pack(span.seq, span.kv_head, s, key0, smaller(kKeys, end - key0), (key0 - span.key0) / kKeys);
+  map.begin_keys(span);
+  // a part of the blocks of rows of all heads, or all
+  const int64_t blocks = (s.n + rows - 1) / rows, total = group * blocks;
+  const bool cut = !p.all_batches && !p.all_heads;
+  const int64_t from = cut ? span.row_part * total / p.row_parts : 0;
+  const int64_t past = cut ? (span.row_part + 1) * total / p.row_parts : total;
+  for (int64_t at = from; at < past; ++at) {
+    const int64_t row0 = at % blocks * rows;
+    Tile tile{span.seq, span.kv_head * group + at / blocks, span.kv_head, s, row0, smaller(rows, s.n - row0), 0, 0, 0, false};
+    const int64_t first = larger(0, attended_keys(p, s, row0).lo - span.key0);
+    const int64_t lo = span.key0 + first / kKeys * kKeys;  // blocks are counted from the span's begin
+    const int64_t hi = smaller(attended_keys(p, s, row0 + tile.rows - 1).hi, end);
+    if (lo < hi) map.begin(tile);
+    for (int64_t key0 = lo; key0 < hi; key0 += kKeys) {
+      place_keys<T>(p, tile, key0, end);
+      map.visit(tile, (key0 - span.key0) / kKeys);
+    }
+    map.end(tile, span, lo < hi);
+  }
+  map.end_keys(span);
+}
+
 template <class T, class Map>
 static void key_sweep(const Params& p, int64_t unit, Map& map) {
-  const int64_t chunk = unit % p.key_chunks, owner = unit / p.key_chunks;
+  const int64_t row_part = unit % p.row_parts, chunk = unit / p.row_parts % p.key_chunks;
+  const int64_t owner = unit / p.row_parts / p.key_chunks;
   const int64_t owned_heads = p.all_heads ? 1 : p.kv_heads;
   const int64_t seq_begin = p.all_batches ? 0 : owner / owned_heads;
   const int64_t seq_end = p.all_batches ? p.batch : seq_begin + 1;
   const int64_t kv_begin = p.all_heads ? 0 : owner % owned_heads;
   const int64_t kv_end = p.all_heads ? p.kv_heads : kv_begin + 1;
-  const int64_t group = p.heads / p.kv_heads, rows = map.rows_of_tile;
+  const int64_t pairs = (seq_end - seq_begin) * (kv_end - kv_begin);
+  int64_t pair = -1;
   for (int64_t seq = seq_begin; seq < seq_end; ++seq) {
     const Sequence s = sequence(p, seq);
     const int64_t chunk_begin = chunk * p.key_chunk, chunk_end = smaller(chunk_begin + p.key_chunk, s.m);
-    if (chunk > 0 && chunk_begin >= s.m) continue;  // chunk 0 goes on: it must write dQ of a sequence without keys
-    const int64_t blocks = larger(0, chunk_end - chunk_begin + kKeys - 1) / kKeys;
     for (int64_t kv_head = kv_begin; kv_head < kv_end; ++kv_head) {
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t key0 = chunk_begin + block * kKeys;
-        map.pack(seq, kv_head, s, key0, smaller(kKeys, chunk_end - key0), block);
-      }
-      map.begin_keys(larger(0, chunk_end - chunk_begin));
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        for (int64_t row0 = 0; row0 < s.n; row0 += rows) {
-          Tile tile{seq, head, kv_head, s, row0, smaller(rows, s.n - row0), 0, 0, 0, false};
-          const int64_t first = larger(0, attended_keys(p, s, row0).lo - chunk_begin);
-          const int64_t lo = chunk_begin + first / kKeys * kKeys;  // blocks are counted from the chunk's begin
-          const int64_t hi = smaller(attended_keys(p, s, row0 + tile.rows - 1).hi, chunk_end);
-          if (lo < hi) map.begin(tile);
-          for (int64_t key0 = lo; key0 < hi; key0 += kKeys) {
-            place_keys<T>(p, tile, key0, chunk_end);
-            map.visit(tile, (key0 - chunk_begin) / kKeys);
-          }
-          map.end(tile, chunk, lo < hi);
-        }
-      }
-      map.end_keys(seq, kv_head, s, chunk_begin, chunk_end - chunk_begin);
+      ++pair;
+      if (chunk > 0 && chunk_begin >= s.m) continue;  // chunk 0 goes on: it must write dQ of a sequence without keys
+      if ((p.all_batches || p.all_heads) && pair * p.row_parts / pairs != row_part) continue;
+      int64_t key0 = chunk_begin;
+      do {
+        const int64_t keys = larger(0, smaller(kSpan, chunk_end - key0));
+        sweep_span<T>(p, {seq, kv_head, s, chunk, row_part, key0, keys, key0 == chunk_begin}, map);
+        key0 += keys;
+      } while (key0 < chunk_end);
     }
   }
 }
@@ -114,6 +221,10 @@ struct KeySweepResults {
   T* grad_q;  // [kRows][padded(d)]
   T* rows;    // [kLanes][padded(d) or padded(dv)]
   int64_t wide_d;
+  int64_t row_part = 0;
+
+  // Terms of a sum over rows.
+  static int64_t rows_of_sums(const Params& p) { return p.heads / larger(1, p.kv_heads) * p.n; }
 
   KeySweepResults(const Params& params, Arena& arena)
       : p(params),
@@ -122,16 +233,17 @@ struct KeySweepResults {
         want_v(params.needs & kNeedV),
         want_bias(params.needs & kNeedBias),
         sums(WeightedSums<A>::take(arena, params)),
-        grad_k(KeySums<A>::take(arena, want_k, key_sweep_blocks(params), params.d)),
-        grad_v(KeySums<A>::take(arena, want_v, key_sweep_blocks(params), params.dv)),
+        grad_k(KeySums<A>::take(arena, want_k, key_sweep_blocks(params), params.d, rows_of_sums(params))),
+        grad_v(KeySums<A>::take(arena, want_v, key_sweep_blocks(params), params.dv, rows_of_sums(params))),
         wide_d(padded<T>(params.d)) {
     grad_q = want_q ? arena.take<T>(kRows * wide_d) : nullptr;
     rows = arena.take<T>(kLanes<T> * larger(padded<T>(p.d), padded<T>(p.dv)));
   }
 
-  void begin_keys(int64_t keys) {
-    if (want_k) grad_k.clear(keys);
-    if (want_v) grad_v.clear(keys);
+  void begin_keys(const KeySpan& span) {
+    row_part = span.row_part;
+    if (want_k) grad_k.clear(span.keys);
+    if (want_v) grad_v.clear(span.keys);
   }
   void begin_rows(const Tile& tile) {
     if (want_q) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
@@ -146,45 +258,65 @@ struct KeySweepResults {
     if (want_v) grad_v.add(tile, weights, sums, d_o, block);
   }
   void add_bias(const Tile& tile, int64_t r, const T* d_scores) {
+    if (p.bias_in_double) add_bias_to<double>(tile, r, d_scores);
+    else add_bias_to<T>(tile, r, d_scores);
+  }
+  template <class Sum>
+  void add_bias_to(const Tile& tile, int64_t r, const T* d_scores) {
     const int64_t stride = p.grad_bias_stride[4];
-    T* target = reinterpret_cast<T*>(p.grad_bias) + tile.key0 / p.key_chunk * p.grad_bias_stride[0] +
-                tile.seq * p.grad_bias_stride[1] + tile.head * p.grad_bias_stride[2] +
-                (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
+    Sum* target = reinterpret_cast<Sum*>(p.grad_bias) + tile.key0 / p.key_chunk * p.grad_bias_stride[0] +
+                  row_part * p.grad_bias_part_stride + tile.seq * p.grad_bias_stride[1] +
+                  tile.head * p.grad_bias_stride[2] + (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
     if (stride == 0) {
-      T total = 0;
-      for (int64_t j = 0; j < tile.keys; ++j) total += d_scores[j];
+      Sum total = 0;
+      for (int64_t j = 0; j < tile.keys; ++j) total += static_cast<Sum>(d_scores[j]);
       *target += total;
     } else {
-      for (int64_t j = 0; j < tile.keys; ++j) target[j * stride] += d_scores[j];
+      for (int64_t j = 0; j < tile.keys; ++j) target[j * stride] += static_cast<Sum>(d_scores[j]);
     }
   }
-  void end_rows(const Tile& tile, int64_t chunk, bool visited) {
-    if (!want_q) return;
+  void end_rows(const Tile& tile, const KeySpan& span, bool visited) {
+    if (want_k) grad_k.gained(tile.rows, span.keys);
+    if (want_v) grad_v.gained(tile.rows, span.keys);
+    if (!want_q || (!visited && !span.first)) return;
     if (!visited) begin_rows(tile);
     sums.finish_over_keys(grad_q, tile.rows, p.d);
-    const int64_t first = tile.s.q0 + tile.row0;
+    const int64_t at = tile.s.q0 + tile.row0;
     if (p.grad_q_parts == nullptr) {
-      store_rows(p.grad_q, offset_of(p.grad_q, tile.seq, tile.head, first), tile.rows, p.d, static_cast<T>(p.scale), grad_q,
-                 wide_d);
-    } else {
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        T* part = reinterpret_cast<T*>(p.grad_q_parts) + chunk * p.grad_q_parts_stride[0] +
-                  tile.seq * p.grad_q_parts_stride[1] + tile.head * p.grad_q_parts_stride[2] +
-                  (first + r) * p.grad_q_parts_stride[3];
-        memcpy(part, grad_q + r * wide_d, sizeof(T) * p.d);
-      }
+      const int64_t offset = offset_of(p.grad_q, tile.seq, tile.head, at);
+      if (span.first) store_rows(p.grad_q, offset, tile.rows, p.d, static_cast<T>(p.scale), grad_q, wide_d);
+      else add_rows(p.grad_q, offset, tile.rows, p.d, static_cast<T>(p.scale), grad_q, wide_d, rows);
+      return;
+    }
+    T* part = reinterpret_cast<T*>(p.grad_q_parts) + span.chunk * p.grad_q_parts_stride[0] +
+              tile.seq * p.grad_q_parts_stride[1] + tile.head * p.grad_q_parts_stride[2] + at * p.grad_q_parts_stride[3];
+    for (int64_t r = 0; r < tile.rows; ++r, part += p.grad_q_parts_stride[3]) {
+      const T* found = grad_q + r * wide_d;
+      if (span.first) memcpy(part, found, sizeof(T) * p.d);
+      else
+        for (int64_t c = 0; c < p.d; ++c) part[c] += found[c];
     }
   }
-  void end_keys(int64_t seq, int64_t kv_head, const Sequence& s, int64_t key0, int64_t keys) {
-    if (want_k) store_keys(p.grad_k, grad_k, static_cast<T>(p.scale), seq, kv_head, s.k0 + key0, keys);
-    if (want_v) store_keys(p.grad_v, grad_v, T{1}, seq, kv_head, s.k0 + key0, keys);
+  void end_keys(const KeySpan& span) {
+    if (want_k) store_keys(p.grad_k, p.grad_k_parts, grad_k, static_cast<T>(p.scale), span);
+    if (want_v) store_keys(p.grad_v, p.grad_v_parts, grad_v, T{1}, span);
   }
-  void store_keys(const View& view, const KeySums<A>& sums, T factor, int64_t seq, int64_t kv_head, int64_t at,
-                  int64_t keys) {
-    for (int64_t first = 0; first < keys; first += kLanes<T>) {
+  void store_keys(const View& view, char* parts, KeySums<A>& sums, T factor, const KeySpan& span) {
+    sums.finish(span.keys);
+    const int64_t at = span.s.k0 + span.key0;
+    T* part = reinterpret_cast<T*>(parts);
+    if (parts != nullptr)
+      part += sums.width * (at + p.key_rows * (span.kv_head + p.kv_heads * (p.cu_k == nullptr ? span.row_part * p.batch + span.seq
+                                                                                               : span.row_part)));
+    for (int64_t first = 0; first < span.keys; first += kLanes<T>) {
       const T* found = sums.of_keys(first, rows);
-      store_rows(view, offset_of(view, seq, kv_head, at + first), smaller(kLanes<T>, keys - first), sums.width, factor, found,
-                 sums.wide);
+      const int64_t count = smaller(kLanes<T>, span.keys - first);
+      if (parts == nullptr) {
+        store_rows(view, offset_of(view, span.seq, span.kv_head, at + first), count, sums.width, factor, found, sums.wide);
+      } else {
+        for (int64_t key = 0; key < count; ++key, part += sums.width)
+          memcpy(part, found + key * sums.wide, sizeof(T) * sums.width);
+      }
     }
   }
 };
@@ -233,10 +365,8 @@ struct GradientSweep {
     scratch_row = arena.take<T>(padded<T>(p.dv));
   }
 
-  void begin_keys(int64_t keys) { results.begin_keys(keys); }
-  void end_keys(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys) {
-    results.end_keys(seq, kv_head, at, key0, keys);
-  }
+  void begin_keys(const KeySpan& span) { results.begin_keys(span); }
+  void end_keys(const KeySpan& span) { results.end_keys(span); }
   void begin(const Tile& tile) {
     lse.load(p, exponents, tile);
     q.pack(p, p.q, tile, lse.dead, row);

@@ -73,7 +73,7 @@ struct Vjp : GradientSweep<A> {
     if (this->d_o) results.add_v(tile, this->d_p, this->d_o, block);
   }
 
-  void end(const Tile& tile, int64_t chunk, bool visited) { this->results.end_rows(tile, chunk, visited); }
+  void end(const Tile& tile, const KeySpan& span, bool visited) { this->results.end_rows(tile, span, visited); }
 };
 
 }  // namespace

@@ -76,7 +76,7 @@ struct VjpJvp : SecondOrder<A> {
     this->add(tile, block, this->results.sums);
   }
 
-  void end(const Tile& tile, int64_t chunk, bool visited) { this->results.end_rows(tile, chunk, visited); }
+  void end(const Tile& tile, const KeySpan& span, bool visited) { this->results.end_rows(tile, span, visited); }
 };
 
 }  // namespace
