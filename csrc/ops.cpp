@@ -36,7 +36,9 @@ metattn::Threads threads() {
 }
 
 void run(metattn::MapName map, Call& call) {
-  STD_TORCH_CHECK(metattn::run_map(map, call.p, call.is_double, threads()), "metattn: out of scratch memory, or the instruction set was changed during the call");
+  const metattn::Outcome outcome = metattn::run_map(map, call.p, call.is_double, threads());
+  STD_TORCH_CHECK(outcome != metattn::Outcome::no_memory, "metattn: no memory for a map's scratch");
+  STD_TORCH_CHECK(outcome != metattn::Outcome::isa_changed, "metattn: the instruction set was changed during the call");
 }
 
 // ---- the four maps ----

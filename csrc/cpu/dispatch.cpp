@@ -297,9 +297,9 @@ void plan_key_sweep(Params& p, MapName map) {
 
 bool fits_double_backward(const Params& p) { return keys_fit(*active_isa().load(), p); }
 
-bool run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
+Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
   const Isa& isa = *active_isa().load();
-  if (map == kDoubleBackward && !keys_fit(isa, p)) return false;
+  if (map == kDoubleBackward && !keys_fit(isa, p)) return Outcome::isa_changed;
   const bool key_sweep = map != kForward && map != kJvp;
   std::vector<int64_t> first_unit;
   int64_t units;
@@ -314,7 +314,7 @@ bool run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
     const int tasks = tasks_of(p, units, threads.count);
     const size_t stride = (kernel.scratch_bytes(p) + 127) / 64 * 64;
     const Scratch scratch(stride, tasks);
-    if (scratch.data() == nullptr) return false;
+    if (scratch.data() == nullptr) return Outcome::no_memory;
     Walk walk{p, kernel, units, scratch.data(), stride};
     threads.for_each(tasks,
                      [](void* context, int task) {
@@ -328,7 +328,7 @@ bool run_map(MapName map, Params& p, bool is_double, const Threads& threads) {
     parallel(threads, p.sinks_batch * p.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) sink_gradient(p, is_double, map == kVjpJvp, slot);
     });
-  return true;
+  return Outcome::done;
 }
 
 }  // namespace metattn

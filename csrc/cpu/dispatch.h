@@ -11,9 +11,11 @@ struct Threads {
   void (*for_each)(int tasks, void (*run)(void* context, int task), void* context);
 };
 
-// Completes p's plan, walks the map and what follows it. Returns false when scratch memory could not be had,
-// or when another instruction set was chosen since fits_double_backward said yes.
-bool run_map(MapName map, Params& p, bool is_double, const Threads& threads);
+// isa_changed: another instruction set was chosen since fits_double_backward said yes.
+enum class Outcome { done, no_memory, isa_changed };
+
+// Completes p's plan, walks the map and what follows it.
+Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads);
 
 // Whether kDoubleBackward serves a problem: its keys, tensors set.
 bool fits_double_backward(const Params& p);

@@ -53,9 +53,12 @@ static bool dead_row(const Params& p, const Sequence& s, int64_t seq, int64_t he
 template <class T>
 static bool dead_key(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t j) {
   const int64_t group = p.heads / p.kv_heads;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    // a mask of keys alone says at once that a key is padding
+    if (p.mask && p.mask.stride[2] == 0 && !mask_keeps(p, seq, head, 0, j)) continue;
     for (int64_t i = 0; i < s.n; ++i)
       if (attends<T>(p, s, seq, head, i, j)) return false;
+  }
   return true;
 }
 
