@@ -1,4 +1,4 @@
-// forward: O = softmax(S)∘Z·V and L = log-sum-exp, by the online softmax over key blocks.
+// forward: O = softmax(S)∘Z·V and L = log-sum-exp in two parts, by the online softmax over key blocks.
 #include "kernels.h"
 #include "sweep.h"
 
@@ -26,10 +26,8 @@ struct Forward {
   int64_t wide_dv;
   const bool in_registers;
   T slack;      // kSlack, as elements of the tile
-  // The element of the tile that exponents are counted from, natural where it is large (LogSumExp), and what S it stands for.
-  T reference[kRows], limit[kRows];  // limit: the element from which on the reference is raised
-  double log_reference[kRows];       // -inf: nothing came yet
-  bool large[kRows];
+  T reference[kRows];  // the element that a row's exponents are counted from
+  T limit[kRows];      // the element from which on it is raised; -inf: nothing came yet
 
   Forward(const Params& params, char* scratch)
       : p(params),
@@ -62,8 +60,7 @@ struct Forward {
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
-      limit[r] = log_reference[r] = -kInfinity<T>;
-      large[r] = false;
+      limit[r] = -kInfinity<T>;
       Vec<T> total = {};
       if (sink != -kInfinity<T>) {
         refer_to(r, sink);
@@ -75,11 +72,8 @@ struct Forward {
   }
 
   void refer_to(int64_t r, T element) {
-    const T score = element * static_cast<T>(exponents.natural);
-    large[r] = is_large<T>(static_cast<double>(score));
-    reference[r] = large[r] ? score : element;
-    log_reference[r] = large[r] ? static_cast<double>(score) : static_cast<double>(element) * exponents.natural;
-    limit[r] = large[r] ? element : element + slack;
+    reference[r] = element;
+    limit[r] = element + slack;  // the element itself, where that is large
   }
   static void logarithms(double (&x)[kRows], int64_t count, bool normal) {
     constexpr int64_t kStep = kLanes<double>;
@@ -89,10 +83,11 @@ struct Forward {
   }
   // A row met a larger score than its reference allows for. `pending` columns of its weights are in no sum yet.
   [[gnu::noinline]] void raise(int64_t r, T top, int64_t pending) {
-    const double before = log_reference[r];
+    const bool first = limit[r] == -kInfinity<T>;
+    const double before = reference[r];
     refer_to(r, top);
-    if (before == -kInfinity<double>) return;
-    const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
+    if (first) return;
+    const T decay = static_cast<T>(__builtin_exp((before - reference[r]) * exponents.natural));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
     if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
@@ -104,6 +99,7 @@ struct Forward {
   [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     Scores<T, Rows, Vectors> x{};
     multiply_into(x, q, r, k, block, j);
+    scale_scores(p, exponents, x);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
       const int64_t row = r + i;
@@ -117,14 +113,8 @@ struct Forward {
         else raise(row, highest, j);
       }
       T* const target = s + row * kKeys + j;
-      if (__builtin_expect(large[row], false)) {
-        store_all<T>(target, x.at[i]);
-        natural_row(Vectors * kLanes<T>, target, row);
-        load_all<T>(target, x.at[i]);
-      } else {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) x.at[i][v] = exp2((x.at[i][v] - reference[row]) * exponents.factor);
-      }
+      for (int v = 0; v < Vectors; ++v) x.at[i][v] = exp2((x.at[i][v] - reference[row]) * exponents.factor);
       Vec<T> total = load(totals + row * kLanes<T>);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) total += x.at[i][v];
@@ -149,11 +139,9 @@ struct Forward {
       Vec<T> top = load(s_row);
       for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
       if (any_above(top, limit[r])) raise(r, max_element<T>(top), 0);
-      if (large[r]) natural_row(tile.cols, s_row, r);
       Vec<T> total = load(totals + r * kLanes<T>), more = {};
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-        const Vec<T> x = load(s_row + j);
-        Vec<T> weight = large[r] ? x : exp2((x - reference[r]) * exponents.factor);
+        Vec<T> weight = exp2((load(s_row + j) - reference[r]) * exponents.factor);
         total += weight;
         if (z != nullptr) weight *= load(z + r * kKeys + j);
         sums.put(s, r, j, weight, more);
@@ -162,10 +150,6 @@ struct Forward {
       if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
     }
     sums.over_keys_put(tile, s, v, block, acc);
-  }
-  [[gnu::noinline]] void natural_row(int64_t cols, T* s_row, int64_t r) {
-    scale_row(s_row, cols, static_cast<T>(exponents.natural));
-    for (int64_t j = 0; j < cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
   }
 
   bool end(const Tile& tile) {
@@ -190,9 +174,11 @@ struct Forward {
                        offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, 1 / weight, o, row);
     }
     logarithms(log_total, tile.rows, normal);
-    for (int64_t r = 0; r < tile.rows; ++r)
-      *double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r) =
-          large[r] ? join_lse(reference[r], log_total[r]) : log_reference[r] + log_total[r];
+    double* target = double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
+    for (int64_t r = 0; r < tile.rows; ++r, target += p.out_lse.stride[2]) {
+      target[0] = static_cast<double>(reference[r]) * exponents.natural;
+      target[p.out_lse.stride[3]] = log_total[r];
+    }
     return false;
   }
 };
