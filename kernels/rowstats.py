@@ -11,8 +11,8 @@ from metattn.kernels import memory
 
 @triton.jit
 def store_lse(call, view, place, rows, inside, top, total):
-    """Stores a row's log-sum-exp in two parts: its largest score, from its largest element, and the log of the
-    sum of exponentials over that; (0, −inf) for a sum of 0.
+    """Stores a row's log-sum-exp in two parts: its largest score, from its largest element, and the log of
+    its sum of exponentials over that; (0, −inf) for a sum of 0.
     """
     dead = total == 0.0
     at = memory.start_of(view, place.seq, place.head, place.q0) + memory.steps(rows, view.row, view)

@@ -1,7 +1,7 @@
 """Rows whose scores are all large, of either sign: a row's reference and the log of its total travel apart.
 
 Scores are exact in the dtype, so that the plain formula of that dtype is right: a bias, a sink or products
-near an offset, and steps by which they differ. Above some offset a dtype's steps leave nothing but equal scores.
+near an offset, and steps by which they differ. Above some offset a dtype's steps leave but equal scores.
 """
 
 from __future__ import annotations
