@@ -144,7 +144,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
     b, h, n = 2, 16, LENGTH
     if variant == "few-shot":
         n = configs.WHOLE_LENGTH[architecture][0 if dtype.itemsize == 2 else 1]
-    q, statistic = empty(b, h, n, features), empty(b, h, n, dtype=torch.float64)
+    q, lse = empty(b, h, n, features), empty(b, h, n, 2, dtype=torch.float64)
     bias = sinks = None
     constants = Constants(None, None, None, None, None)
     if variant == "everything":
@@ -163,7 +163,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
         backend="triton",
     )
     low = empty(b, h, n, features, dtype=torch.bfloat16) if dtype in backend.ROUNDED else None
-    results = Results(q, statistic, low)
+    results, results_t = Results(q, lse, low), Results(q, lse[..., 1], low)
     needs = (True, True, True, bias is not None, sinks is not None)
     if map_ == "forward":
         backend.forward(problem, primals, constants)
@@ -174,7 +174,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
     elif map_ == "double backward":
         backend.double_backward(problem, primals, constants, results, q, None, primals, needs, q)
     else:
-        backend.vjp_jvp(problem, primals, constants, results, q, None, primals, results, needs)
+        backend.vjp_jvp(problem, primals, constants, results, q, None, primals, results_t, needs)
 
 
 def row(

@@ -120,6 +120,13 @@ struct Call {
   }
   View statistic(const Tensor& x, const char* name) const {
     check_sizes(x, name, {leading, p.heads, rows}, false);
+    return doubles(x, name);
+  }
+  View lse_like(const Tensor& x) const {
+    check_sizes(x, "lse", {leading, p.heads, rows, 2}, false);
+    return doubles(x, "lse");
+  }
+  View doubles(const Tensor& x, const char* name) const {
     STD_TORCH_CHECK(x.dtype() == codes.f64, "metattn: ", name, " must be float64");
     return strided(x, DType::f64, false, packed);
   }
@@ -137,6 +144,7 @@ struct Call {
     return empty(given.q, {leading, p.heads, rows, width}, given.q.dtype());
   }
   Tensor new_statistic() const { return empty(given.q, {leading, p.heads, rows}, codes.f64); }
+  Tensor new_lse() const { return empty(given.q, {leading, p.heads, rows, 2}, codes.f64); }
   int32_t compute_type() const { return is_double ? codes.f64 : codes.f32; }
 };
 
@@ -248,14 +256,14 @@ Call make_call(const Problem& given) {
   return call;
 }
 
-// Allocates o, lse and, for dtypes that o is rounded to, o_lo.
-Results new_results(Call& call) {
+// Allocates o, lse and, for dtypes that o is rounded to, o_lo; or room for their tangents.
+Results new_results(Call& call, bool tangents) {
   const bool rounded = call.given.q.dtype() != call.compute_type();
-  Tensor o = call.new_query(call.p.dv), lse = call.new_statistic();
+  Tensor o = call.new_query(call.p.dv), lse = tangents ? call.new_statistic() : call.new_lse();
   // bfloat16 for float16 too: where o overflows, o_lo holds it
   Tensor o_lo = rounded ? empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, codes.bf16) : Tensor();
   call.p.out_o = call.query_like(o, "o", call.p.dv);
-  call.p.out_lse = call.statistic(lse, "lse");
+  call.p.out_lse = tangents ? call.statistic(lse, "lt") : call.lse_like(lse);
   if (rounded) call.p.out_o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
   return {std::move(o), std::move(lse), std::move(o_lo)};
 }
@@ -265,7 +273,7 @@ Results take_results(Arguments& in) { return {in.tensor(), in.tensor(), in.optio
 void set_results(Call& call, const Results& results) {
   const auto& [o, lse, o_lo] = results;
   call.p.o = call.query_like(o, "o", call.p.dv);
-  call.p.lse = call.statistic(lse, "lse");
+  call.p.lse = call.lse_like(lse);
   if (o_lo) call.p.o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
 }
 // Without o_t_lo where o is not rounded.

@@ -48,7 +48,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
   const Problem problem = take_problem(in);
   Call call = make_call(problem);
-  Results results = new_results(call);
+  Results results = new_results(call, false);
   run(metattn::kForward, call);
   put(stack, call, std::move(results));
 }
@@ -62,7 +62,7 @@ void jvp(StableIValue* stack, uint64_t, uint64_t) {
   Call call = make_call(problem);
   set_results(call, given);
   set_tangents(call, tangents);
-  Results results = new_results(call);
+  Results results = new_results(call, true);
   run(metattn::kJvp, call);
   put(stack, call, std::move(results));
 }
@@ -184,7 +184,7 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   set_results(call, given);
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
-  Results results = new_results(call);
+  Results results = new_results(call, true);
   const bool at_once = !problem.sinks && metattn::fits_double_backward(call.p);
   if (!at_once) {
     run(metattn::kJvp, call);

@@ -58,16 +58,16 @@ struct Params {
   // Results of earlier maps and cotangents.
   View o;       // [B, Hq, N, dv]
   View o_lo;    // what rounding o to its dtype lost; absent where nothing is
-  View lse;     // float64 [B, Hq, N], as all row statistics
+  View lse;     // float64 [B, Hq, N, 2]: a reference score, and log Σ exp(S − reference), -inf where nothing is attended
   View d_o;     // cotangent of o
-  View d_lse;   // cotangent of lse
+  View d_lse;   // float64 [B, Hq, N] cotangent of the log-sum-exp, the reference being a constant
   View t_q, t_k, t_v, t_bias, t_sinks;  // tangents, shaped as their primals
   View o_t;     // [B, Hq, N, dv] tangent of o
   View o_t_lo;
-  View lse_t;   // [B, Hq, N] tangent of lse
+  View lse_t;   // float64 [B, Hq, N] tangent of the log-sum-exp, likewise
 
   // Outputs; absent where not wanted.
-  View out_o, out_o_lo, out_lse;          // forward (o, lse) and jvp (their tangents)
+  View out_o, out_o_lo, out_lse;          // forward (o, lse) and jvp (their tangents: lse_t)
   View grad_q, grad_k, grad_v;            // vjp and vjp_jvp
   char* grad_q_parts;                     // compute type [key_chunks, B, Hq, N, d]; null where grad_q is written at once
   int64_t grad_q_parts_stride[4];         // elements; over (chunk, seq, head, row), columns contiguous
@@ -102,6 +102,6 @@ struct Params {
   bool twice;                   // weights are multiplied in two parts: few keys average no rounding out
 };
 
-enum Statistic : int { kHigh, kLow, kD, kTau, kDt, kSinkShare, kStatistics };
+enum Statistic : int { kReference, kLogTotal, kD, kTau, kDt, kSinkShare, kStatistics };
 
 }  // namespace metattn

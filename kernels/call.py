@@ -52,6 +52,7 @@ class Call(NamedTuple):
     n: Any  # queries, keys; the longest sequence's of a packed problem
     m: Any
     scale: Any
+    unit: Any  # tiles hold elements, S / unit: it is the last factor on the way to S, or None (1)
     softcap: Any
     left: Any  # keys up to so many before a query's own place; None: all
     right: Any  # and after it; 0: causal
@@ -91,8 +92,8 @@ class Given(NamedTuple):
 
     o: Any  # [B, Hq, N, dv]
     o_lo: Any  # what rounding o lost
-    lse: Any  # float64 [B, Hq, N], as every row statistic between the maps
-    do: Any  # cotangents of o and lse
+    lse: Any  # float64 [B, Hq, N] and, as columns, its two parts (problem.Results)
+    do: Any  # cotangents of o and lse: every other row statistic between the maps is float64 [B, Hq, N]
     dlse: Any
     a: Any  # tangents of q, k, v, bias, sinks
     b: Any
@@ -140,8 +141,10 @@ class Block(NamedTuple):
 class Statistics(NamedTuple):
     """What is known of each row of a block of queries, float32."""
 
-    high: Any  # the log-sum-exp in two parts: P = exp(S − high)·2^(−low); +inf where nothing is attended
-    low: Any
+    reference: (
+        Any  # an element: P = 2^(exponents(element, reference) − log_total); +inf where nothing is attended
+    )
+    log_total: Any
     d: Any  # D = rowsum(dO∘O) − dL
     tau: Any  # the tangent of L
     dt: Any  # Dt = rowsum(dO∘Ot)
@@ -152,7 +155,7 @@ class Scores(NamedTuple):
 
     i: Any  # indices of queries and keys, broadcast against each other
     j: Any
-    s: Any  # S
+    s: Any  # S, or S / unit
     bend: Any  # tanh(R / c), or ()
     p: Any  # P
     z: Any  # Z, or ()

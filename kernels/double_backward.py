@@ -102,18 +102,18 @@ def double_rows(
         row_ids, at = tl.arange(0, ROWS), tiles.moved(place, first, 0)
         inside = first + row_ids < place.n
         known, do = row_statistics(call, given, at, row_ids, inside, VALUE)
-        seen = known.high != float("inf")
+        seen = known.reference != float("inf")
         idle = scores.idle_rows(call, place, known)
         q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
         a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
         span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
         zero = tl.zeros_like(known.d)
-        start = Statistics(known.high, known.low, known.d, zero, zero)
+        start = Statistics(known.reference, known.log_total, known.d, zero, zero)
         held = (q, a, do)
         t, u, spread_t, spread_u = guesses(Block(call, given, wanted, place, span, first, held, start), FORM)
         sweep, sweeps = 0, 1
         while sweep < sweeps:
-            statistics = Statistics(known.high, known.low, known.d, t, u)
+            statistics = Statistics(known.reference, known.log_total, known.d, t, u)
             block = Block(call, given, wanted, place, span, first, held, statistics)
             of_keys = products.zeros(ROWS, HEAD)
             state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys)
@@ -139,7 +139,7 @@ def double_rows(
             first_dq = memory.load_in_two(given.dq, None, at, row_ids, inside, HEAD)
             dq = products.where_rows(seen == 0, 0.0, products.minus(dq, excess[:, None], first_dq))
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, 1.0, HEAD)
-            found = Statistics(known.high, known.low, known.d, tau.to(tl.float32), dt)
+            found = Statistics(known.reference, known.log_total, known.d, tau.to(tl.float32), dt)
             rowstats.store_statistics(given.statistics, at, row_ids, inside, found)
             if wanted.dsinks is not None:
                 dsinks = sink_share(call, given, place, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import LOG2E, Block
+from metattn.kernels.call import Block
 
 from metattn.kernels import memory, products, rowstats, scores, tiles
 
@@ -28,8 +28,8 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     s, _ = scores.scores(call, place, product, rows[:, None], keys[None, :], MASKED)
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2((s - shift[:, None]) * LOG2E)
-    decay = tl.exp2((top - shift) * LOG2E)
+    p = tl.exp2(scores.exponents(call, s, shift[:, None]))
+    decay = tl.exp2(scores.exponents(call, top, shift))
     total = total * decay + tl.sum(p, 1)
     p = scores.times(p, scores.dropout(call, place, block.first, start, ROWS, KEYS, False))
     v = memory.load_keys(call.v, at, key_ids, inside, VALUE)
@@ -55,7 +55,7 @@ def forward_rows(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         if call.sinks is not None:
-            top = tl.zeros([ROWS], tl.float32) + memory.load_per_head(call.sinks, place)
+            top = tl.zeros([ROWS], tl.float32) + scores.sink(call, place)
             total = tl.where(top == float("-inf"), 0.0, 1.0)
         state = (top, total, products.zeros(ROWS, VALUE))
         top, total, acc = tiles.sweep(visit, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
@@ -65,4 +65,4 @@ def forward_rows(
             products.where_rows(dead, 0.0, acc), (1.0 / tl.where(dead, 1.0, total))[:, None]
         )
         memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
-        memory.store_statistic(wanted.lse, at, row_ids, inside, rowstats.join_lse(top, total))
+        rowstats.store_lse(call, wanted.lse, at, row_ids, inside, top, total)

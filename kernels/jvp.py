@@ -58,20 +58,22 @@ def less(x, factor, y):
 
 
 @triton.jit
-def attempt(call, given, wanted, place, first, high, low, base, ROWS: tl.constexpr, FORM: tl.constexpr):
+def attempt(
+    call, given, wanted, place, first, reference, log_total, base, ROWS: tl.constexpr, FORM: tl.constexpr
+):
     """(τ − t, Ot, which rows [rows] lost too much) of a block of queries, by one sweep with t = base."""
     KEYS: tl.constexpr = FORM[0]
     HEAD: tl.constexpr = FORM[2]
     VALUE: tl.constexpr = FORM[3]
     row_ids = tl.arange(0, ROWS)
     at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
-    statistics = Statistics(high, low, base, base, base)
+    statistics = Statistics(reference, log_total, base, base, base)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
     a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
     span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
     block = Block(call, given, wanted, place, span, first, (q, a), statistics)
-    state = (tl.zeros_like(high), products.zeros(ROWS, VALUE))
+    state = (tl.zeros_like(reference), products.zeros(ROWS, VALUE))
     excess, acc = tiles.sweep(visit, state, block, span, FORM)
     if call.sinks is not None:
         sigma = 0.0
@@ -80,7 +82,7 @@ def attempt(call, given, wanted, place, first, high, low, base, ROWS: tl.constex
         excess += sink_probability(call, place, statistics) * (sigma - base)
     o = memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE)
     acc, lost = less(acc, excess, o)
-    return excess, acc, lost & (high != float("inf"))
+    return excess, acc, lost & (reference != float("inf"))
 
 
 @triton.jit
@@ -94,13 +96,15 @@ def jvp_rows(
     if first < place.n:
         row_ids = tl.arange(0, ROWS)
         at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
-        high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
-        nothing = high == float("inf")
-        base = tl.zeros_like(high)
+        reference, log_total = rowstats.load_lse(call, given.lse, at, row_ids, inside)
+        nothing = reference == float("inf")
+        base = tl.zeros_like(reference)
         sweeps = 1
         sweep = 0
         while sweep < sweeps:
-            excess, acc, lost = attempt(call, given, wanted, place, first, high, low, base, ROWS, FORM)
+            excess, acc, lost = attempt(
+                call, given, wanted, place, first, reference, log_total, base, ROWS, FORM
+            )
             acc = products.where_rows(nothing, 0.0, acc)
             memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
             tau = tl.where(nothing, 0.0, base.to(tl.float64) + excess.to(tl.float64))

@@ -25,7 +25,7 @@ def scores_of(block, q, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     k = keys_of(block, call.k, start, MASKED, KEYS, HEAD)
     product = products.dot_features(q, k, tl.zeros([ROWS, KEYS], tl.float32), PRECISION)
     s, bend = scores.scores(call, place, product, i, j, MASKED)
-    p = scores.probability(s, statistics.high, statistics.low)
+    p = scores.probability(call, s, statistics.reference, statistics.log_total)
     z = scores.dropout(call, place, block.first, start, ROWS, KEYS, False)
     return Scores(i, j, s, bend, p, z), k
 

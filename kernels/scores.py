@@ -22,10 +22,10 @@ def idle_rows(call, place, statistics):
     if (call.mask is None) & (call.bias is None) & (call.left is None) & (call.right is None):
         return ()
     elif call.sinks is None:
-        return statistics.high == float("inf")
+        return statistics.reference == float("inf")
     else:
-        all_at_sink = (statistics.high == memory.load_per_head(call.sinks, place)) & (statistics.low == 0.0)
-        return (statistics.high == float("inf")) | all_at_sink
+        all_at_sink = (statistics.reference == sink(call, place)) & (statistics.log_total == 0.0)
+        return (statistics.reference == float("inf")) | all_at_sink
 
 
 @triton.jit
@@ -61,29 +61,50 @@ def tanh(x):
 
 
 @triton.jit
-def capped(call, r):
-    """(c·tanh(R / c), tanh(R / c)), or (R, ()) without softcap."""
-    if call.softcap is None:
-        return r, ()
+def in_units(call, score):
+    """A score as an element of a tile."""
+    if call.unit is None:
+        return score
     else:
-        bend = tanh(r / call.softcap)
-        return bend * call.softcap, bend
+        return score / call.unit
+
+
+@triton.jit
+def sink(call, place):
+    """The sink's score, as an element."""
+    return in_units(call, memory.load_per_head(call.sinks, place))
+
+
+@triton.jit
+def capped(call, product):
+    """(c·tanh(R / c), tanh(R / c)), or (R, ()) without softcap; the first as elements."""
+    if call.softcap is None:
+        if call.unit is None:
+            return product * call.scale, ()
+        else:
+            return product, ()
+    else:
+        bend = tanh(product * call.scale / call.softcap)
+        if call.unit is None:
+            return bend * call.softcap, bend
+        else:
+            return bend, bend
 
 
 @triton.jit
 def scores(call, place, product, i, j, MASKED: tl.constexpr):
-    """(S, tanh(R / c) or ()): softcap, bias and ALiBi on scale·QKᵀ, −inf where masked.
+    """(S as elements, tanh(R / c) or ()): softcap, bias and ALiBi on scale·QKᵀ, −inf where masked.
 
     A masked entry is selected away, never added to: it must hide NaN.
     """
-    s, bend = capped(call, product * call.scale)
+    s, bend = capped(call, product)
     exists = (i < place.n) & (j < place.m)
     if call.bias is not None:
         bias = memory.load_entries(call.bias, place, i, j, exists).to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if call.slopes is not None:
         distance = tl.abs(i + (place.m - place.n) - j).to(tl.float32)
-        s -= memory.load_per_head(call.slopes, place) * distance
+        s -= in_units(call, memory.load_per_head(call.slopes, place)) * distance
     if call.mask is not None:
         s = tl.where(memory.load_entries(call.mask, place, i, j, exists) != 0, s, float("-inf"))
     if MASKED:
@@ -97,9 +118,18 @@ def scores(call, place, product, i, j, MASKED: tl.constexpr):
 
 
 @triton.jit
-def probability(s, high, low):
+def exponents(call, s, reference):
+    """log2 of exp(S − reference) from elements and the reference's: exact for equal ones, however large."""
+    if call.unit is None:
+        return (s - reference) * LOG2E
+    else:
+        return (s - reference) * (call.unit * LOG2E)
+
+
+@triton.jit
+def probability(call, s, reference, log_total):
     """P = exp(S − L), L in two parts as Statistics holds it."""
-    return tl.exp2((s - high) * LOG2E - low)
+    return tl.exp2(exponents(call, s, reference) - log_total)
 
 
 @triton.jit

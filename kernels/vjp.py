@@ -33,23 +33,23 @@ def d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED: tl.conste
 @triton.jit
 def row_statistics(call, given, at, row_ids, inside, VALUE: tl.constexpr):
     """(Statistics without tangents, dO) of a block of queries."""
-    high, low = rowstats.load_lse(given.lse, at, row_ids, inside)
-    d = tl.zeros_like(high)
-    idle = scores.idle_rows(call, at, Statistics(high, low, d, (), ()))
+    reference, log_total = rowstats.load_lse(call, given.lse, at, row_ids, inside)
+    d = tl.zeros_like(reference)
+    idle = scores.idle_rows(call, at, Statistics(reference, log_total, d, (), ()))
     do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
     if given.do is not None:
         d += products.row_dots(do, memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE))
     if given.dlse is not None:
         d -= memory.load_statistic(given.dlse, at, row_ids, inside).to(tl.float32)
     # of a row that attends to nothing no cotangent counts
-    d = tl.where(high == float("inf"), 0.0, d)
-    return Statistics(high, low, d, (), ()), do
+    d = tl.where(reference == float("inf"), 0.0, d)
+    return Statistics(reference, log_total, d, (), ()), do
 
 
 @triton.jit
 def sink_probability(call, place, statistics):
     """Ps = exp(s − L) of each row [*], 0 where nothing is attended."""
-    return scores.probability(memory.load_per_head(call.sinks, place), statistics.high, statistics.low)
+    return scores.probability(call, scores.sink(call, place), statistics.reference, statistics.log_total)
 
 
 @triton.jit
@@ -110,19 +110,19 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     i, j = rows[None, :], keys[:, None]
     inside = tiles.partners_inside(block, rows, MASKED)
     zero = tl.zeros([KEYS, ROWS], tl.float32)
-    statistics = rowstats.statistics_of(given, at, row_ids, rows < place.n, inside, False)
+    statistics = rowstats.statistics_of(call, given, at, row_ids, rows < place.n, inside, False)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
     s, bend = scores.scores(call, place, products.dot_features(k, q, zero, PRECISION), i, j, MASKED)
     do = memory.load_rows_if(given.do, at, row_ids, inside, idle, VALUE)
     dp = products.dot_features(v, do, zero, PRECISION)
     z = scores.dropout(call, place, start, block.first, ROWS, KEYS, True)
-    p = scores.probability(s, statistics.high[None, :], statistics.low[None, :])
+    p = scores.probability(call, s, statistics.reference[None, :], statistics.log_total[None, :])
     dpz = scores.times(dp, z)
     d = statistics.d
     if given.statistics is None:
         d = d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED)
-        d = tl.where(statistics.high == float("inf"), 0.0, d)
+        d = tl.where(statistics.reference == float("inf"), 0.0, d)
     ds, dr = first_order(call, Scores(i, j, s, bend, p, z), dpz, d[None, :], MASKED)
     if given.statistics is None:
         memory.store_entries(wanted.dbias, place, i, j, ds)

@@ -67,7 +67,7 @@ def vjp_jvp_rows(
         rows, at = first + row_ids, tiles.moved(place, first, 0)
         inside = rows < place.n
         known, do = row_statistics(call, given, at, row_ids, inside, VALUE)
-        nothing = known.high == float("inf")
+        nothing = known.reference == float("inf")
         tau = memory.load_statistic(given.lse_t, at, row_ids, inside).to(tl.float32)
         dt = tl.zeros_like(tau)
         if not absent(do):
@@ -75,7 +75,7 @@ def vjp_jvp_rows(
                 do, memory.load_in_two(given.o_t, given.o_t_lo, at, row_ids, inside, VALUE)
             )
         tau, dt = tl.where(nothing, 0.0, tau), tl.where(nothing, 0.0, dt)
-        statistics = Statistics(known.high, known.low, known.d, tau, dt)
+        statistics = Statistics(known.reference, known.log_total, known.d, tau, dt)
         if given.statistics is not None:
             rowstats.store_statistics(given.statistics, at, row_ids, inside, statistics)
         if wanted.dsinks is not None:
@@ -109,7 +109,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     i, j = rows[None, :], keys[:, None]
     inside = tiles.partners_inside(block, rows, MASKED)
     zero = tl.zeros([KEYS, ROWS], tl.float32)
-    statistics = rowstats.statistics_of(given, at, row_ids, rows < place.n, inside, True)
+    statistics = rowstats.statistics_of(call, given, at, row_ids, rows < place.n, inside, True)
     idle = scores.idle_rows(call, place, statistics)
     q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
     s, bend = scores.scores(call, place, products.dot_features(k, q, zero, PRECISION), i, j, MASKED)
@@ -119,12 +119,12 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     e = products.dot_features(c, do, zero, PRECISION)
     tr = products.dot_features(b, q, products.dot_features(k, a, zero, PRECISION), PRECISION) * call.scale
     z = scores.dropout(call, place, start, block.first, ROWS, KEYS, True)
-    p = scores.probability(s, statistics.high[None, :], statistics.low[None, :])
+    p = scores.probability(call, s, statistics.reference[None, :], statistics.log_total[None, :])
     t = scores.score_tangent(call, given, place, s, bend, tr, i, j, MASKED)
     dpz, ez = scores.times(dp, z), scores.times(e, z)
     d, dt, tau = statistics.d, statistics.dt, statistics.tau
     if given.statistics is None:
-        nothing = statistics.high == float("inf")
+        nothing = statistics.reference == float("inf")
         d = d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED)
         tau = tl.sum(scores.shown(call, s, p * t, MASKED), 0)
         if given.sigma is not None:
@@ -134,7 +134,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     if given.statistics is None:
         dt = tl.sum(scores.shown(call, s, pt * dpz + p * ez, MASKED), 0)
     tile = Tile(Scores(i, j, s, bend, p, z), tr, t, dpz, ez)
-    known = Statistics(statistics.high, statistics.low, d, tau, dt)
+    known = Statistics(statistics.reference, statistics.log_total, d, tau, dt)
     dst, drt, dr = second_order(call, tile, pt, rowstats.as_row(known), MASKED)
     ptz = scores.times(scores.shown(call, s, pt, MASKED), z)
     if given.statistics is None:

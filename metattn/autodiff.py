@@ -11,6 +11,10 @@ Whatever a map needs again (o, lse, o_lo and their tangents) is an output of one
 next, never a hidden intermediate. As an input it takes no gradient: the maps' formulas are total derivatives,
 the gradients of the primals hold its share. Its tangent is what Jvp gave: Vjp's jvp need not compute it.
 
+lse is two numbers a row: a reference score and the log of the sum of exponentials counted from it. To every
+derivative the reference is a constant, and the log moves by all that the log-sum-exp does. So dlse and lt are
+one number a row, the log's.
+
 The Functions are the operators' derivatives too (metattn.backends.operators), on every level of torch.func.
 In plain eager code they are called directly, which spares the operator's dispatch. Wherever torch looks from
 below (a transform, a compiler, a recording, a batched backward pass) the operator is called, and calls them.
@@ -53,7 +57,10 @@ class HigherOrderWarning(UserWarning):
 
 
 def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
-    """(o, lse) of a validated call; differentiable to any order, reverse and forward, and under vmap."""
+    """(o, lse) of a validated call; differentiable to any order, reverse and forward, and under vmap.
+
+    lse [B, Hq, N, 2] is in two parts, whose sum it is (problem.Results).
+    """
     o, lse, _ = call_map(FORWARD, problem, Given(primals, constants))
     return o, lse
 
@@ -182,7 +189,7 @@ class Forward(Function):
         if do is None and dlse is None:
             return _of_tensors(FORWARD.gradients())
         needs = _wanted(FORWARD, ctx).primals
-        given = VJP.split((*ctx.saved_tensors, do, dlse))  # what it was given, and gave
+        given = VJP.split((*ctx.saved_tensors, do, _of_log(dlse)))  # what it was given, and gave
         return _of_tensors(FORWARD.gradients(primals=call_map(VJP, ctx.problem, given, needs)))
 
     @staticmethod
@@ -190,7 +197,13 @@ class Forward(Function):
         with internals.forward_mode():
             given = _still(_with_results(ctx))
             given_t = given._replace(tangents=_moved(FORWARD, tangents).primals)
-            return _lying_as(given.results, call_map(JVP, ctx.problem, given_t))
+            ot, lt, ot_lo = call_map(JVP, ctx.problem, given_t)
+            return _lying_as(given.results, (ot, torch.nn.functional.pad(lt.unsqueeze(-1), (1, 0)), ot_lo))
+
+
+def _of_log(parts: Tensor | None) -> Tensor | None:
+    """The part of a cotangent or tangent of lse that counts: its reference is a constant."""
+    return None if parts is None else parts[..., 1]
 
 
 def _with_results(ctx: Any) -> Given:
@@ -238,7 +251,8 @@ class Vjp(Function):
             given = _still(VJP.split(ctx.saved_tensors))
             found: Tensors = NO_PRIMALS
             if _any(move.primals):
-                given_t = given._replace(tangents=move.primals, results_t=move.results)
+                moved = move.results._replace(lse=_of_log(move.results.lse))
+                given_t = given._replace(tangents=move.primals, results_t=moved)
                 if move.results.o is None or move.results.lse is None:
                     given_t = given_t._replace(results_t=Results(*call_map(JVP, problem, given_t)))
                 found = call_map(VJP_JVP, problem, given_t, needs)
@@ -270,7 +284,9 @@ class Jvp(Function):
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
             given = _still(JVP.split(ctx.saved_tensors[: JVP.size]))
-            return _lying_as(given.results, _moved_jvp(ctx.problem, given, _moved(JVP, moves)))
+            return _lying_as(
+                _tangents_lie_as(given.results), _moved_jvp(ctx.problem, given, _moved(JVP, moves))
+            )
 
 
 class VjpJvp(Function):
@@ -326,7 +342,7 @@ class DoubleBackward(Function):
             results = _moved_jvp(ctx.problem, given, move)
             move = move._replace(results_t=Results(*results))  # type: ignore[arg-type]
             gradients = _moved_vjp_jvp(ctx.problem, ctx.needs, given, move)
-            likes = (*given.results, *_gradients_lie_as(given.primals))
+            likes = (*_tangents_lie_as(given.results), *_gradients_lie_as(given.primals))
             return _lying_as(likes, (*results, *gradients))
 
 
@@ -528,6 +544,11 @@ def _lying_as(likes: Tensors, tangents: Tensors) -> tuple[Any, ...]:
     """A Function's outputs' tangents with the outputs' strides, those of `likes` (None: contiguous)."""
     pairs = zip(tangents, likes, strict=True)
     return tuple([x if x is None else internals.with_strides_of(x, like) for x, like in pairs])
+
+
+def _tangents_lie_as(results: Results) -> Results:
+    """The tangent of lse is contiguous."""
+    return results._replace(lse=None)
 
 
 def _gradients_lie_as(primals: Primals) -> Primals:

@@ -329,7 +329,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
 
 
 def _public_lse(lse: Tensor, o: Tensor) -> Tensor:
-    """The maps' float64 row statistic in the dtype that users see."""
+    """The maps' log-sum-exp, of two float64 parts, in the dtype that users see."""
+    lse = lse.sum(-1)
     return lse if o.dtype == torch.float64 else lse.to(torch.float32)
 
 

@@ -20,7 +20,7 @@ class Cotangents(NamedTuple):
     """Of what forward gives."""
 
     do: Tensor | None  # [B, Hq, N, dv] like o
-    dlse: Tensor | None  # [B, Hq, N] float64
+    dlse: Tensor | None  # [B, Hq, N] float64, of the log-sum-exp, one number a row
 
 
 NO_PRIMALS = Primals(None, None, None, None, None)  # type: ignore[arg-type]
@@ -58,6 +58,7 @@ class Layout:
     def __init__(self, name: str, groups: tuple[str, ...], *, results: bool, gradients: bool) -> None:
         self.name, self.groups = name, groups
         self.gives_results, self.gives_gradients = results, gradients
+        self.gives_tangents = results and "tangents" in groups  # of the results
         self.size_given = results * len(Results._fields) + gradients * len(Primals._fields)
         self.parts: dict[str, slice] = {}
         self.size = 0

@@ -53,7 +53,9 @@ class Results(NamedTuple):
     """What forward gives; also the type of its tangents, which jvp gives."""
 
     o: Tensor  # [B, Hq, N, dv] in q's dtype
-    lse: Tensor  # [B, Hq, N] float64, as every row statistic between the maps
+    # float64, as every row statistic between the maps: [B, Hq, N, 2], a reference score and the log of
+    # Σ exp(S − reference), (0, −inf) where nothing is attended; as a tangent [B, Hq, N], the log's
+    lse: Tensor
     o_lo: Tensor | None = None  # what rounding o to its dtype lost; the reference needs none
 
 

@@ -158,7 +158,7 @@ def four_maps(backend: Any, call: Call, wide: bool = False) -> Outputs:
     moved = backend.jvp(problem, primals, constants, results, tangents)
     first = backend.vjp(problem, primals, constants, results, do, dlse, needs)
     second = backend.vjp_jvp(problem, primals, constants, results, do, dlse, tangents, moved, needs)
-    named: Outputs = {"o": results.o, "lse": results.lse, "ot": moved.o, "lt": moved.lse}
+    named: Outputs = {"o": results.o, "lse": results.lse.sum(-1), "ot": moved.o, "lt": moved.lse}
     named.update({f"d{name}": x for name, x in first._asdict().items()})
     named.update({f"d{name}t": x for name, x in second._asdict().items()})
     return named

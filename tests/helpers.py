@@ -229,7 +229,10 @@ def _math_dense(x: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, 
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
     p = scores.softmax(-1)[..., :m].masked_fill(dead, 0.0)
-    lse = scores.logsumexp(-1).masked_fill(dead.squeeze(-1), -torch.inf)
+    # torch's logsumexp differentiates by its rounded result, which large scores leave no digits
+    peak = scores.detach().amax(-1, keepdim=True)
+    lse = (peak + (scores - peak).exp().sum(-1, keepdim=True).log()).squeeze(-1)
+    lse = lse.masked_fill(dead.squeeze(-1), -torch.inf)
     if "dropout_p" in options:
         first = options.get("batch_index", 0)
         rng = torch.stack(

@@ -1,6 +1,5 @@
 #include "finish.h"
 
-#include "lse.h"
 #include "tile.h"
 
 namespace metattn {
@@ -29,8 +28,6 @@ void sum_parts_of(const PartSum& job, int64_t begin, int64_t end) {
     }
   }
 }
-
-SplitLse<double> widened(SplitLse<float> split) { return {split.high, split.low}; }
 
 // Σ (a + a_lo)∘b over a row.
 double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t head, int64_t row, int64_t width) {
@@ -63,10 +60,10 @@ void sink_gradient(const Params& p, bool is_double, bool second, int64_t slot) {
     const double sigma = p.t_sinks ? load_scalar<double>(p.t_sinks, offset_of(p.t_sinks, seq, head, 0)) : 0;
     for (int64_t i = 0; i < s.n; ++i) {
       const int64_t row = s.q0 + i;
-      const double lse = *double_at(p.lse, seq, head, row);
-      if (lse == -kInfinity<double>) continue;
-      const SplitLse<double> split = is_double ? split_lse<double>(lse) : widened(split_lse<float>(lse));
-      const double weight = __builtin_exp((sink - split.high) - split.low);
+      const double* lse = double_at(p.lse, seq, head, row);
+      const double reference = lse[0], log_total = lse[p.lse.stride[3]];
+      if (log_total == -kInfinity<double>) continue;
+      const double weight = __builtin_exp((sink - reference) - log_total);
       const auto with_d_o = [&](const View& values, const View& low) {
         const double total = p.d_o ? dot(values, low, p.d_o, seq, head, row, p.dv) : 0;
         return is_finite(total) || !dead_row<double>(p, s, seq, head, i) ? total : 0;

@@ -1,4 +1,4 @@
-// forward: O = softmax(S)∘Z·V and L = log-sum-exp, by the online softmax over key blocks.
+// forward: O = softmax(S)∘Z·V and L = log-sum-exp in two parts, by the online softmax over key blocks.
 #include "kernels.h"
 #include "sweep.h"
 
@@ -26,15 +26,12 @@ struct Forward {
   int64_t wide_dv;
   const bool in_registers;
   T slack;      // kSlack, as elements of the tile
-  // The element of the tile that exponents are counted from, natural where it is large (LogSumExp), and what S it stands for.
-  T reference[kRows], limit[kRows];  // limit: the element from which on the reference is raised
-  double log_reference[kRows];       // -inf: nothing came yet
-  bool large[kRows];
+  T reference[kRows];  // the element that a row's exponents are counted from
+  T limit[kRows];      // the element from which on it is raised; -inf: nothing came yet
   // A block of rows that waits for other keys, and the sums of such blocks, one after the other.
   struct Waiting {
     T reference[kRows], limit[kRows];
-    double log_reference[kRows];
-    bool large[kRows], done;
+    bool done;
   };
   Waiting* waiting;
   T* waiting_sums;
@@ -79,8 +76,7 @@ struct Forward {
     const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
-      limit[r] = log_reference[r] = -kInfinity<T>;
-      large[r] = false;
+      limit[r] = -kInfinity<T>;
       if (sink == -kInfinity<T>) continue;
       refer_to(r, sink);
       totals[r * kLanes<T>] = 1;
@@ -95,8 +91,6 @@ struct Forward {
     for (int64_t r = 0; r < tile.rows; ++r) {
       to.reference[r] = reference[r];
       to.limit[r] = limit[r];
-      to.log_reference[r] = log_reference[r];
-      to.large[r] = large[r];
       T* const target = sums_of(slot, r);
       store(target, load(totals + r * kLanes<T>));
       if constexpr (WeightedSums<A>::kAdds) store(target + kLanes<T>, load(added + r * kLanes<T>));
@@ -110,16 +104,13 @@ struct Forward {
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = from.reference[r];
       limit[r] = from.limit[r];
-      log_reference[r] = from.log_reference[r];
-      large[r] = from.large[r];
     }
   }
   // The sums that wait are of an earlier reference.
   void settle(const Tile& tile, int64_t slot) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const double before = waiting[slot].log_reference[r];
-      if (before == -kInfinity<double>) continue;
-      const T decay = before == log_reference[r] ? T{1} : static_cast<T>(__builtin_exp(before - log_reference[r]));
+      if (waiting[slot].limit[r] == -kInfinity<T>) continue;
+      const T decay = decay_since(r, waiting[slot].reference[r]);
       const auto gain = [&](T* sum, const T* from) { store(sum, load(sum) + load(from) * decay); };
       const T* const source = sums_of(slot, r);
       gain(totals + r * kLanes<T>, source);
@@ -132,11 +123,13 @@ struct Forward {
 
 
   void refer_to(int64_t r, T element) {
-    const T score = element * static_cast<T>(exponents.natural);
-    large[r] = is_large<T>(static_cast<double>(score));
-    reference[r] = large[r] ? score : element;
-    log_reference[r] = large[r] ? static_cast<double>(score) : static_cast<double>(element) * exponents.natural;
-    limit[r] = large[r] ? element : element + slack;
+    reference[r] = element;
+    limit[r] = element + slack;  // the element itself, where that is large
+  }
+  // What sums are to be multiplied by that were counted from an earlier reference.
+  T decay_since(int64_t r, T before) const {
+    if (before == reference[r]) return 1;
+    return static_cast<T>(__builtin_exp((static_cast<double>(before) - static_cast<double>(reference[r])) * exponents.natural));
   }
   static void logarithms(double (&x)[kRows], int64_t count, bool normal) {
     constexpr int64_t kStep = kLanes<double>;
@@ -146,10 +139,11 @@ struct Forward {
   }
   // A row met a larger score than its reference allows for. `pending` columns of its weights are in no sum yet.
   [[gnu::noinline]] void raise(int64_t r, T top, int64_t pending) {
-    const double before = log_reference[r];
+    const bool first = limit[r] == -kInfinity<T>;
+    const T before = reference[r];
     refer_to(r, top);
-    if (before == -kInfinity<double>) return;
-    const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
+    if (first) return;
+    const T decay = decay_since(r, before);
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
     if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
@@ -161,6 +155,7 @@ struct Forward {
   [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     Scores<T, Rows, Vectors> x{};
     multiply_into(x, q, r, k, block, j);
+    scale_scores(p, exponents, x);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
       const int64_t row = r + i;
@@ -174,14 +169,8 @@ struct Forward {
         else raise(row, highest, j);
       }
       T* const target = s + row * kKeys + j;
-      if (__builtin_expect(large[row], false)) {
-        store_all<T>(target, x.at[i]);
-        natural_row(Vectors * kLanes<T>, target, row);
-        load_all<T>(target, x.at[i]);
-      } else {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) x.at[i][v] = exp2((x.at[i][v] - reference[row]) * exponents.factor);
-      }
+      for (int v = 0; v < Vectors; ++v) x.at[i][v] = exp2((x.at[i][v] - reference[row]) * exponents.factor);
       Vec<T> total = load(totals + row * kLanes<T>);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) total += x.at[i][v];
@@ -206,11 +195,9 @@ struct Forward {
       Vec<T> top = load(s_row);
       for (int64_t j = kLanes<T>; j < tile.cols; j += kLanes<T>) top = maximum<T>(load(s_row + j), top);
       if (any_above(top, limit[r])) raise(r, max_element<T>(top), 0);
-      if (large[r]) natural_row(tile.cols, s_row, r);
       Vec<T> total = load(totals + r * kLanes<T>), more = {};
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-        const Vec<T> x = load(s_row + j);
-        Vec<T> weight = large[r] ? x : exp2((x - reference[r]) * exponents.factor);
+        Vec<T> weight = exp2((load(s_row + j) - reference[r]) * exponents.factor);
         total += weight;
         if (z != nullptr) weight *= load(z + r * kKeys + j);
         sums.put(s, r, j, weight, more);
@@ -219,10 +206,6 @@ struct Forward {
       if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
     }
     sums.over_keys_put(tile, s, v, block, acc);
-  }
-  [[gnu::noinline]] void natural_row(int64_t cols, T* s_row, int64_t r) {
-    scale_row(s_row, cols, static_cast<T>(exponents.natural));
-    for (int64_t j = 0; j < cols; j += kLanes<T>) store(s_row + j, exp(load(s_row + j) - reference[r]));
   }
 
   bool end(const Tile& tile) {
@@ -247,9 +230,11 @@ struct Forward {
                        offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, 1 / weight, o, row);
     }
     logarithms(log_total, tile.rows, normal);
-    for (int64_t r = 0; r < tile.rows; ++r)
-      *double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r) =
-          large[r] ? join_lse(reference[r], log_total[r]) : log_reference[r] + log_total[r];
+    double* target = double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
+    for (int64_t r = 0; r < tile.rows; ++r, target += p.out_lse.stride[2]) {
+      target[0] = static_cast<double>(reference[r]) * exponents.natural;
+      target[p.out_lse.stride[3]] = log_total[r];
+    }
     return false;
   }
 };

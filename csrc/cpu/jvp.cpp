@@ -142,6 +142,7 @@ struct Jvp {
     const T scale = static_cast<T>(p.scale);
     Scores<T, Rows, Vectors> weight{}, tangent{};
     multiply_into(weight, q, r, k, block, j);
+    scale_scores(p, exponents, weight);
     if (a) multiply_into(tangent, a, r, k, block, j);
     if (b) multiply_into(tangent, q, r, b, block, j);
 #pragma GCC unroll 4

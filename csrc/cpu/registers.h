@@ -59,6 +59,19 @@ template <class T, int Rows, int Vectors>
   gains = x;
 }
 
+// Makes products elements, as `scores` does for a tile: rounded, not to become part of another operation.
+template <class T, int Rows, int Vectors>
+[[gnu::always_inline]] static inline void scale_scores(const Params& p, const Exponents<T>& exponents,
+                                                       Scores<T, Rows, Vectors>& x) {
+  if constexpr (Exponents<T>::kFoldsScale) return;
+  if (!exponents.scales()) return;
+  const T scale = static_cast<T>(p.scale);
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) x.at[i][v] = rounded(x.at[i][v] * scale);
+}
+
 // −inf in lanes outside [lo, hi), counted from the first.
 template <class T, int Vectors>
 [[gnu::always_inline]] static inline void hide_lanes(Vec<T> (&x)[Vectors], int64_t lo, int64_t hi) {

@@ -390,6 +390,7 @@ struct GradientSweep {
                                                Scores<T, Rows, Vectors>& x) const {
     x = {};
     multiply_into(x, q, r, k, block, j);
+    scale_scores(p, exponents, x);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
       hide_keys<T>(p, tile, r + i, j, x.at[i]);

@@ -2,7 +2,6 @@
 // only combine these helpers (docs/math.md has the formulas).
 #pragma once
 
-#include "lse.h"
 #include "packed.h"
 #include "philox.h"
 #ifdef METATTN_PAIRS
@@ -12,10 +11,6 @@
 namespace metattn::METATTN_ISA {
 
 // ---- scores ----
-
-// Where biased scores stop, so that the log-sum-exp can hold what it must (lse.h).
-template <class T>
-constexpr T kScoreFloor = sizeof(T) == sizeof(float) ? -kInfinity<T> : static_cast<T>(-kLarge<T>);
 
 // A row of a [seq, head, row, key] view under a tile; columns past its keys become 0.
 template <class T>
@@ -44,20 +39,24 @@ static void cap_row(T* s, T* tanh_row, int64_t cols, T cap) {
 
 constexpr double kLog2e = 1.4426950408889634074;
 
-// What turns a tile's products q·k into exponents of 2. Plain problems have nothing but the scale between them, which is
-// part of the same factor; elsewhere the tile holds S itself. Exponents are of differences, (element − reference)·factor:
-// exact for equal elements, however large.
+// What turns a tile's elements into exponents of 2. Exponents are of differences, (element − reference)·factor: exact for
+// equal elements, however large. Plain problems have nothing but the scale between q·k and S. In float their tiles hold q·k
+// itself, and the scale is part of the factor: a double that holds S tells which float that was. Of a double it could not:
+// there, as elsewhere, tiles hold S.
 template <class T>
 struct Exponents {
+  static constexpr bool kFoldsScale = sizeof(T) < sizeof(double);
   bool plain;
   double natural;  // S = natural·element
   T factor;        // log2(e)·natural
 
   explicit Exponents(const Params& p) {
-    plain = p.softcap == 0 && !p.bias && !p.slopes && !p.sinks && p.scale > 1e-18 && p.scale < 1e18;
-    natural = plain ? p.scale : 1;
+    plain = p.softcap == 0 && !p.bias && !p.slopes && !p.sinks && (!kFoldsScale || (p.scale > 1e-18 && p.scale < 1e18));
+    natural = plain && kFoldsScale ? p.scale : 1;
     factor = static_cast<T>(natural * kLog2e);
   }
+  // Whether q·k must be multiplied by the scale before it is an element.
+  bool scales() const { return !kFoldsScale || !plain; }
 };
 
 // row *= factor, rounded: not to become part of another operation.
@@ -88,20 +87,17 @@ template <class A, class T>
 static void scores(const Params& p, const Exponents<T>& exponents, const Tile& tile, const PackedRows<A>& q,
                    const PackedKeys<A>& k, int64_t block, T* s, T* tanh_tile, T* row) {
   multiply_scores(tile, q, k, block, s, false);
-  if (exponents.plain && !p.mask && !tile.partial && tile.cols == tile.keys) return;
+  if (!exponents.scales() && !p.mask && !tile.partial && tile.cols == tile.keys) return;
   const T slope = p.slopes ? load_scalar<T>(p.slopes, tile.seq * p.slopes.stride[0] + tile.head * p.slopes.stride[1]) : 0;
   for (int64_t r = 0; r < tile.rows; ++r) {
     T* s_row = s + r * kKeys;
     const int64_t i = tile.row0 + r;
-    if (!exponents.plain) scale_row(s_row, tile.cols, static_cast<T>(p.scale));
+    if (exponents.scales()) scale_row(s_row, tile.cols, static_cast<T>(p.scale));
     if (p.softcap != 0) cap_row<T>(s_row, tanh_tile + r * kKeys, tile.cols, static_cast<T>(p.softcap));
     if (p.bias) {
       load_bias_row(p.bias, tile, r, row);
       // a select, not a sum, where the bias is −inf: it must hide NaN as a mask does
-      for (int64_t j = 0; j < tile.keys; ++j) {
-        const T biased = s_row[j] + row[j];
-        s_row[j] = row[j] == -kInfinity<T> ? row[j] : (biased < kScoreFloor<T> ? kScoreFloor<T> : biased);
-      }
+      for (int64_t j = 0; j < tile.keys; ++j) s_row[j] = row[j] == -kInfinity<T> ? row[j] : s_row[j] + row[j];
     }
     if (p.slopes)
       for (int64_t j = 0; j < tile.keys; ++j)
@@ -137,70 +133,49 @@ static void dropout_tile(const Params& p, const Tile& tile, T* z) {
 
 // ---- row statistics ----
 
-// log-sum-exp in two parts, so that P keeps its digits where |S| is large: P = 2^((element − high)·factor − low). Rows whose
-// log-sum-exp has the large form of lse.h have it natural, P = exp((S − high) − low), of scores that are rounded as the
-// forward map rounded them. A row that attends to nothing is dead: high = +inf makes its P exactly 0.
+// A row's log-sum-exp in its two parts, for P = 2^((element − reference)·factor − log_total): it keeps its digits however
+// large scores are, for the forward map counted from the same reference. A row that attends to nothing is dead: +inf as
+// its reference makes its P exactly 0.
 template <class T>
 struct LogSumExp {
-  T high[kRows], low[kRows];
-  bool dead[kRows], large[kRows];
+  T reference[kRows];  // an element
+  T log_total[kRows];  // to base 2
+  bool dead[kRows];
 
   void load(const Params& p, const Exponents<T>& exponents, const Tile& tile) {
-    double lse[kRows];
+    double score[kRows], total[kRows];
     const double* source = double_at(p.lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
-    for (int64_t r = 0; r < tile.rows; ++r) lse[r] = source[r * p.lse.stride[2]];
+    for (int64_t r = 0; r < tile.rows; ++r, source += p.lse.stride[2]) {
+      score[r] = source[0];
+      total[r] = source[p.lse.stride[3]];
+    }
     // loops without branches, for the compiler's vectors
-    const double natural = exponents.natural, inverse = 1 / natural;
-    for (int64_t r = 0; r < tile.rows; ++r) high[r] = static_cast<T>(lse[r] * inverse);
-    for (int64_t r = 0; r < tile.rows; ++r)
-      low[r] = static_cast<T>((lse[r] - natural * static_cast<double>(high[r])) * kLog2e);
-    bool odd = false;
-    for (int64_t r = 0; r < tile.rows; ++r) odd |= !(__builtin_fabs(lse[r]) < kLarge<T>);
-    for (int64_t r = 0; r < tile.rows; ++r) dead[r] = large[r] = false;
-    for (int64_t r = 0; odd && r < tile.rows; ++r) {
-      dead[r] = lse[r] == -kInfinity<double>;
-      large[r] = is_large<T>(lse[r]);
-      if (large[r]) {
-        const SplitLse<T> split = split_lse<T>(lse[r]);
-        high[r] = split.high;
-        low[r] = split.low;
-      } else if (dead[r]) {
-        high[r] = kInfinity<T>;
-        low[r] = 0;
-      }
+    const double inverse = 1 / exponents.natural;
+    for (int64_t r = 0; r < tile.rows; ++r) reference[r] = static_cast<T>(score[r] * inverse);
+    for (int64_t r = 0; r < tile.rows; ++r) log_total[r] = static_cast<T>(total[r] * kLog2e);
+    bool any = false;
+    for (int64_t r = 0; r < tile.rows; ++r) any |= dead[r] = total[r] == -kInfinity<double>;
+    for (int64_t r = 0; any && r < tile.rows; ++r) {
+      if (!dead[r]) continue;
+      reference[r] = kInfinity<T>;
+      log_total[r] = 0;
     }
   }
 
   // Of a sink, which is in no tile; where there are sinks, tiles hold S.
   T probability_of(int64_t r, T sink) const {
-    if (large[r]) return exp(splat((sink - high[r]) - low[r]))[0];
-    return exp2(splat((sink - high[r]) * static_cast<T>(kLog2e) - low[r]))[0];
+    return exp2(splat((sink - reference[r]) * static_cast<T>(kLog2e) - log_total[r]))[0];
   }
   // Turns scores of the row into probabilities.
   void probabilities(const Exponents<T>& exponents, int64_t cols, int64_t r, T* row) const {
-    if (large[r]) {
-      scale_row(row, cols, static_cast<T>(exponents.natural));
-      for (int64_t j = 0; j < cols; j += kLanes<T>)
-        store(row + j, exp((metattn::METATTN_ISA::load(row + j) - high[r]) - low[r]));
-    } else {
-      for (int64_t j = 0; j < cols; j += kLanes<T>)
-        store(row + j, exp2((metattn::METATTN_ISA::load(row + j) - high[r]) * exponents.factor - low[r]));
-    }
+    for (int64_t j = 0; j < cols; j += kLanes<T>)
+      store(row + j, exp2((metattn::METATTN_ISA::load(row + j) - reference[r]) * exponents.factor - log_total[r]));
   }
   // The same in registers.
   template <int Vectors>
   [[gnu::always_inline]] void probabilities(const Exponents<T>& exponents, int64_t r, Vec<T> (&x)[Vectors]) const {
-    if (__builtin_expect(large[r], false)) {
-      alignas(64) T row[Vectors * kLanes<T>];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) store(row + v * kLanes<T>, x[v]);
-      probabilities(exponents, Vectors * kLanes<T>, r, row);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) x[v] = metattn::METATTN_ISA::load(row + v * kLanes<T>);
-      return;
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) x[v] = exp2((x[v] - high[r]) * exponents.factor - low[r]);
+    for (int v = 0; v < Vectors; ++v) x[v] = exp2((x[v] - reference[r]) * exponents.factor - log_total[r]);
   }
 };
 

@@ -6,7 +6,7 @@
 namespace metattn::cuda {
 
 template <class T>
-static METATTN_DEVICE T probability(T s, T high, T low) { return exponential((s - high) - low); }
+static METATTN_DEVICE T probability(T s, T reference, T log_total) { return exponential((s - reference) - log_total); }
 
 template <class T, int Tiles>
 static METATTN_DEVICE void apply_dropout(const Params& p, const Kept<Tiles>& kept, Fragment<T, Tiles>& x) {
@@ -68,7 +68,7 @@ static METATTN_DEVICE void differentiate(Scores<T, Tiles>& at, const Window<Turn
   at.s.each([&](T& value, int r, int c, int slot, int t, int e) {
     const int row = Turned ? c : first_row + r;
     const T score = value;
-    const T weight = probability(score, known.high[row], known.low[row]);
+    const T weight = probability(score, known.reference[row], known.log_total[row]);
     const T z = !drops ? T{1} : (kept.at(slot, t, e) ? keep_scale : T{0});
     const bool shown = score != -kInfinity<T>;
     const T gain = at.dp.x[slot][t][e] * z - known.d[row];

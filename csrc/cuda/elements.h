@@ -109,6 +109,22 @@ constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
 template <class T>
 static METATTN_DEVICE bool is_finite(T x) { return x - x == 0; }
 
+// Rounded: not to become part of another operation.
+static METATTN_DEVICE float product(float x, float y) {
+#ifdef __CUDACC__
+  return __fmul_rn(x, y);
+#else
+  return x * y;
+#endif
+}
+static METATTN_DEVICE double product(double x, double y) {
+#ifdef __CUDACC__
+  return __dmul_rn(x, y);
+#else
+  return x * y;
+#endif
+}
+
 static METATTN_DEVICE float exponential(float x) {
 #ifdef __CUDACC__
   return exp2f(x * 1.4426950408889634f);

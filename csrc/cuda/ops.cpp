@@ -89,7 +89,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const bool tf32 = in.flag();
   const Guard guard(device_of(problem.q));
   Call call = make_call(problem);
-  Results results = new_results(call);
+  Results results = new_results(call, false);
   run(Map::forward, call, tf32);
   put(stack, call, std::move(results));
 }
@@ -104,7 +104,7 @@ void jvp(StableIValue* stack, uint64_t, uint64_t) {
   Call call = make_call(problem);
   set_results(call, given);
   set_tangents(call, tangents);
-  Results results = new_results(call);
+  Results results = new_results(call, true);
   run(Map::jvp, call, tf32);
   put(stack, call, std::move(results));
 }
@@ -203,7 +203,7 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   set_results(call, given);
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
-  Results results = new_results(call);
+  Results results = new_results(call, true);
   run(Map::jvp, call, tf32);
   set_tangent_results(call, results, bool(call.p.out_o_lo));
   call.p.out_o = call.p.out_lse = call.p.out_o_lo = View{};

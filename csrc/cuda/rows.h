@@ -124,11 +124,11 @@ struct QueryTiles {
     block.end_group();
   }
   METATTN_DEVICE void round(const Block& block, int rows) const { round_tiles(block, rows, {q, a, d_o}); }
-  // Zeros in the idle rows, which may hold NaN; each thread has waited for what it copied.
+  // Zeros for the NaN that idle rows may hold; each thread has waited for what it copied.
   template <class T>
   METATTN_DEVICE void clear_idle(const Block& block, const Params& p, const Place& place, const Statistics<T>& known,
                                  int rows) const {
-    const auto idle = [&](int r) { return is_idle(p, place, known.high[r], known.low[r]); };
+    const auto idle = [&](int r) { return is_idle(p, place, known.reference[r], known.log_total[r]); };
     clear_rows(block, q, rows, idle);
     clear_rows(block, a, rows, idle);
     clear_rows(block, d_o, rows, idle);
@@ -209,9 +209,11 @@ struct ForwardRows {
     METATTN_EACH_LANE(slot, lane)
       METATTN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
-        if (lane % 4 == 0 && i < place.s.n)
-          *double_at(p.out_lse, place.seq, place.head, place.s.q0 + i) =
-              join_lse<T>(top.x[slot][h], log(static_cast<double>(total.x[slot][h])));
+        if (lane % 4 != 0 || i >= place.s.n) continue;
+        const T reference = top.x[slot][h] == -kInfinity<T> ? 0 : top.x[slot][h];
+        double* lse = double_at(p.out_lse, place.seq, place.head, place.s.q0 + i);
+        lse[0] = static_cast<double>(reference);
+        lse[p.out_lse.stride[3]] = log(static_cast<double>(total.x[slot][h]));
       }
   }
   static METATTN_DEVICE T larger_of(T a, T b) { return a > b ? a : b; }
@@ -246,10 +248,10 @@ struct JvpRows {
     if (!place_rows(p, block, place, row0)) return;
     const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
     for (int r = block.worker(); r < rows; r += block.workers()) {
-      SplitLse<T> lse{kInfinity<T>, 0};
+      LogSumExp<T> lse{kInfinity<T>, 0};
       if (row0 + r < place.s.n) lse = known_lse<T>(p, place, row0 + r);
-      known.high[r] = lse.high;
-      known.low[r] = lse.low;
+      known.reference[r] = lse.reference;
+      known.log_total[r] = lse.log_total;
     }
     queries.start(block, p, place, row0, rows);
     block.template wait<0>();
@@ -274,7 +276,7 @@ struct JvpRows {
           METATTN_UNROLL for (int h = 0; h < 2; ++h) {
             const int r = warp_row + lane / 4 + 8 * h;
             if (!known.idle(r))
-              excess.x[slot][h] += sink_probability(p, place, known.high[r], known.low[r]) * (sigma - base.x[slot][h]);
+              excess.x[slot][h] += sink_probability(p, place, known.reference[r], known.log_total[r]) * (sigma - base.x[slot][h]);
           }
       }
       const bool lossy = finish(p, place, mine, warp_row, first, excess, acc);
@@ -308,7 +310,7 @@ struct JvpRows {
     add_scores(t, queries.a, warp_row, at.k, depth_of(p.d));
     add_scores(t, queries.q, warp_row, at.b, depth_of(p.d));
     s.each([&](T& value, int r, int c, int slot, int tile, int e) {
-      const T score = value, weight = probability(score, known.high[warp_row + r], known.low[warp_row + r]);
+      const T score = value, weight = probability(score, known.reference[warp_row + r], known.log_total[warp_row + r]);
       T tangent = score_tangent<Full>(window, score, t.x[slot][tile][e], bend.x[slot][tile][e], r, c);
       tangent = score == -kInfinity<T> ? 0 : weight * (tangent - base.x[slot][e / 2]);
       value = weight;

@@ -4,7 +4,6 @@
 
 #include "cuda/products.h"
 #include "geometry.h"
-#include "lse.h"
 #include "philox.h"
 
 namespace metattn::cuda {
@@ -145,14 +144,15 @@ static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int row
   return met;
 }
 
-// Zeros in the rows for which skip(r) holds, by the threads that copied them.
+// Zeros for infinities and NaN in the rows for which skip(r) holds, by the threads that copied them. The rest stays: a row
+// whose weight lies at a sink has scores all the same.
 template <class S, class Skip>
 static METATTN_DEVICE void clear_rows(const Block& block, Tile<S> tile, int rows, Skip skip) {
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     if (!skip(r)) return;
     METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
-      tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
+      if (strange(tile.row(r)[c + v])) tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
   });
 }
 
@@ -161,13 +161,15 @@ static METATTN_DEVICE void clear_rows(const Block& block, Tile<S> tile, int rows
 // Of each row of a tile of queries, in shared memory.
 template <class T>
 struct Statistics {
-  T *high, *low, *d, *tau, *dt;
+  T *reference, *log_total, *d, *tau, *dt;
   static METATTN_HD Statistics take(Pieces& pieces, int rows) {
     return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows),
             pieces.take<T>(rows)};
   }
-  METATTN_DEVICE Statistics from(int row) const { return {high + row, low + row, d + row, tau + row, dt + row}; }
-  METATTN_DEVICE bool idle(int r) const { return high[r] == kInfinity<T>; }
+  METATTN_DEVICE Statistics from(int row) const {
+    return {reference + row, log_total + row, d + row, tau + row, dt + row};
+  }
+  METATTN_DEVICE bool idle(int r) const { return reference[r] == kInfinity<T>; }
 };
 
 template <class T>
@@ -178,16 +180,22 @@ static METATTN_DEVICE T per_head(const View& view, const Place& place) {
 // Rows that attend to nothing, or with a sink all of whose weight lies there to the last digit: what their q and dO
 // hold is nobody's business.
 template <class T>
-static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T high, T low) {
-  return high == kInfinity<T> || (p.sinks && high == per_head<T>(p.sinks, place) && low == 0);
+static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T reference, T log_total) {
+  return reference == kInfinity<T> || (p.sinks && reference == per_head<T>(p.sinks, place) && log_total == 0);
 }
 
-// The log-sum-exp in two parts: P = exp((S − high) − low); high is +inf where nothing is attended.
+// The log-sum-exp in its two parts, for P = exp((S − reference) − log_total), which keeps its digits however large scores
+// are; a row that attends to nothing has +inf as its reference.
 template <class T>
-static METATTN_DEVICE SplitLse<T> known_lse(const Params& p, const Place& place, int64_t i) {
-  const double lse = *double_at(p.lse, place.seq, place.head, place.s.q0 + i);
-  if (lse == -kInfinity<double>) return {kInfinity<T>, 0};
-  return split_lse<T>(lse);
+struct LogSumExp {
+  T reference, log_total;
+};
+template <class T>
+static METATTN_DEVICE LogSumExp<T> known_lse(const Params& p, const Place& place, int64_t i) {
+  const double* lse = double_at(p.lse, place.seq, place.head, place.s.q0 + i);
+  const double log_total = lse[p.lse.stride[3]];
+  if (log_total == -kInfinity<double>) return {kInfinity<T>, 0};
+  return {static_cast<T>(lse[0]), static_cast<T>(log_total)};
 }
 
 template <class T>
@@ -219,8 +227,8 @@ static METATTN_DEVICE T row_dot(const Params& p, const View& values, const View&
 
 // Σ over the sink of what its probability weighs.
 template <class T>
-static METATTN_DEVICE T sink_probability(const Params& p, const Place& place, T high, T low) {
-  return exponential((per_head<T>(p.sinks, place) - high) - low);
+static METATTN_DEVICE T sink_probability(const Params& p, const Place& place, T reference, T log_total) {
+  return exponential((per_head<T>(p.sinks, place) - reference) - log_total);
 }
 
 // A warp finds out the statistics of its rows from `first` on; tell: and tells the column pass.
@@ -229,14 +237,16 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
                                            int64_t first, bool second, bool tell) {
   for (int r = 0; r < kWarpRows; ++r) {
     const int64_t i = first + r;
-    SplitLse<T> lse{kInfinity<T>, 0};
+    LogSumExp<T> lse{kInfinity<T>, 0};
     T d = 0, tau = 0, dt = 0;
     if (i < place.s.n) {
       lse = known_lse<T>(p, place, i);
-      if (lse.high != kInfinity<T>) {
-        if (!is_idle(p, place, lse.high, lse.low)) {
-          d = row_dot<S, T>(p, p.o, p.o_lo, place, i);
-          if (second) dt = row_dot<S, T>(p, p.o_t, p.o_t_lo, place, i);
+      if (lse.reference != kInfinity<T>) {
+        d = row_dot<S, T>(p, p.o, p.o_lo, place, i);
+        if (second) dt = row_dot<S, T>(p, p.o_t, p.o_t_lo, place, i);
+        if (is_idle(p, place, lse.reference, lse.log_total)) {
+          d = is_finite(d) ? d : 0;
+          dt = is_finite(dt) ? dt : 0;
         }
         if (p.d_lse) d -= static_cast<T>(*double_at(p.d_lse, place.seq, place.head, place.s.q0 + i));
         if (second) tau = static_cast<T>(*double_at(p.lse_t, place.seq, place.head, place.s.q0 + i));
@@ -244,19 +254,19 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
     }
     if (first_lane() != 0) continue;
     const int at = warp_row + r;
-    known.high[at] = lse.high;
-    known.low[at] = lse.low;
+    known.reference[at] = lse.reference;
+    known.log_total[at] = lse.log_total;
     known.d[at] = d;
     known.tau[at] = tau;
     known.dt[at] = dt;
     if (i >= place.s.n || !tell) continue;
-    *statistic_at<T>(p, kHigh, place, i) = lse.high;
-    *statistic_at<T>(p, kLow, place, i) = lse.low;
+    *statistic_at<T>(p, kReference, place, i) = lse.reference;
+    *statistic_at<T>(p, kLogTotal, place, i) = lse.log_total;
     *statistic_at<T>(p, kD, place, i) = d;
     *statistic_at<T>(p, kTau, place, i) = tau;
     *statistic_at<T>(p, kDt, place, i) = dt;
     if (p.needs & kNeedSinks) {
-      const T weight = lse.high == kInfinity<T> ? 0 : sink_probability(p, place, lse.high, lse.low);
+      const T weight = lse.reference == kInfinity<T> ? 0 : sink_probability(p, place, lse.reference, lse.log_total);
       const T moved = (p.t_sinks ? per_head<T>(p.t_sinks, place) : 0) - tau;
       *statistic_at<T>(p, kSinkShare, place, i) = second ? -weight * (moved * d + dt) : -weight * d;
     }
@@ -274,9 +284,9 @@ static METATTN_DEVICE void start_statistics(Block& block, const Params& p, const
       const void* from = there ? static_cast<const void*>(statistic_at<T>(p, field, place, i)) : p.statistics;
       block.template copy<sizeof(T)>(to, from, there);
     };
-    if (there) one(known.high + r, kHigh);
-    else known.high[r] = kInfinity<T>;
-    one(known.low + r, kLow);
+    if (there) one(known.reference + r, kReference);
+    else known.reference[r] = kInfinity<T>;
+    one(known.log_total + r, kLogTotal);
     one(known.d + r, kD);
     one(known.tau + r, kTau);
     one(known.dt + r, kDt);
@@ -289,7 +299,7 @@ static METATTN_DEVICE bool met_idle(const Block& block, const Params& p, const P
                                     int64_t first, int rows) {
   bool met = false;
   for (int r = block.worker(); r < rows; r += block.workers())
-    met |= first + r < place.s.n && is_idle(p, place, known.high[r], known.low[r]);
+    met |= first + r < place.s.n && is_idle(p, place, known.reference[r], known.log_total[r]);
   return met;
 }
 
@@ -306,7 +316,8 @@ struct Window {
   METATTN_DEVICE int64_t key(int r, int c) const { return Turned ? row0 + r : column0 + c; }
 };
 
-// S from scale·QKᵀ: softcap, bias, ALiBi, and −inf where masked, which is selected, never added: it hides NaN.
+// S from scale·QKᵀ: softcap, bias, ALiBi, and −inf where masked, which is selected, never added: it hides NaN. Rounded alike
+// in all maps: a row's reference is one of its scores.
 // bend receives tanh(R / c) where there is a softcap.
 template <bool Full, bool Turned, class T, int Tiles>
 static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<T, Tiles>& s, Fragment<T, Tiles>& bend) {
@@ -317,22 +328,20 @@ static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<
   const int64_t n = place.s.n, m = place.s.m;
   s.each([&](T& value, int r, int c, int slot, int t, int e) {
     const int64_t i = window.query(r, c), j = window.key(r, c), own = i + window.reach.offset;
-    T x = value * scale;
+    T x = product(value, scale);
     bool keep = i < n && j < m && j <= own + window.reach.ahead && j >= own - window.reach.back;
     if constexpr (Full) {
       if (p.softcap != 0) {
         const T u = hyperbolic_tangent(x / cap);
         bend.x[slot][t][e] = u;
-        x = u * cap;
+        x = product(u, cap);
       }
       if (p.bias && keep) {
         const T bias = load<T>(p.bias, offset_of(p.bias, place.seq, place.head, i) + j * p.bias.stride[3]);
         keep = bias != -kInfinity<T>;
         x += bias;
-        // a float64 log-sum-exp holds no digits below (lse.h)
-        if (sizeof(T) == 8 && x < static_cast<T>(-kLarge<double>)) x = static_cast<T>(-kLarge<double>);
       }
-      if (p.slopes) x -= slope * static_cast<T>(alibi_distance(place.s, i, j));
+      if (p.slopes) x -= product(slope, static_cast<T>(alibi_distance(place.s, i, j)));
       if (p.mask && keep)
         keep = p.mask.data[offset_of(p.mask, place.seq, place.head, i) + j * p.mask.stride[3]] != 0;
     }

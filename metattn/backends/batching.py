@@ -130,7 +130,7 @@ class Fold:
         if self.layout.gives_results:
             for index in range(3):
                 if tensors[index].dim() > 1:
-                    tensors[index], places[index] = self._result(tensors[index])
+                    tensors[index], places[index] = self._result(index, tensors[index])
             start = 3
         if self.layout.gives_gradients:
             for index, (name, example) in enumerate(self.primals._asdict().items(), start):
@@ -142,10 +142,11 @@ class Fold:
                     tensors[index], places[index] = self._rows(tensors[index], example), self.axis
         return tensors, places
 
-    def _result(self, x: Tensor) -> tuple[Tensor, int]:
+    def _result(self, index: int, x: Tensor) -> tuple[Tensor, int]:
         """o, lse or o_lo; each example's laid out as by a call of its own, as forward mode asks."""
         rows = self._rows(x, self.primals.q)
-        if self.packed and list(x.shape[3:]) != self.primals.q[3:]:  # not laid out as q, but contiguous
+        # not laid out as q, but contiguous
+        if self.packed and (index == 1 or list(x.shape[3:]) != self.primals.q[3:]):
             return rows.movedim(self.axis, 0).contiguous(), 0
         return rows, self.axis
 

@@ -215,12 +215,13 @@ def _tensors(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
 # Shapes.
 
 
-def _fake_results(*arguments: Any, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_results(layout: Layout, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     width = v.shape[3]
     o = torch.empty_like(q) if width == q.shape[3] else q.new_empty(*q.shape[:3], width)
     o_lo = q.new_empty(o.shape, dtype=torch.bfloat16) if q.dtype in ROUNDED else q.new_empty(0)
-    return o, q.new_empty(q.shape[:3], dtype=torch.float64), o_lo
+    parts = () if layout.gives_tangents else (2,)
+    return o, q.new_empty((*q.shape[:3], *parts), dtype=torch.float64), o_lo
 
 
 def _fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
@@ -238,7 +239,7 @@ def _fake_gradients(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
 def _fake(namespace: str, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
     def fake(*arguments: Any, **_: Any) -> tuple[Tensor, ...]:
         inductor.prepare(namespace, shortened)
-        results = _fake_results(*arguments) if layout.gives_results else ()
+        results = _fake_results(layout, *arguments) if layout.gives_results else ()
         return (*results, *(_fake_gradients(*arguments) if layout.gives_gradients else ()))
 
     return fake

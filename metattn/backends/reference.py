@@ -116,7 +116,7 @@ class State(NamedTuple):
     p_sink: Term  # [B, Hq, N, 1]
     s1: Term  # [B, Hq, N, M] the softcap's first derivative, or 1
     s2: Term  # [B, Hq, N, M] its second, or 0
-    lse: Tensor  # [B, Hq, N, 1] float64
+    lse: Tensor  # [B, Hq, N, 2] float64: peak, and the log of the total over it
     alive: Tensor | None  # [1|B, 1|Hq, 1|N, 1|M] the entries that are attended to; None: all
     rows: Packing | None
     keys: Packing | None
@@ -129,10 +129,11 @@ class State(NamedTuple):
         return x if self.alive is None else torch.where(self.alive.any(-1, keepdim=True), x, 0.0)
 
     def statistics(self, x: Tensor | None) -> Term:
-        """A tensor shaped like lse, in the compute dtype, zero in the rows where lse is −inf."""
+        """A row statistic [B, Hq, N], in the compute dtype, zero in the rows that attend to nothing."""
         if x is None:
             return 0.0
-        return torch.where(self.lse == -torch.inf, 0.0, _pad(x.unsqueeze(-1).to(self.p.dtype), self.rows))
+        dead = self.lse[..., 1:] == -torch.inf
+        return torch.where(dead, 0.0, _pad(x.unsqueeze(-1).to(self.p.dtype), self.rows))
 
     def columns(self, x: Tensor | None) -> Term:
         """A tensor shaped like k or v, likewise, for each query head."""
@@ -223,7 +224,7 @@ def _state(problem: Problem, primals: Primals, constants: Constants) -> State:
         p_sink=0.0 if sink is None else (sink - peak - log_total).exp(),
         s1=s1,
         s2=s2,
-        lse=torch.where(dead, -torch.inf, peak.double() + log_total.double()),
+        lse=torch.cat([peak.double(), torch.where(dead, -torch.inf, log_total.double())], -1),
         alive=alive,
         rows=rows,
         keys=keys,
@@ -261,10 +262,10 @@ def _in_full_precision(map_: Callable[..., Output]) -> Callable[..., Output]:
 
 @_in_full_precision
 def forward(problem: Problem, primals: Primals, constants: Constants) -> Results:
-    """O = (P∘Z)V and L = logsumexp(S) → o [B, Hq, N, dv] in q's dtype, lse [B, Hq, N] float64."""
+    """O = (P∘Z)V and L = logsumexp(S) → o [B, Hq, N, dv] in q's dtype, lse [B, Hq, N, 2] (Results)."""
     state = _state(problem, primals, constants)
     o = (state.p * state.z) @ state.v
-    return Results(_unpad(o, state.rows).to(primals.q.dtype), _unpad(state.lse, state.rows).squeeze(-1))
+    return Results(_unpad(o, state.rows).to(primals.q.dtype), _unpad(state.lse, state.rows))
 
 
 @_in_full_precision

@@ -164,6 +164,12 @@ def _reach(problem: Problem, most: int) -> tuple[int | None, int | None]:
     return left, 0 if problem.causal is not None else right
 
 
+def _unit(problem: Problem, primals: Primals) -> float | None:
+    """The last factor on the way to the scores, as far as float32 goes: a bias is added after it."""
+    factor = problem.scale if problem.softcap is None else problem.softcap
+    return factor if primals.bias is None and 1e-18 < factor < 1e18 else None
+
+
 class Setting(NamedTuple):
     """What a plan depends on besides its call."""
 
@@ -215,6 +221,7 @@ class Planner:
             n=self.n,
             m=self.m,
             scale=problem.scale,
+            unit=_unit(problem, primals),
             softcap=problem.softcap,
             left=left,
             right=right,
@@ -310,6 +317,8 @@ class Planner:
             "PRECISION": self.precision(),
             "num_warps": config.warps,
             "num_stages": config.stages,
+            # elements are rounded alike in all maps, for a reference is one; a bias sees to it by selection
+            "enable_fp_fusion": self.call.unit is not None or self.call.bias is not None,
         }
         self.add(Launch(kernel, programs, constants), self.call, *arguments)
 
@@ -318,15 +327,15 @@ class Planner:
         if launch.programs:
             self.launches.append((launch, arguments))
 
-    def empty_results(self) -> Results:
-        """Room for o, lse and o_lo."""
+    def empty_results(self, lse: tuple[int, ...] = ()) -> Results:
+        """Room for o, lse and o_lo, or their tangents. lse: its size beyond [B, Hq, N]."""
         q = self.q
         width = self.primals.v.shape[3]
         o = self.empty_like(q) if width == q.shape[3] else self.empty(*q.shape[:3], width)
         low = None
         if q.dtype in ROUNDED:
             low = self.room(torch.empty_like(o, dtype=torch.bfloat16, device="meta"))
-        return Results(o, self.empty(*q.shape[:3], dtype=torch.float64), low)
+        return Results(o, self.empty(*q.shape[:3], *lse, dtype=torch.float64), low)
 
     def is_whole(self, needs: Needs) -> bool:
         """Whether the few-sample path serves: one launch that finds every statistic itself."""
@@ -426,7 +435,7 @@ class Planner:
     # The four maps.
 
     def forward(self) -> Results:
-        results = self.empty_results()
+        results = self.empty_results(lse=(2,))
         self.launch(forward_rows, self.given(), self.wanted(**results._asdict()))
         return results
 
