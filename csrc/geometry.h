@@ -18,6 +18,13 @@ static METATTN_HD Sequence sequence(const Params& p, int64_t seq) {
   return {q0, n < p.n ? n : p.n, k0, m < p.m ? m : p.m};
 }
 
+// Rows of a head: of all sequences of a packed problem. Where those of a split of the keys leave their sums.
+static inline int64_t split_rows(const Params& p) { return p.cu_q == nullptr ? p.n : p.cu_q[p.batch]; }
+static inline int64_t split_row(const Params& p, int64_t split, int64_t seq, int64_t head, int64_t row) {
+  const int64_t batch = p.cu_q == nullptr ? p.batch : 1;
+  return ((split * batch + (p.cu_q == nullptr ? seq : 0)) * p.heads + head) * split_rows(p) + row;
+}
+
 struct Range {
   int64_t lo, hi;  // lo <= j < hi
 };

@@ -34,6 +34,8 @@ constexpr int64_t kLongSweepUnits = 64, kKeysOfLong = 2048;
 // Where keys are too few for kKeySweepUnits, rows are cut too: into parts of at least so many products of elements.
 constexpr double kWorthAPart = 1 << 21;
 constexpr int64_t kLeastRows = 16;  // of a unit of a row sweep
+// Where rows and heads are too few for so many units, the keys of a forward are split: into at least so many.
+constexpr int64_t kRowSweepUnits = 16, kKeysOfSplit = 4096;
 
 struct Isa {
   const char* name;
@@ -117,24 +119,28 @@ int worth_of(const Params& p, int threads) {
 
 // Rows are independent of each other, so a row sweep may be cut by the number of threads. A packed problem's sequences have
 // units of their own count, which `first_unit` receives.
-int64_t plan_row_sweep(Params& p, int threads, std::vector<int64_t>& first_unit) {
+int64_t plan_row_sweep(Params& p, MapName map, int threads, std::vector<int64_t>& first_unit) {
   const int64_t pairs = p.batch * p.kv_heads, group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
   const int64_t pieces = pairs > 0 ? ceil_div(4 * threads, pairs) : 1;
   p.row_chunk = larger(2 * kRowBlock, ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock);
   p.head_chunk = group;
-  const int64_t units = ceil_div(p.n, p.row_chunk) * pairs, wanted = worth_of(p, threads);
+  p.key_splits = 1;
+  const int64_t finest = p.batch * p.heads * ceil_div(p.n, kLeastRows);
+  if (map == kForward && finest > 0 && finest < kRowSweepUnits)
+    p.key_splits = larger(1, smaller(ceil_div(kRowSweepUnits, finest), p.m / kKeysOfSplit));
+  const int64_t units = ceil_div(p.n, p.row_chunk) * pairs * p.key_splits, wanted = worth_of(p, threads);
   if (units > 0 && units < wanted) {  // a unit packs its keys: fewer than threads only where there is no other way
     p.head_chunk = larger(1, group * units / wanted);
-    const int64_t owners = pairs * ceil_div(group, p.head_chunk);
+    const int64_t owners = pairs * ceil_div(group, p.head_chunk) * p.key_splits;
     if (owners < wanted) p.row_chunk = ceil_div(ceil_div(p.n, ceil_div(wanted, owners)), kLeastRows) * kLeastRows;
   }
   const int64_t owners = p.kv_heads * ceil_div(group, p.head_chunk);
-  if (p.cu_q == nullptr) return ceil_div(p.n, p.row_chunk) * p.batch * owners;
+  if (p.cu_q == nullptr) return ceil_div(p.n, p.row_chunk) * p.batch * owners * p.key_splits;
   first_unit.resize(p.batch + 1);
   for (int64_t seq = 0; seq < p.batch; ++seq)
     first_unit[seq + 1] = first_unit[seq] + ceil_div(sequence(p, seq).n, p.row_chunk) * owners;
   p.first_unit = first_unit.data();
-  return first_unit[p.batch];
+  return first_unit[p.batch] * p.key_splits;
 }
 
 int64_t owners_of(const Params& p) { return (p.all_batches ? 1 : p.batch) * (p.all_heads ? 1 : p.kv_heads); }
@@ -307,7 +313,16 @@ Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) 
     const bool wanted = map == kDoubleBackward || p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
     units = p.kv_heads > 0 && wanted ? owners_of(p) * p.key_chunks * p.row_parts : 0;
   } else {
-    units = plan_row_sweep(p, threads.count, first_unit);
+    units = plan_row_sweep(p, map, threads.count, first_unit);
+  }
+  const bool splits = !key_sweep && p.key_splits > 1;
+  const int64_t rows = splits ? p.heads * split_rows(p) * (p.cu_q == nullptr ? p.batch : 1) : 0;
+  const size_t weights = sizeof(double) * 3 * rows * p.key_splits;
+  const Memory sums = splits ? allocate((weights + rows * p.key_splits * p.dv * (is_double ? 8 : 4) + 63) / 64 * 64) : Memory(nullptr, std::free);
+  if (splits) {
+    if (sums == nullptr) return Outcome::no_memory;
+    p.split_weights = reinterpret_cast<double*>(sums.get());
+    p.split_sums = sums.get() + weights;
   }
   const MapKernel& kernel = kernel_of(isa, map, p, is_double);
   if (units > 0) {
@@ -324,6 +339,7 @@ Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) 
                      &walk);
   }
   if (key_sweep) finish_key_sweep(p, is_double, threads);
+  if (splits) parallel(threads, rows, 16, [&](int64_t begin, int64_t end) { join_splits(p, is_double, begin, end); });
   if (p.grad_sinks != nullptr)
     parallel(threads, p.sinks_batch * p.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) sink_gradient(p, is_double, map == kVjpJvp, slot);

@@ -1,5 +1,7 @@
 #include "finish.h"
 
+#include <vector>
+
 #include "tile.h"
 
 namespace metattn {
@@ -43,7 +45,45 @@ double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t 
   return total;
 }
 
+template <class T>
+void join_splits_of(const Params& p, int64_t begin, int64_t end) {
+  const int64_t rows = split_rows(p);
+  std::vector<T> o(p.dv), scratch(p.dv);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t row = at % rows, head = at / rows % p.heads, seq = at / rows / p.heads;
+    int64_t of = seq;  // the sequence whose sinks they are
+    if (p.cu_q != nullptr)
+      while (p.cu_q[of + 1] <= row) ++of;
+    const double sink = p.sinks ? load_scalar<double>(p.sinks, offset_of(p.sinks, of, head, 0)) : -kInfinity<double>;
+    double top = sink, total = 0, weight = 0;
+    const auto weights_of = [&](int64_t split) { return p.split_weights + 3 * split_row(p, split, seq, head, row); };
+    for (int64_t split = 0; split < p.key_splits; ++split)
+      if (weights_of(split)[1] != 0 && !(weights_of(split)[0] <= top)) top = weights_of(split)[0];
+    if (sink != -kInfinity<double>) total = weight = __builtin_exp(sink - top);
+    for (T& x : o) x = 0;
+    for (int64_t split = 0; split < p.key_splits; ++split) {
+      const double* found = weights_of(split);
+      if (found[1] == 0) continue;
+      const double decay = found[0] == top ? 1 : __builtin_exp(found[0] - top);
+      total += decay * found[1];
+      weight += decay * found[2];
+      const T* sums = reinterpret_cast<const T*>(p.split_sums) + split_row(p, split, seq, head, row) * p.dv;
+      for (int64_t c = 0; c < p.dv; ++c) o[c] += static_cast<T>(decay) * sums[c];
+    }
+    store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, seq, head, row), offset_of(p.out_o_lo, seq, head, row), p.dv,
+                     static_cast<T>(total == 0 ? 1 : 1 / weight), o.data(), scratch.data());
+    double* const lse = double_at(p.out_lse, seq, head, row);
+    lse[0] = total == 0 ? 0 : top;
+    lse[p.out_lse.stride[3]] = __builtin_log(total);
+  }
+}
+
 }  // namespace
+
+void join_splits(const Params& p, bool is_double, int64_t begin, int64_t end) {
+  if (is_double) join_splits_of<double>(p, begin, end);
+  else join_splits_of<float>(p, begin, end);
+}
 
 void sum_parts(const PartSum& job, int64_t begin, int64_t end) {
   if (job.is_double) sum_parts_of<double>(job, begin, end);

@@ -17,6 +17,9 @@ struct PartSum {
 };
 void sum_parts(const PartSum& job, int64_t begin, int64_t end);
 
+// O and its log-sum-exp of rows [begin, end) of all, counted over (batch, head, row), from the sums of key splits.
+void join_splits(const Params& p, bool is_double, int64_t begin, int64_t end);
+
 // Slot (batch, head) of the sinks' gradient: Σ −Ps∘D over its rows, and with `second` the tangent of that,
 // Σ −Pts∘D − Ps∘Dt.
 void sink_gradient(const Params& p, bool is_double, bool second, int64_t slot);

@@ -73,7 +73,8 @@ struct Forward {
   void begin(const Tile& tile) {
     q.pack(p, p.q, tile, nullptr, row);
     clear(tile.rows);
-    const T sink = p.sinks ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
+    // a split of the keys has no sink: it is added with the sums
+    const T sink = p.sinks && p.key_splits == 1 ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
       limit[r] = -kInfinity<T>;
@@ -125,6 +126,23 @@ struct Forward {
   void refer_to(int64_t r, T element) {
     reference[r] = element;
     limit[r] = element + slack;  // the element itself, where that is large
+  }
+  // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V.
+  T weight_of(int64_t r, T total) const {
+    if constexpr (!WeightedSums<A>::kAdds) return total;
+    const T kept = z != nullptr && p.dropout_keep_scale > 0 ? static_cast<T>(p.dropout_keep_scale) : 1;
+    return total + sum<T>(load(added + r * kLanes<T>)) / kept;
+  }
+  void leave(const Tile& tile, int64_t split) const {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t at = split_row(p, split, tile.seq, tile.head, tile.s.q0 + tile.row0 + r);
+      const T total = sum<T>(load(totals + r * kLanes<T>));
+      double* const found = p.split_weights + 3 * at;
+      found[0] = static_cast<double>(reference[r]) * exponents.natural;
+      found[1] = total;
+      found[2] = weight_of(r, total);
+      memcpy(reinterpret_cast<T*>(p.split_sums) + at * p.dv, acc + r * wide_dv, sizeof(T) * p.dv);
+    }
   }
   // What sums are to be multiplied by that were counted from an earlier reference.
   T decay_since(int64_t r, T before) const {
@@ -208,19 +226,20 @@ struct Forward {
     sums.over_keys_put(tile, s, v, block, acc);
   }
 
-  bool end(const Tile& tile) {
+  bool end(const Tile& tile, int64_t split) {
     sums.finish_over_keys(acc, tile.rows, p.dv);
+    if (p.key_splits > 1) {
+      leave(tile, split);
+      return false;
+    }
     alignas(64) double log_total[kRows];
     for (int64_t r = 0; r < tile.rows; ++r) log_total[r] = sum<T>(load(totals + r * kLanes<T>));
-    // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V
-    const T kept = z != nullptr && p.dropout_keep_scale > 0 ? static_cast<T>(p.dropout_keep_scale) : 1;
     bool normal = true;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       T* o = acc + r * wide_dv;
       const T total = static_cast<T>(log_total[r]);
-      T weight = total;
-      if constexpr (WeightedSums<A>::kAdds) weight += sum<T>(load(added + r * kLanes<T>)) / kept;
+      T weight = weight_of(r, total);
       if (total == 0) {  // dead
         memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
         weight = 1;

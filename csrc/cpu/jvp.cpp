@@ -218,7 +218,7 @@ struct Jvp {
 
   static Vec<T> larger_magnitude(Vec<T> x, Vec<T> so_far) { return maximum<T>(x < 0 ? -x : x, so_far); }
 
-  bool end(const Tile& tile) {
+  bool end(const Tile& tile, int64_t /*split*/) {
     bool lossy = false;
     sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) lossy |= finish_row(tile, r);

@@ -20,8 +20,9 @@ static inline int64_t packed_sequence_of(const Params& p, int64_t unit) {
 
 // A Map of a row sweep offers:
 //   pack(seq, kv_head, s, key0, keys, block)   packs one block of keys
-//   begin(tile), visit(tile, block), end(tile) a block of rows, its non-empty tiles in order, its results; or end
-//                                              asks for the tiles once more, by true
+//   begin(tile), visit(tile, block)            a block of rows, its non-empty tiles in order
+//   end(tile, split)                           its results, or its sums over a split of the keys; or it asks for the
+//                                              tiles once more, by true
 //   keep(tile, slot), resume(tile, slot),      where keys come by spans: what is known of a block of rows put aside; an
 //   settle(tile, slot), is_done, set_done       empty sum begun beside it; the two added; whether its results are out
 struct RowUnit {
@@ -29,9 +30,11 @@ struct RowUnit {
   Sequence s;
   int64_t head_begin, head_end, row_begin, row_end;
   int64_t key_begin, key_end;  // those that its rows see
+  int64_t split;
 };
 
-static inline RowUnit row_unit(const Params& p, int64_t unit) {
+static inline RowUnit row_unit(const Params& p, int64_t index) {
+  const int64_t split = index % p.key_splits, unit = index / p.key_splits;
   const int64_t group = p.heads / p.kv_heads;
   const int64_t head_parts = (group + p.head_chunk - 1) / p.head_chunk, owners = p.kv_heads * head_parts;
   int64_t seq, within;  // the unit's sequence, and its place among that's units
@@ -54,7 +57,8 @@ static inline RowUnit row_unit(const Params& p, int64_t unit) {
           row_begin,
           row_end,
           attended_keys(p, s, row_begin).lo / kKeys * kKeys,
-          attended_keys(p, s, row_end - 1).hi};
+          attended_keys(p, s, row_end - 1).hi,
+          split};
 }
 
 // body(tile, slot) for every block of rows of a unit.
@@ -89,14 +93,19 @@ static inline void visit_keys(const Params& p, Tile& tile, const Range& range, i
 
 template <class T, class Map>
 static void row_sweep(const Params& p, int64_t index, Map& map) {
-  const RowUnit unit = row_unit(p, index);
+  RowUnit unit = row_unit(p, index);
+  if (p.key_splits > 1) {
+    const int64_t spans = larger(0, unit.key_end - unit.key_begin + kSpan - 1) / kSpan, first = unit.key_begin;
+    unit.key_begin = first + unit.split * spans / p.key_splits * kSpan;
+    unit.key_end = smaller(unit.key_end, first + (unit.split + 1) * spans / p.key_splits * kSpan);
+  }
   const int64_t begin = unit.key_begin;
   if (unit.key_end - begin <= kSpan) {
     pack_keys(unit, begin, unit.key_end, map);
     for_each_block_of_rows(p, unit, [&](Tile& tile, int64_t) {
       map.begin(tile);
       do visit_keys<T>(p, tile, seen_keys(p, tile, begin, unit.key_end), begin, map);
-      while (map.end(tile));
+      while (map.end(tile, unit.split));
     });
     return;
   }
@@ -126,7 +135,7 @@ static void row_sweep(const Params& p, int64_t index, Map& map) {
       if (map.is_done(slot)) return;
       map.resume(tile, slot);
       map.settle(tile, slot);
-      const bool again = map.end(tile);
+      const bool again = map.end(tile, unit.split);
       map.keep(tile, slot);
       map.set_done(slot, !again);
       more |= again;
