@@ -6,22 +6,28 @@ import triton
 import triton.language as tl
 from metattn.kernels.call import LOG2E, Statistics, absent
 
-from metattn.kernels import memory
+from metattn.kernels import memory, scores
 
 
 @triton.jit
 def store_lse(call, view, place, rows, inside, top, total):
-    """Stores a row's log-sum-exp in two parts: its largest score, from its largest element, and the log of
-    its sum of exponentials over that; (0, −inf) for a sum of 0.
+    """Stores a row's log-sum-exp in two parts, from its largest element and the sum of exponentials over that.
+
+    Counted from the element nearest to it, the log has few digits to lose in float32.
     """
     dead = total == 0.0
-    at = memory.start_of(view, place.seq, place.head, place.q0) + memory.steps(rows, view.row, view)
-    reference = tl.where(top == float("-inf"), 0.0, top).to(tl.float64)
+    log_total = tl.log(tl.where(dead, 1.0, total))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    nearest = top + scores.in_units(call, log_total)
+    further = nearest.to(tl.float64) - top.to(tl.float64)
+    reference = nearest.to(tl.float64)
     if call.unit is not None:
+        further *= tl.cast(call.unit, tl.float64)
         reference *= tl.cast(call.unit, tl.float64)  # exact
+    at = memory.start_of(view, place.seq, place.head, place.q0) + memory.steps(rows, view.row, view)
     tl.store(at, reference, mask=inside)
-    log_total = tl.where(dead, float("-inf"), tl.log(tl.where(dead, 1.0, total)))
-    tl.store(at + tl.cast(view.column, tl.int64), log_total.to(tl.float64), mask=inside)
+    log_total = tl.where(dead, float("-inf"), log_total.to(tl.float64) - further)
+    tl.store(at + tl.cast(view.column, tl.int64), log_total, mask=inside)
 
 
 @triton.jit

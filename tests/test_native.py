@@ -305,6 +305,26 @@ def test_probabilities_keep_their_digits_where_scores_are_large(offset: float) -
         assert (mine.double() - right).norm() <= 1e-3 * right.norm()
 
 
+@pytest.mark.parametrize("size", [3e12, 1e30])
+def test_maps_round_large_products_alike(size: float, isa: str) -> None:
+    """Else P, which is exp(S − L), would not sum to 1: a score of that size is known to millions."""
+    for dtype, d, m in itertools.product((torch.float32, torch.float64), (8, 40), (30, 70, 300)):
+        call = Call((1, 2, 1, 50, m, d, 1), dtype=dtype, causal="top-left")
+        problem, primals, tangents, constants, do, _ = call.make()
+        q, k = (x * size**0.5 for x in primals[:2])
+        primals = Primals(q, k, torch.ones_like(primals.v), None, None)
+        of_v = Primals(None, None, torch.ones_like(primals.v), None, None)
+        results = native.forward(problem, primals, constants)
+        moved = native.jvp(problem, primals, constants, results, of_v)
+        first = native.vjp(problem, primals, constants, results, do, None, (False, False, True, False, False))
+        both = native.double_backward(
+            problem, primals, constants, results, do, None, of_v, (True, True, True, False, False)
+        )[0]
+        for sums in (results.o, moved.o, both.o):
+            torch.testing.assert_close(sums, torch.ones_like(sums))
+        torch.testing.assert_close(first.v.sum(), do.sum(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "levels", [(-1e9, -2e9), (-2e9, -4e9), (-1e10, -3.4028234663852886e38), (-1e4, -2e9)], ids=str

@@ -251,8 +251,11 @@ struct Forward {
     logarithms(log_total, tile.rows, normal);
     double* target = double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
     for (int64_t r = 0; r < tile.rows; ++r, target += p.out_lse.stride[2]) {
-      target[0] = static_cast<double>(reference[r]) * exponents.natural;
-      target[p.out_lse.stride[3]] = log_total[r];
+      // counted from the element nearest to L, the log has few digits to lose in T
+      const double before = reference[r], sum = before + log_total[r] / exponents.natural;
+      const double nearest = log_total[r] > -kInfinity<double> ? static_cast<double>(static_cast<T>(sum)) : before;
+      target[0] = nearest * exponents.natural;
+      target[p.out_lse.stride[3]] = log_total[r] - (nearest - before) * exponents.natural;
     }
     return false;
   }

@@ -210,10 +210,14 @@ struct ForwardRows {
       METATTN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
         if (lane % 4 != 0 || i >= place.s.n) continue;
-        const T reference = top.x[slot][h] == -kInfinity<T> ? 0 : top.x[slot][h];
+        // counted from the number nearest to L, the log has few digits to lose in T
+        const double log_total = log(static_cast<double>(total.x[slot][h]));
+        const double before = top.x[slot][h] == -kInfinity<T> ? 0 : static_cast<double>(top.x[slot][h]);
+        const double nearest =
+            log_total > -kInfinity<double> ? static_cast<double>(static_cast<T>(before + log_total)) : before;
         double* lse = double_at(p.out_lse, place.seq, place.head, place.s.q0 + i);
-        lse[0] = static_cast<double>(reference);
-        lse[p.out_lse.stride[3]] = log(static_cast<double>(total.x[slot][h]));
+        lse[0] = nearest;
+        lse[p.out_lse.stride[3]] = log_total - (nearest - before);
       }
   }
   static METATTN_DEVICE T larger_of(T a, T b) { return a > b ? a : b; }
