@@ -84,6 +84,7 @@ def bias_sums(
     terms = tl.cast(sum_b, tl.int64) * sum_h * sum_n * sum_m
     share = (terms + parts - 1) // parts
     total = tl.zeros([ROWS, KEYS], tl.float32)
+    lost = tl.zeros([ROWS, KEYS], tl.float32)  # by rounding the total: terms may be thousands
     for term in range(part * share, tl.minimum(terms, (part + 1) * share)):
         key, rest = term % sum_m + own_key, term // sum_m
         row, rest = rest % sum_n + own_row, rest // sum_n
@@ -92,7 +93,10 @@ def bias_sums(
         first_row, first_key = tl.cast(row * ROWS, tl.int32), tl.cast(key * KEYS, tl.int32)
         reach = tiles.span(first_row, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
         if (first_row < place.n) & (first_key >= reach.first) & (first_key < reach.end):
-            total += score_gradient(call, given, place, reach, first_row, first_key, TANGENT, FORM)
+            more = score_gradient(call, given, place, reach, first_row, first_key, TANGENT, FORM) - lost
+            before = total
+            total += more
+            lost = (total - before) - more
     base = out.ptr + tl.cast(own_batch, tl.int64) * out.batch + tl.cast(own_head, tl.int64) * out.head
     base += tl.cast(part, tl.int64) * out.part
     rows, keys = own_row * ROWS + tl.arange(0, ROWS), own_key * KEYS + tl.arange(0, KEYS)
@@ -114,10 +118,10 @@ def sink_sums(call, shares, out, batches, STEP: tl.constexpr):
     index = tl.program_id(0)
     head = index % call.heads
     first = index // call.heads
-    total = tl.zeros([STEP], tl.float32)
+    total = tl.zeros([STEP], tl.float64)
     for batch in range(first, first + batches):
         place = tiles.place_of(call, batch, head, head // call.group)
         for start in range(0, place.n, STEP):
             at, row_ids = tiles.moved(place, start, 0), tl.arange(0, STEP)
-            total += memory.load_statistic(shares, at, row_ids, start + row_ids < place.n)
-    tl.store(out + index, tl.sum(total, 0))
+            total += memory.load_statistic(shares, at, row_ids, start + row_ids < place.n).to(tl.float64)
+    tl.store(out + index, tl.sum(total, 0).to(tl.float32))

@@ -42,8 +42,9 @@ struct BiasSums {
       terms *= summed[dim];
     }
     const int64_t share = (terms + p.grad_bias_parts - 1) / p.grad_bias_parts;
-    Fragment<T, kTiles> sum;
+    Fragment<T, kTiles> sum, lost;  // by rounding the sum: terms may be thousands
     sum.fill(0);
+    lost.fill(0);
     for (int64_t term = part * share; term < smaller(terms, (part + 1) * share); ++term) {
       int64_t at[4], rest = term;
       for (int dim = 3; dim >= 0; --dim) {
@@ -51,7 +52,7 @@ struct BiasSums {
         rest /= summed[dim];
       }
       Place place{at[0], at[1], at[1] / (p.heads / p.kv_heads), sequence(p, at[0])};
-      add(p, block, place, at[2] * rows, at[3] * kKeys, warp_row, rows, sum);
+      add(p, block, place, at[2] * rows, at[3] * kKeys, warp_row, rows, sum, lost);
     }
     sum.each([&](T& value, int r, int c, int, int, int) { total[(warp_row + r) * kKeys + c] = value; });
     block.sync();
@@ -63,17 +64,17 @@ struct BiasSums {
       const int r = piece / own_keys, c = piece % own_keys;
       const int64_t i = own[2] * rows + r, j = own[3] * kKeys + c;
       if ((!all_rows && i >= p.bias_size[2]) || (!all_keys && j >= p.bias_size[3])) continue;
-      T value = 0;
+      double value = 0;
       for (int x = all_rows ? 0 : r; x < (all_rows ? rows : r + 1); ++x)
         for (int y = all_keys ? 0 : c; y < (all_keys ? kKeys : c + 1); ++y) value += total[x * kKeys + y];
-      out[(all_rows ? 0 : i * p.grad_bias_stride[3]) + (all_keys ? 0 : j * p.grad_bias_stride[4])] = value;
+      out[(all_rows ? 0 : i * p.grad_bias_stride[3]) + (all_keys ? 0 : j * p.grad_bias_stride[4])] = static_cast<T>(value);
     }
   }
 
   static METATTN_DEVICE bool is_shared(const Params& p, int dim) { return p.grad_bias_stride[dim + 1] == 0; }
 
   METATTN_DEVICE void add(const Params& p, Block& block, const Place& place, int64_t row0, int64_t key0, int warp_row,
-                          int rows, Fragment<T, kTiles>& sum) const {
+                          int rows, Fragment<T, kTiles>& sum, Fragment<T, kTiles>& lost) const {
     if (row0 >= place.s.n || key0 >= place.s.m) return;
     const Range range = keys_of_rows(p, place, row0, rows);
     if (key0 >= range.hi || key0 + kKeys <= range.lo) return;
@@ -96,7 +97,12 @@ struct BiasSums {
       add_scores(at.tr, queries.q, warp_row, keys.b, depth_of(p.d));
     }
     differentiate<true, Second>(at, window, known, warp_row);
-    sum.each([&](T& value, int, int, int slot, int t, int e) { value += at.ds.x[slot][t][e]; });
+    sum.each([&](T& value, int, int, int slot, int t, int e) {
+      T& less = lost.x[slot][t][e];
+      const T more = at.ds.x[slot][t][e] - less, before = value;
+      value += more;
+      less = (value - before) - more;
+    });
   }
 };
 
@@ -106,12 +112,12 @@ static METATTN_DEVICE void sum_parts(const Params& p, int64_t first, int64_t ste
   const T* parts = reinterpret_cast<const T*>(p.grad_bias);
   const View& out = p.grad_bias_out;
   for (int64_t at = first; at < p.bias_parts_stride; at += step) {
-    T value = 0;
+    double value = 0;
     for (int64_t part = 0; part < p.grad_bias_parts; ++part) value += parts[part * p.bias_parts_stride + at];
     const int64_t j = at % p.bias_size[3], i = at / p.bias_size[3] % p.bias_size[2];
     const int64_t head = at / (p.bias_size[3] * p.bias_size[2]) % p.bias_size[1];
     const int64_t seq = at / (p.bias_size[3] * p.bias_size[2] * p.bias_size[1]);
-    store<T>(out, offset_of(out, seq, head, i) + j * out.stride[3], value);
+    store<T>(out, offset_of(out, seq, head, i) + j * out.stride[3], static_cast<T>(value));
   }
 }
 
