@@ -11,7 +11,7 @@ from metattn.kernels import memory, scores
 
 @triton.jit
 def store_lse(call, view, place, rows, inside, top, total):
-    """Stores a row's log-sum-exp in two parts, from its largest element and the sum of exponentials over that.
+    """Stores a row's log-sum-exp in two parts, from its largest element and the sum of exponentials over it.
 
     Counted from the element nearest to it, the log has few digits to lose in float32.
     """

@@ -310,7 +310,7 @@ def test_maps_round_large_products_alike(size: float, isa: str) -> None:
     """Else P, which is exp(S − L), would not sum to 1: a score of that size is known to millions."""
     for dtype, d, m in itertools.product((torch.float32, torch.float64), (8, 40), (30, 70, 300)):
         call = Call((1, 2, 1, 50, m, d, 1), dtype=dtype, causal="top-left")
-        problem, primals, tangents, constants, do, _ = call.make()
+        problem, primals, _, constants, do, _ = call.make()
         q, k = (x * size**0.5 for x in primals[:2])
         primals = Primals(q, k, torch.ones_like(primals.v), None, None)
         of_v = Primals(None, None, torch.ones_like(primals.v), None, None)
