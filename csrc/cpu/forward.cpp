@@ -48,7 +48,7 @@ struct Forward {
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
-    if (WeightedSums<A>::kAdds) added = arena.take<T>(kRows * kLanes<T>);
+    if (WeightedSums<A>::kRounds) added = arena.take<T>(kRows * kLanes<T>);
     slack = kSlack / exponents.factor;
   }
 
@@ -70,7 +70,7 @@ struct Forward {
         total[0] = 1;
       }
       store(totals + r * kLanes<T>, total);
-      if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, Vec<T>{});
+      if constexpr (WeightedSums<A>::kRounds) store(added + r * kLanes<T>, Vec<T>{});
     }
   }
 
@@ -94,7 +94,7 @@ struct Forward {
     if (before == -kInfinity<double>) return;
     const T decay = static_cast<T>(__builtin_exp(before - log_reference[r]));
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
-    if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
+    if constexpr (WeightedSums<A>::kRounds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
     for (int64_t j = 0; j < pending; j += kLanes<T>) store(s + r * kKeys + j, load(s + r * kKeys + j) * decay);
   }
@@ -159,7 +159,7 @@ struct Forward {
         sums.put(s, r, j, weight, more);
       }
       store(totals + r * kLanes<T>, total);
-      if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
+      if constexpr (WeightedSums<A>::kRounds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
     }
     sums.over_keys_put(tile, s, v, block, acc);
   }
@@ -180,7 +180,7 @@ struct Forward {
       T* o = acc + r * wide_dv;
       const T total = static_cast<T>(log_total[r]);
       T weight = total;
-      if constexpr (WeightedSums<A>::kAdds) weight += sum<T>(load(added + r * kLanes<T>)) / kept;
+      if constexpr (WeightedSums<A>::kRounds) weight += sum<T>(load(added + r * kLanes<T>)) / kept;
       if (total == 0) {  // dead
         memset(o, 0, sizeof(T) * wide_dv);  // 0·NaN may have come in from a key that other rows see
         weight = 1;
