@@ -19,17 +19,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from metattn.kernels.call import Block, Statistics, absent
-from metattn.kernels.vjp import row_statistics, sink_probability
+from metattn.kernels.jvp import block_of_means, finite_or_0, inverse_or_0, mean_tangent
+from metattn.kernels.vjp import row_statistics
 from metattn.kernels.vjp_jvp import second_order, sink_share
 
-from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
+from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
 
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K)."""
+    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K, what the weights of these two and of B lack)."""
     PRECISION: tl.constexpr = FORM[4]
-    excess, ot, dq, pk = state
+    excess, ot, dq, pk, lack, lack_p, lack_b = state
     call, guessed = block.call, rowstats.as_column(block.statistics)
     tile, k, b, v, c = row_tiles.all_of(block, start, MASKED, FORM)
     seen = tile.seen
@@ -43,8 +44,9 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     pk = products.add_product(pk, slope, k, PRECISION)
     # in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
     ot = products.add_product(ot, scores.times(pt, seen.z), v, PRECISION, True)
-    ot = products.add_product(ot, scores.times(seen.p, seen.z), products.without(c, unseen), PRECISION)
-    return excess + tl.sum(pt, 1), ot, dq, pk
+    ot = products.add_product(ot, scores.times(seen.p, seen.z), products.without(c, unseen), PRECISION, True)
+    lack, lack_p = common.counted(call, lack, drt, k), common.counted(call, lack_p, slope, k)
+    return excess + tl.sum(pt, 1), ot, dq, pk, lack, lack_p, common.counted(call, lack_b, dr, b)
 
 
 @triton.jit
@@ -55,11 +57,10 @@ def guesses(block, FORM: tl.constexpr):
     squares' weights are P², as those of rounding errors.
     """
     call, span, known = block.call, block.span, rowstats.as_column(block.statistics)
-    start = tl.where(span.full < span.tail, span.full, span.first)
-    tile, _, _, _, _ = row_tiles.all_of(block, start, True, FORM)
+    tile, _, _, _, _ = row_tiles.all_of(block, block_of_means(span), True, FORM)
     s, p = tile.seen.s, scores.shown(call, tile.seen.s, tile.seen.p, True)
     share = inverse_or_0(tl.sum(p, 1))
-    t = finite_or_0(tl.sum(p * tile.t, 1) * share)
+    t = mean_tangent(block, tile.seen, tile.t, True)
     shifted = tile.t - t[:, None]
     x = scores.shown(call, s, (tile.dp - known.d) * shifted + tile.e, True)
     u = finite_or_0(tl.sum(p * x, 1) * share)
@@ -69,16 +70,6 @@ def guesses(block, FORM: tl.constexpr):
     spread_t = finite_or_0(tl.sum(square * shifted * shifted, 1) * share)
     spread_u = finite_or_0(tl.sum(square * off * off, 1) * share)
     return t, u, tl.sum(spread_t, 0), tl.sum(spread_u, 0)
-
-
-@triton.jit
-def finite_or_0(x):
-    return tl.where(products.finite(x), x, 0.0)
-
-
-@triton.jit
-def inverse_or_0(x):
-    return tl.where(x > 0.0, 1.0 / x, 0.0)
 
 
 @triton.jit
@@ -116,13 +107,13 @@ def double_rows(
             statistics = Statistics(known.reference, known.log_total, known.d, t, u)
             block = Block(call, given, wanted, place, span, first, held, statistics)
             of_keys = products.zeros(ROWS, HEAD)
-            state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys)
-            excess, ot, dq, pk = tiles.sweep(visit, state, block, span, FORM)
+            state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys, zero, zero, zero)
+            excess, ot, dq, pk, lack, lack_p, lack_b = tiles.sweep(visit, state, block, span, FORM)
             if call.sinks is not None:
                 sigma = 0.0
                 if given.sigma is not None:
                     sigma = memory.load_per_head(given.sigma, place)
-                excess += sink_probability(call, place, statistics) * (sigma - t)
+                excess += common.sink_probability(call, place, statistics) * (sigma - t)
             excess = tl.where(seen, excess, 0.0)
             o = memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE)
             ot = products.where_rows(seen == 0, 0.0, products.minus(ot, excess[:, None], o))
@@ -137,9 +128,16 @@ def double_rows(
             further = tl.where(seen, dt - u, 0.0)
             dq = products.minus(products.scaled(dq, call.scale), (further * call.scale)[:, None], pk)
             first_dq = memory.load_in_two(given.dq, None, at, row_ids, inside, HEAD)
-            dq = products.where_rows(seen == 0, 0.0, products.minus(dq, excess[:, None], first_dq))
-            memory.store_rows(wanted.dq, at, row_ids, inside, dq, 1.0, HEAD)
+            dq = products.minus(dq, excess[:, None], first_dq)
             found = Statistics(known.reference, known.log_total, known.d, tau.to(tl.float32), dt)
+            # the weights of K are those of dQt, and as many of dQ as were taken off
+            sum_ds = common.known_sum(call, given, at, row_ids, inside, known)
+            sum_dst = common.known_sum_of_tangent(call, given, place, found) + excess * sum_ds
+            lack -= further * lack_p
+            dq = common.add_mean_key(dq, lack, sum_dst, block, call.k, call.scale, FORM)
+            dq = common.add_mean_key(dq, lack_b, sum_ds, block, given.b, call.scale, FORM)
+            dq = products.where_rows(seen == 0, 0.0, dq)
+            memory.store_rows(wanted.dq, at, row_ids, inside, dq, 1.0, HEAD)
             rowstats.store_statistics(given.statistics, at, row_ids, inside, found)
             if wanted.dsinks is not None:
                 dsinks = sink_share(call, given, place, found)

@@ -11,13 +11,13 @@ from metattn.kernels import memory, products, rowstats, scores, tiles
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (top, total, acc)."""
+    """Adds a block of keys to (top, total, total of the kept weights, and of these as they are multiplied, acc)."""
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
     HEAD: tl.constexpr = FORM[2]
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
-    top, total, acc = state
+    top, total, kept, multiplied, acc = state
     call, place = block.call, block.place
     row_ids, key_ids = tl.arange(0, ROWS), tl.arange(0, KEYS)
     rows, keys = block.first + row_ids, start + key_ids
@@ -34,8 +34,12 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     p = scores.times(p, scores.dropout(call, place, block.first, start, ROWS, KEYS, False))
     v = memory.load_keys(call.v, at, key_ids, inside, VALUE)
     v = products.without(v, scores.unseen_keys(call, s))
-    acc = products.add_product(products.scaled(acc, decay[:, None]), p, v, PRECISION)
-    return new_top, total, acc
+    kept, multiplied = kept * decay + tl.sum(p, 1), multiplied * decay
+    # in two parts, where a softcap hides what D then lacks (common.py)
+    twice: tl.constexpr = call.softcap is not None
+    multiplied += tl.sum(p if twice else p.to(v[0].dtype).to(tl.float32), 1)
+    acc = products.add_product(products.scaled(acc, decay[:, None]), p, v, PRECISION, twice)
+    return new_top, total, kept, multiplied, acc
 
 
 @triton.jit
@@ -57,12 +61,16 @@ def forward_rows(
         if call.sinks is not None:
             top = tl.zeros([ROWS], tl.float32) + scores.sink(call, place)
             total = tl.where(top == float("-inf"), 0.0, 1.0)
-        state = (top, total, products.zeros(ROWS, VALUE))
-        top, total, acc = tiles.sweep(visit, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
+        zero = tl.zeros([ROWS], tl.float32)
+        state = (top, total, zero, zero, products.zeros(ROWS, VALUE))
+        FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
+        top, total, kept, multiplied, acc = tiles.sweep(visit, state, block, span, FORM)
         # a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see
         dead = total == 0.0
+        # O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V
+        mean = tl.where(multiplied == 0.0, 1.0, kept / multiplied)
         acc = products.scaled(
-            products.where_rows(dead, 0.0, acc), (1.0 / tl.where(dead, 1.0, total))[:, None]
+            products.where_rows(dead, 0.0, acc), (mean / tl.where(dead, 1.0, total))[:, None]
         )
         memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
         rowstats.store_lse(call, wanted.lse, at, row_ids, inside, top, total)

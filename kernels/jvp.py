@@ -1,7 +1,7 @@
 """jvp: the tangents of O and L in one pass over the keys: Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O for any t.
 
-With t = 0 the terms cancel where a sharply peaked row has large T; a block with a row that lost more than
-CANCELLATION so is swept once more, with t = τ of the first sweep.
+t is the mean of T over one block of keys. Where a sharply peaked row has large T, the terms cancel still; a block
+with a row that lost more than CANCELLATION so is swept once more, with t = τ of the first sweep.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from metattn.kernels.call import Block, Statistics, absent
-from metattn.kernels.vjp import sink_probability
 
-from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
+from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
 
 CANCELLATION = tl.constexpr(16.0)
 
@@ -36,8 +35,55 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
         acc = products.add_product(acc, scores.times(pt, seen.z), v, PRECISION, True)
     if given.c is not None:
         c = products.without(row_tiles.keys_of(block, given.c, start, MASKED, KEYS, VALUE), unseen)
-        acc = products.add_product(acc, scores.times(seen.p, seen.z), c, PRECISION)
+        acc = products.add_product(acc, scores.times(seen.p, seen.z), c, PRECISION, True)
     return excess, acc
+
+
+@triton.jit
+def mean_tangent(block, seen, t, MASKED: tl.constexpr):
+    """The mean of T [rows] over a block of keys, by their weights; 0 where they have none."""
+    p = scores.shown(block.call, seen.s, seen.p, MASKED)
+    return finite_or_0(tl.sum(p * t, 1) * inverse_or_0(tl.sum(p, 1)))
+
+
+@triton.jit
+def block_of_means(span):
+    """Where a block of keys starts that all queries attend to; of the first, where there is none."""
+    return tl.where(span.full < span.tail, span.full, span.first)
+
+
+@triton.jit
+def finite_or_0(x):
+    return tl.where(products.finite(x), x, 0.0)
+
+
+@triton.jit
+def inverse_or_0(x):
+    return tl.where(x > 0.0, 1.0 / x, 0.0)
+
+
+@triton.jit
+def first_base(call, given, wanted, place, first, reference, log_total, ROWS: tl.constexpr, FORM: tl.constexpr):
+    """t of the first sweep [rows]: O's weights were rounded, and (τ − t)·O brings that in."""
+    HEAD: tl.constexpr = FORM[2]
+    base = tl.zeros_like(reference)
+    if (call.q.ptr.dtype.element_ty == tl.float32) | (
+        (given.a is None) & (given.b is None) & (given.beta is None)
+    ):
+        return base
+    else:
+        row_ids = tl.arange(0, ROWS)
+        at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
+        statistics = Statistics(reference, log_total, base, base, base)
+        idle = scores.idle_rows(call, place, statistics)
+        q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+        span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, FORM[0])
+        block = Block(call, given, wanted, place, span, first, (q, a), statistics)
+        start = block_of_means(span)
+        seen, k = row_tiles.scores_of(block, q, start, True, FORM)
+        _, t, _ = row_tiles.tangent_of(block, seen, q, k, a, start, True, FORM)
+        return tl.where(reference == float("inf"), 0.0, mean_tangent(block, seen, t, True))
 
 
 @triton.jit
@@ -79,7 +125,7 @@ def attempt(
         sigma = 0.0
         if given.sigma is not None:
             sigma = memory.load_per_head(given.sigma, place)
-        excess += sink_probability(call, place, statistics) * (sigma - base)
+        excess += common.sink_probability(call, place, statistics) * (sigma - base)
     o = memory.load_in_two(given.o, given.o_lo, at, row_ids, inside, VALUE)
     acc, lost = less(acc, excess, o)
     return excess, acc, lost & (reference != float("inf"))
@@ -98,7 +144,7 @@ def jvp_rows(
         at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
         reference, log_total = rowstats.load_lse(call, given.lse, at, row_ids, inside)
         nothing = reference == float("inf")
-        base = tl.zeros_like(reference)
+        base = first_base(call, given, wanted, place, first, reference, log_total, ROWS, FORM)
         sweeps = 1
         sweep = 0
         while sweep < sweeps:
@@ -109,7 +155,7 @@ def jvp_rows(
             memory.store_in_two(wanted.o, wanted.o_lo, at, row_ids, inside, acc, VALUE)
             tau = tl.where(nothing, 0.0, base.to(tl.float64) + excess.to(tl.float64))
             memory.store_statistic(wanted.lse, at, row_ids, inside, tau)
-            base = tl.where(nothing, 0.0, excess)
+            base = tl.where(nothing, 0.0, base + excess)
             sweep += 1
             if (sweep == 1) & (tl.max(lost.to(tl.int32), 0) > 0):
                 sweeps = 2

@@ -121,6 +121,20 @@ def minus(x, factor, y):
 
 
 @triton.jit
+def part_plus_finite(x, factor, y):
+    if absent(x):
+        return ()
+    else:
+        return x + factor * tl.where(finite(y), y, 0.0)
+
+
+@triton.jit
+def plus_finite(x, factor, y):
+    """x + factor·y, factor for each row as [rows, 1], without what of y is infinite or NaN."""
+    return (part_plus_finite(x[0], factor, y[0]), part_plus_finite(x[1], factor, y[1]))
+
+
+@triton.jit
 def part_where(x, condition, value):
     if absent(x):
         return ()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from metattn.kernels.call import Block, Scores, Statistics
 
-from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
+from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
 
 
 @triton.jit
@@ -47,23 +47,17 @@ def row_statistics(call, given, at, row_ids, inside, VALUE: tl.constexpr):
 
 
 @triton.jit
-def sink_probability(call, place, statistics):
-    """Ps = exp(s − L) of each row [*], 0 where nothing is attended."""
-    return scores.probability(call, scores.sink(call, place), statistics.reference, statistics.log_total)
-
-
-@triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to dQ / scale, and stores the bias' gradient."""
+    """Adds a block of keys to (dQ / scale, what its weights lack), and stores the bias' gradient."""
     PRECISION: tl.constexpr = FORM[4]
-    (dq,) = state
+    dq, lack = state
     q, do = block.held
     seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
     dp, _ = row_tiles.cotangent_of(block, seen, do, block.call.v, start, MASKED, FORM)
     ds, dr = first_order(block.call, seen, dp, block.statistics.d[:, None], MASKED)
     memory.store_entries(block.wanted.dbias, block.place, seen.i, seen.j, ds)
     k = products.without(k, scores.unseen_keys(block.call, seen.s))
-    return (products.add_product(dq, dr, k, PRECISION),)
+    return products.add_product(dq, dr, k, PRECISION), common.counted(block.call, lack, dr, k)
 
 
 @triton.jit
@@ -81,15 +75,18 @@ def vjp_rows(
         if given.statistics is not None:
             rowstats.store_statistics(given.statistics, at, row_ids, inside, statistics)
         if wanted.dsinks is not None:
-            dsinks = -sink_probability(call, place, statistics) * statistics.d
+            dsinks = -common.sink_probability(call, place, statistics) * statistics.d
             memory.store_statistic(wanted.dsinks, at, row_ids, inside, dsinks)
         if (wanted.dq is not None) | (wanted.dbias is not None):
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
             idle = scores.idle_rows(call, place, statistics)
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
             block = Block(call, given, wanted, place, span, first, (q, do), statistics)
-            state = (products.zeros_if(wanted.dq, ROWS, HEAD),)
-            (dq,) = tiles.sweep(visit_keys, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
+            FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
+            state = (products.zeros_if(wanted.dq, ROWS, HEAD), tl.zeros_like(statistics.d))
+            dq, lack = tiles.sweep(visit_keys, state, block, span, FORM)
+            known = common.known_sum(call, given, at, row_ids, inside, statistics)
+            dq = common.add_mean_key(dq, lack, known, block, call.k, 1.0, FORM)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 
@@ -131,11 +128,12 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             dq = products.add_product(products.zeros(ROWS, HEAD), dr.T, seen, PRECISION, True)
             memory.store_rows(wanted.dq, at, row_ids, rows < place.n, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
-            dsinks = -sink_probability(call, place, statistics) * d
+            dsinks = -common.sink_probability(call, place, statistics) * d
             memory.store_statistic(wanted.dsinks, at, row_ids, rows < place.n, dsinks)
     alone: tl.constexpr = given.statistics is None
     return (
-        products.add_product(dk, dr, q, PRECISION, alone),
+        # in two parts: rows' cotangents may cancel what their queries share
+        products.add_product(dk, dr, q, PRECISION, True),
         products.add_product(dv, scores.times(p, z), do, PRECISION, alone),
     )
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from metattn.kernels.call import Block, Scores, Statistics, Tile, absent
-from metattn.kernels.vjp import d_of_all_keys, row_statistics, sink_probability
+from metattn.kernels.vjp import d_of_all_keys, row_statistics
 
-from metattn.kernels import memory, products, row_tiles, rowstats, scores, tiles
+from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
 
 
 @triton.jit
@@ -36,15 +36,17 @@ def sink_share(call, given, place, statistics):
     moved = -statistics.tau
     if given.sigma is not None:
         moved += memory.load_per_head(given.sigma, place)
-    return -sink_probability(call, place, statistics) * (moved * statistics.d + statistics.dt)
+    return -common.sink_probability(call, place, statistics) * (moved * statistics.d + statistics.dt)
 
 
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to dQt / scale, and stores the tangent of the bias' gradient."""
+    """Adds a block of keys to (dQt / scale, what the weights of k and b lack), and stores the tangent of the bias'
+    gradient.
+    """
     PRECISION: tl.constexpr = FORM[4]
     call = block.call
-    (dq,) = state
+    dq, lack, lack_b = state
     tile, k, b, _, _ = row_tiles.all_of(block, start, MASKED, FORM)
     seen, statistics = tile.seen, rowstats.as_column(block.statistics)
     dst, drt, dr = second_order(call, tile, seen.p * (tile.t - statistics.tau), statistics, MASKED)
@@ -52,7 +54,8 @@ def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     unseen = scores.unseen_keys(call, seen.s)
     dq = products.add_product(dq, drt, products.without(k, unseen), PRECISION)
     # a product with no B leaves what it is added to
-    return (products.add_product(dq, dr, products.without(b, unseen), PRECISION),)
+    dq = products.add_product(dq, dr, products.without(b, unseen), PRECISION)
+    return dq, common.counted(call, lack, drt, k), common.counted(call, lack_b, dr, b)
 
 
 @triton.jit
@@ -87,8 +90,14 @@ def vjp_jvp_rows(
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
             a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
             block = Block(call, given, wanted, place, span, first, (q, a, do), statistics)
-            state = (products.zeros_if(wanted.dq, ROWS, HEAD),)
-            (dq,) = tiles.sweep(visit_keys, state, block, span, (KEYS, ROWS, HEAD, VALUE, PRECISION))
+            FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
+            zero = tl.zeros_like(statistics.d)
+            state = (products.zeros_if(wanted.dq, ROWS, HEAD), zero, zero)
+            dq, lack, lack_b = tiles.sweep(visit_keys, state, block, span, FORM)
+            known_b = common.known_sum(call, given, at, row_ids, inside, statistics)
+            known = common.known_sum_of_tangent(call, given, place, statistics)
+            dq = common.add_mean_key(dq, lack, known, block, call.k, 1.0, FORM)
+            dq = common.add_mean_key(dq, lack_b, known_b, block, given.b, 1.0, FORM)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 
@@ -128,7 +137,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
         d = d_of_all_keys(call, given, at, row_ids, inside, s, p, dpz, MASKED)
         tau = tl.sum(scores.shown(call, s, p * t, MASKED), 0)
         if given.sigma is not None:
-            tau += sink_probability(call, place, statistics) * memory.load_per_head(given.sigma, place)
+            tau += common.sink_probability(call, place, statistics) * memory.load_per_head(given.sigma, place)
         d, tau = tl.where(nothing, 0.0, d), tl.where(nothing, 0.0, tau)
     pt = p * (t - tau[None, :])
     if given.statistics is None:
@@ -160,7 +169,8 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             memory.store_statistic(wanted.lse, at, row_ids, there, tau)
     alone: tl.constexpr = given.statistics is None
     return (
-        products.add_product(products.add_product(dk, drt, q, PRECISION, alone), dr, a, PRECISION, alone),
+        # in two parts: rows' cotangents may cancel what their queries share
+        products.add_product(products.add_product(dk, drt, q, PRECISION, True), dr, a, PRECISION, True),
         products.add_product(dv, ptz, do, PRECISION, alone),
     )
 

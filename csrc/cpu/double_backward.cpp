@@ -210,12 +210,13 @@ struct DoubleBackward : SecondOrder<A> {
     }
     for (int64_t i = 0; visited && i < seen; ++i) {
       select(first + i);
-      this->results.sums.over_keys(tiles[i], this->d_p, this->v, selected, acc);
+      // in two parts: Pt cancels what all values share, and a peaked row of few keys averages nothing out
+      const WeightedSums<A> in_two_parts = this->results.sums.in_two_parts();
+      in_two_parts.over_keys(tiles[i], this->d_p, this->v, selected, acc);
       if (this->c) this->results.sums.over_keys(tiles[i], this->e, this->c, selected, acc);
-      // a peaked row of few keys averages nothing out
-      this->add(tiles[i], selected, this->results.sums.in_two_parts());
+      this->add(tiles[i], selected, in_two_parts);
     }
-    this->results.end_rows(tile, span, visited);
+    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds));
     this->results.sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;

@@ -53,7 +53,7 @@ struct Forward {
     z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
-    if (WeightedSums<A>::kAdds) added = arena.take<T>(kRows * kLanes<T>);
+    if (WeightedSums<A>::kRounds) added = arena.take<T>(kRows * kLanes<T>);
     const int64_t slots = row_sweep_slots(p);
     waiting = arena.take<Waiting>(slots);
     waiting_sums = arena.take<T>(slots * sums_of_a_block());
@@ -68,7 +68,7 @@ struct Forward {
   void clear(int64_t rows) {
     memset(acc, 0, sizeof(T) * rows * wide_dv);
     memset(totals, 0, sizeof(T) * rows * kLanes<T>);
-    if constexpr (WeightedSums<A>::kAdds) memset(added, 0, sizeof(T) * rows * kLanes<T>);
+    if constexpr (WeightedSums<A>::kRounds) memset(added, 0, sizeof(T) * rows * kLanes<T>);
   }
   void begin(const Tile& tile) {
     q.pack(p, p.q, tile, nullptr, row);
@@ -94,7 +94,7 @@ struct Forward {
       to.limit[r] = limit[r];
       T* const target = sums_of(slot, r);
       store(target, load(totals + r * kLanes<T>));
-      if constexpr (WeightedSums<A>::kAdds) store(target + kLanes<T>, load(added + r * kLanes<T>));
+      if constexpr (WeightedSums<A>::kRounds) store(target + kLanes<T>, load(added + r * kLanes<T>));
       memcpy(target + 2 * kLanes<T>, acc + r * wide_dv, sizeof(T) * wide_dv);
     }
   }
@@ -115,7 +115,7 @@ struct Forward {
       const auto gain = [&](T* sum, const T* from) { store(sum, load(sum) + load(from) * decay); };
       const T* const source = sums_of(slot, r);
       gain(totals + r * kLanes<T>, source);
-      if constexpr (WeightedSums<A>::kAdds) gain(added + r * kLanes<T>, source + kLanes<T>);
+      if constexpr (WeightedSums<A>::kRounds) gain(added + r * kLanes<T>, source + kLanes<T>);
       for (int64_t c = 0; c < wide_dv; c += kLanes<T>) gain(acc + r * wide_dv + c, source + 2 * kLanes<T> + c);
     }
   }
@@ -129,7 +129,7 @@ struct Forward {
   }
   // O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V.
   T weight_of(int64_t r, T total) const {
-    if constexpr (!WeightedSums<A>::kAdds) return total;
+    if constexpr (!WeightedSums<A>::kRounds) return total;
     const T kept = z != nullptr && p.dropout_keep_scale > 0 ? static_cast<T>(p.dropout_keep_scale) : 1;
     return total + sum<T>(load(added + r * kLanes<T>)) / kept;
   }
@@ -163,7 +163,7 @@ struct Forward {
     if (first) return;
     const T decay = decay_since(r, before);
     store(totals + r * kLanes<T>, load(totals + r * kLanes<T>) * decay);
-    if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
+    if constexpr (WeightedSums<A>::kRounds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) * decay);
     for (int64_t c = 0; c < wide_dv; c += kLanes<T>) store(acc + r * wide_dv + c, load(acc + r * wide_dv + c) * decay);
     for (int64_t j = 0; j < pending; j += kLanes<T>) store(s + r * kKeys + j, load(s + r * kKeys + j) * decay);
   }
@@ -221,7 +221,7 @@ struct Forward {
         sums.put(s, r, j, weight, more);
       }
       store(totals + r * kLanes<T>, total);
-      if constexpr (WeightedSums<A>::kAdds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
+      if constexpr (WeightedSums<A>::kRounds) store(added + r * kLanes<T>, load(added + r * kLanes<T>) + more);
     }
     sums.over_keys_put(tile, s, v, block, acc);
   }

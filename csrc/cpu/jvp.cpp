@@ -1,6 +1,7 @@
 // jvp: the tangents of O and L for tangents A, B, C, β, σ of Q, K, V, bias and sinks, in one pass over the keys:
 // Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O for any t. With t = 0 the terms cancel where a sharply peaked row has large
-// T; rows that lost more than kCancellation so are walked once more, with t = τ of the first pass.
+// T; rows that lost more than kCancellation so are walked once more, with t = τ of the first pass. Where weights are
+// rounded, O's were: t is then the mean of T over the first keys of a row, and of O's errors little comes in.
 #include "kernels.h"
 #include "sweep.h"
 
@@ -25,6 +26,7 @@ struct Jvp {
   T base[kRows];        // t
   double excess[kRows];  // τ − t
   bool again;            // this is the second pass
+  bool based[kRows];     // base is known
   LogSumExp<T> lse;
   int64_t wide_dv;
   bool has_scores;  // a tangent reaches the scores
@@ -33,7 +35,7 @@ struct Jvp {
   struct Waiting {
     T base[kRows];
     double excess[kRows];
-    bool again, done;
+    bool based[kRows], again, done;
   };
   Waiting* waiting;
   T* waiting_sums;
@@ -78,6 +80,7 @@ struct Jvp {
     pack_rows(tile);
     again = false;
     for (int64_t r = 0; r < tile.rows; ++r) base[r] = 0;
+    for (int64_t r = 0; r < tile.rows; ++r) based[r] = !WeightedSums<A>::kRounds || !has_scores;
     clear(tile.rows);
   }
 
@@ -93,6 +96,7 @@ struct Jvp {
     to.again = again;
     for (int64_t r = 0; r < tile.rows; ++r) {
       to.base[r] = base[r];
+      to.based[r] = based[r];
       to.excess[r] = excess[r];
     }
     memcpy(sums_of(slot), acc, sizeof(T) * tile.rows * wide_dv);
@@ -101,7 +105,10 @@ struct Jvp {
     pack_rows(tile);
     clear(tile.rows);
     again = waiting[slot].again;
-    for (int64_t r = 0; r < tile.rows; ++r) base[r] = waiting[slot].base[r];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      base[r] = waiting[slot].base[r];
+      based[r] = waiting[slot].based[r];
+    }
   }
   void settle(const Tile& tile, int64_t slot) {
     for (int64_t r = 0; r < tile.rows; ++r) excess[r] += waiting[slot].excess[r];
@@ -109,25 +116,42 @@ struct Jvp {
   }
   bool is_done(int64_t slot) const { return waiting[slot].done; }
   void set_done(int64_t slot, bool is) { waiting[slot].done = is; }
+  // T of a row, from column j on.
+  template <bool Capped>
+  Vec<T> tangent_at(int64_t r, int64_t j) const {
+    Vec<T> tangent = rounded(load(t + r * kKeys + j) * static_cast<T>(p.scale));
+    if constexpr (Capped) {
+      const Vec<T> u = load(tanh_tile + r * kKeys + j);
+      tangent *= 1 - u * u;
+    }
+    return p.t_bias ? tangent + load(row + j) : tangent;
+  }
+  // base = the mean of T by the weights of these keys, the first that have any.
+  template <bool Capped>
+  void find_base(const Tile& tile, int64_t r) {
+    Vec<T> total = {}, weights = {};
+    for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
+      const Vec<T> weight = load(s + r * kKeys + j);
+      weights += weight;
+      total += weight * tangent_at<Capped>(r, j);
+    }
+    const T mean = sum<T>(total) / sum<T>(weights);
+    based[r] = sum<T>(weights) > 0;
+    base[r] = based[r] && is_finite(mean) ? mean : 0;
+  }
 
   // t = P∘(T − base)∘Z and s = P∘Z; excess gains Σ P∘(T − base).
   template <bool Capped>
   void weigh_row(const Tile& tile, int64_t r) {
     T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
-    const T scale = static_cast<T>(p.scale);
     Vec<T> total = {};
     lse.probabilities(exponents, tile.cols, r, s_row);
+    if (!based[r]) find_base<Capped>(tile, r);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
       const Vec<T> weight = load(s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
       if (has_scores) {
-        Vec<T> tangent = rounded(load(t_row + j) * scale);
-        if constexpr (Capped) {
-          const Vec<T> u = load(tanh_tile + r * kKeys + j);
-          tangent *= 1 - u * u;
-        }
-        if (p.t_bias) tangent += load(row + j);
-        const Vec<T> weighted = weight * (tangent - base[r]);
+        const Vec<T> weighted = weight * (tangent_at<Capped>(r, j) - base[r]);
         total += weighted;
         store(t_row + j, weighted * keep);
       }
@@ -224,7 +248,7 @@ struct Jvp {
     for (int64_t r = 0; r < tile.rows; ++r) lossy |= finish_row(tile, r);
     if (lossy && has_scores && !again) {
       again = true;
-      for (int64_t r = 0; r < tile.rows; ++r) base[r] = lse.dead[r] ? 0 : static_cast<T>(excess[r]);
+      for (int64_t r = 0; r < tile.rows; ++r) base[r] = lse.dead[r] ? 0 : base[r] + static_cast<T>(excess[r]);
       clear(tile.rows);
       return true;
     }

@@ -188,16 +188,18 @@ struct WeightedSums {
   static WeightedSums take(Arena&, const Params&, bool /*output*/ = false) { return {}; }
   WeightedSums in_two_parts() const { return {}; }
 
-  // Whether put makes weights larger.
-  static constexpr bool kAdds = false;
+  // Whether weights are rounded, which put may make larger.
+  static constexpr bool kRounds = false;
+  bool knows_sums() const { return false; }
   // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones.
   void put(T* weights, int64_t r, int64_t j, Vec<T> weight, Vec<T>& /*added*/) const { store(weights + r * kKeys + j, weight); }
   void over_keys_put(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
     over_keys(tile, weights, keys, block, sums);
   }
 
-  // sums [kRows][padded(width)] += weights·keys
-  void over_keys(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
+  // sums [kRows][padded(width)] += weights·keys; lacking: of CommonKeys.
+  void over_keys(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums,
+                 T* /*lacking*/ = nullptr) const {
     const Operand<T> by = row_major(weights, kKeys);
     if constexpr (sizeof(T) == sizeof(float)) {
       if (by_twos<T>(keys.width))
@@ -246,6 +248,15 @@ struct LongSums {
   }
 };
 
+// What sums over keys, whose weights cancel what all keys share, lack where weights are rounded.
+template <class A>
+struct CommonKeys {
+  Compute<A>* lacking = nullptr;
+  static CommonKeys take(Arena&, bool /*wanted*/, const View&, int64_t /*width*/) { return {}; }
+  void begin(const Params&, const View&, const Tile&, const bool* /*dead*/, Compute<A>* /*row*/) {}
+  void finish(int64_t /*rows*/, const Compute<A>* /*known*/, Compute<A>* /*sums*/) const {}
+};
+
 // Sums over rows, for each key of a unit: [blocks][kKeys][padded(width)]; or turned, [blocks][width][kKeys], where that
 // leaves fewer lanes empty.
 template <class T>
@@ -264,7 +275,9 @@ struct KeySums {
   void clear(int64_t keys) { sums.clear(size(keys)); }
   void gained(int64_t rows, int64_t keys) { sums.gained(rows, size(keys)); }
   void finish(int64_t keys) { sums.finish(size(keys)); }
-  void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block) {
+  // cancel: weights cancel what all rows may share.
+  void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block,
+           bool /*cancel*/) {
     constexpr int64_t kTwo = 2 * kLanes<T>;  // a dozen rows of so many fit the registers
     if (turned)
       gemm<Read::kTransposed>(width, tile.keys, tile.rows, rows.turned(), Panels<T>{weights, kTwo, kTwo, kKeys},

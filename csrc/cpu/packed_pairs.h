@@ -1,5 +1,10 @@
 // packed.h for Pairs: bfloat16 operands, float sums. Scores are exact products of the inputs; weights (probabilities and
 // their derivatives) are rounded to bfloat16, or, where few keys would average no rounding out, taken in two parts.
+//
+// Derivatives of scores cancel what keys, or queries, have in common; once rounded they do not. Sums over keys therefore
+// gain a mean key times what the weights' sum lacks (CommonKeys), and sums over rows the mean row of a block times what
+// rounding took. A mean of rows that some weight leaves out would bring in what is masked there: a tile in which a weight
+// is 0 has its weights in two parts.
 #pragma once
 
 #include <immintrin.h>
@@ -25,6 +30,11 @@ static_assert(kRows % kPairDepth == 0 && kKeys % kPairDepth == 0 && kLanes<float
 
 static inline int64_t tiles_wide(int64_t x) { return round_up(x, kPairTile); }
 static inline int64_t tiles_deep(int64_t x) { return round_up(x, kPairDepth); }
+
+static inline Vec<float> finite_or_0(Vec<float> x) {
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(x), infinity, _CMP_LT_OQ), x);
+}
 
 static inline __m256i load_half(const uint16_t* source) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
@@ -56,6 +66,14 @@ static inline void copy_row(const View& view, int64_t offset, int64_t count, int
     _mm512_storeu_si512(target, x);
   }
 }
+// total [wide width] += a row in tiles.
+static inline void add_row(const uint16_t* row, int64_t width, float* total) {
+  for (int64_t c = 0; c < width; c += kPairTile) store(total + c, load(total + c) + widened(load_half(row + in_tiles(c))));
+}
+// A total of so many rows becomes their mean; 0 where it is infinite or NaN: the sums that it is for are too.
+static inline void divide_total(float* total, int64_t width, int64_t rows) {
+  for (int64_t c = 0; c < width; c += kPairTile) store(total + c, finite_or_0(load(total + c) / static_cast<float>(rows)));
+}
 static inline void zero_row(uint16_t* row, int64_t deep) {
   for (int64_t c = 0; c < deep; c += kPairDepth) memset(row + c * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
 }
@@ -81,6 +99,7 @@ template <>
 struct PackedRows<Pairs> {
   uint16_t* data = nullptr;
   uint16_t* turned = nullptr;
+  float* mean = nullptr;  // [wide width], with turned: of the block's rows
   int64_t width = 0, deep = 0;
 
   static PackedRows take(Arena& arena, const View& view, int64_t width, bool summed_over) {
@@ -89,6 +108,7 @@ struct PackedRows<Pairs> {
     packed.deep = tiles_deep(width);
     if (view) packed.data = arena.take<uint16_t>(kRows * packed.deep);
     if (view && summed_over) packed.turned = arena.take<uint16_t>(tiles_wide(width) * kRows);
+    if (view && summed_over) packed.mean = arena.take<float>(tiles_wide(width));
     return packed;
   }
   explicit operator bool() const { return data != nullptr; }
@@ -107,6 +127,9 @@ struct PackedRows<Pairs> {
       if (!live) zero_row(row, deep);
     }
     if (turned == nullptr) return;
+    memset(mean, 0, sizeof(float) * tiles_wide(width));
+    for (int64_t r = 0; r < tile.rows; ++r) add_row(tile_row(data, r, deep), width, mean);
+    divide_total(mean, width, tile.rows);
     for (int64_t r = 0; r < rows; r += kPairDepth) {
       for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
         Vec<float> pairs[kPairTile];
@@ -190,22 +213,87 @@ static inline void multiply_scores(const Tile& tile, const PackedRows<Pairs>& ro
 }
 
 // What sixteen weights lost when they were rounded to these bits (nothing where they overflowed).
-static inline __m512 lost(__m512 x, __m256i bits) {
-  const __m512 difference = _mm512_sub_ps(x, (__m512)widened(bits));
-  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(difference), infinity, _CMP_LT_OQ), difference);
-}
+static inline __m512 lost(__m512 x, __m256i bits) { return finite_or_0(x - widened(bits)); }
+
+// Keys share what no derivative of scores depends on: their weights sum to what is known (GradientSweep), but not once they
+// are rounded, nor where D comes of an O whose weights were. What is lacking is the weight of a mean key: of keys that all
+// rows of a block attend to or, where there are few, of the last that each attends to. It depends on no key chunk.
+template <>
+struct CommonKeys<Pairs> {
+  static constexpr int64_t kOfAll = 32, kOfEach = 8;
+  float* means = nullptr;    // [kRows][padded width], or [padded width]
+  float* lacking = nullptr;  // [kRows]
+  int64_t width = 0, wide = 0;
+  bool shared = false;
+
+  static CommonKeys take(Arena& arena, bool wanted, const View& view, int64_t width) {
+    if (!wanted || !view) return {};
+    const int64_t wide = padded<float>(width);
+    return {arena.take<float>(kRows * wide), arena.take<float>(kRows), width, wide, false};
+  }
+  // row: scratch [padded width].
+  void begin(const Params& p, const View& view, const Tile& tile, const bool* dead, float* row) {
+    if (means == nullptr) return;
+    memset(lacking, 0, sizeof(float) * kRows);
+    const int64_t lo = attended_keys(p, tile.s, tile.row0 + tile.rows - 1).lo, hi = attended_keys(p, tile.s, tile.row0).hi;
+    shared = !p.mask && !p.bias && hi - lo >= kOfEach;
+    if (shared) {
+      const int64_t count = smaller(hi - lo, kOfAll);
+      memset(means, 0, sizeof(float) * wide);
+      for (int64_t n = 0; n < count; ++n) add(view, tile, lo + n * (hi - lo) / count, row, means);
+      divide(means, count);
+      return;
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      float* const mean = means + r * wide;
+      memset(mean, 0, sizeof(float) * wide);
+      const Range range = attended_keys(p, tile.s, tile.row0 + r);
+      int64_t count = 0;
+      for (int64_t j = range.hi - 1; !dead[r] && j >= range.lo && count < kOfEach; --j) {
+        if (!attends<float>(p, tile.s, tile.seq, tile.head, tile.row0 + r, j)) continue;
+        add(view, tile, j, row, mean);
+        ++count;
+      }
+      divide(mean, larger(1, count));
+    }
+  }
+  void add(const View& view, const Tile& tile, int64_t key, float* row, float* total) const {
+    load_wide_row(view, offset_of(view, tile.seq, tile.kv_head, tile.s.k0 + key), width, wide, row);
+    for (int64_t c = 0; c < wide; c += kPairTile) store(total + c, load(total + c) + load(row + c));
+  }
+  void divide(float* total, int64_t count) const {
+    for (int64_t c = 0; c < wide; c += kPairTile) store(total + c, finite_or_0(load(total + c) / static_cast<float>(count)));
+  }
+  // sums [kRows][padded width] += lacking·mean; known [kRows]: what the weights of a row sum to.
+  void finish(int64_t rows, const float* known, float* sums) const {
+    for (int64_t r = 0; means != nullptr && r < rows; ++r) {
+      const float weight = lacking[r] + (known != nullptr ? known[r] : 0);
+      const float* mean = shared ? means : means + r * wide;
+      for (int64_t c = 0; is_finite(weight) && c < wide; c += kPairTile)
+        store(sums + r * wide + c, load(sums + r * wide + c) + weight * load(mean + c));
+    }
+  }
+};
+
+// What is done about what weights lose when they are rounded: nothing; their sums, or what those lost, are kept; it is the
+// weights' second part.
+enum class Rounding { kPlain, kSums, kLosses, kTwoParts };
 
 template <>
 struct WeightedSums<Pairs> {
   static constexpr int64_t kPart = kRows * kKeys;
   uint16_t* rounded = nullptr;  // [kPart] tiles [kRows][kKeys] of weights, or of pairs of rows; and what rounding lost
-  bool twice = false;           // that is multiplied too
+  float* losses = nullptr;      // [kKeys] what rounding took from the sum of each key's weights
+  bool twice = false;           // what rounding lost is multiplied too
+  bool known_sums = true;       // of derivatives of scores over the keys: not where a softcap bends them
 
   static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
-    return {arena.take<uint16_t>(2 * kPart), smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples)};
+    // a softcap's D must be exact, for it cannot be told from the sums
+    const bool few = smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples) || (output && p.softcap != 0);
+    return {arena.take<uint16_t>(2 * kPart), arena.take<float>(kKeys), few, p.softcap == 0};
   }
-  WeightedSums in_two_parts() const { return {rounded, true}; }
+  WeightedSums in_two_parts() const { return {rounded, losses, true, known_sums}; }
+  bool knows_sums() const { return !twice && known_sums; }
 
   // Words of sixteen weights and of sixteen more: one after the other, or side by side.
   template <bool SideBySide>
@@ -216,37 +304,84 @@ struct WeightedSums<Pairs> {
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, words);
   }
-  // Two times sixteen weights as bfloat16, and what that lost.
+  // Two times sixteen weights as bfloat16, placed.
   template <bool SideBySide>
-  void put_both(__m512 first, __m512 second, uint16_t* target) const {
+  static __m512i put_both(__m512 first, __m512 second, uint16_t* target) {
+    const __m512i bits = placed<SideBySide>((__m512i)_mm512_cvtne2ps_pbh(second, first));
+    _mm512_storeu_si512(target, bits);
+    return bits;
+  }
+  // And what that lost.
+  template <bool SideBySide>
+  static void put_two_parts(__m512 first, __m512 second, uint16_t* target) {
     const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(second, first);
     _mm512_storeu_si512(target, placed<SideBySide>(bits));
-    if (!twice) return;
     const __m512 first_lost = lost(first, _mm512_castsi512_si256(bits));
     const __m512 second_lost = lost(second, _mm512_extracti64x4_epi64(bits, 1));
-    _mm512_storeu_si512(target + kPart, placed<SideBySide>((__m512i)_mm512_cvtne2ps_pbh(second_lost, first_lost)));
+    put_both<SideBySide>(first_lost, second_lost, target + kPart);
   }
-  void round_rows(const Tile& tile, const float* weights) const {
+  // The low and the high one of each pair of bfloat16.
+  static Vec<float> low_ones(__m512i pairs) { return (Vec<float>)_mm512_slli_epi32(pairs, 16); }
+  static Vec<float> high_ones(__m512i pairs) { return (Vec<float>)_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)); }
+
+  // lacking [kRows] loses the sums of the rounded weights, or gains what these lost.
+  template <Rounding how>
+  void round_rows(const Tile& tile, const float* weights, float* lacking) const {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const float* row = weights + r * kKeys;
+      Vec<float> total = {}, multiplied = {};
       for (int64_t j = 0; j < tile.keys; j += kPairDepth) {
+        const __m512 left = _mm512_loadu_ps(row + j);
         const __m512 right = j + kPairTile < tile.cols ? _mm512_loadu_ps(row + j + kPairTile) : _mm512_setzero_ps();
-        put_both<false>(_mm512_loadu_ps(row + j), right, tile_row(rounded, r, kKeys) + in_tiles(j));
+        uint16_t* const target = tile_row(rounded, r, kKeys) + in_tiles(j);
+        if constexpr (how == Rounding::kTwoParts) {
+          put_two_parts<false>(left, right, target);
+        } else {
+          const __m512i bits = put_both<false>(left, right, target);
+          multiplied += low_ones(bits) + high_ones(bits);
+          total += left + right;
+        }
       }
+      if constexpr (how == Rounding::kSums) lacking[r] -= sum<float>(multiplied);
+      if constexpr (how == Rounding::kLosses) lacking[r] += sum<float>(total - multiplied);
     }
   }
-  void round_pairs(const Tile& tile, const float* weights) const {
-    for (int64_t r = 0; r < tiles_deep(tile.rows); r += 2) {
+  // kLosses: of each key's weights; whether none of them is 0.
+  template <Rounding how>
+  bool round_pairs(const Tile& tile, const float* weights) const {
+    __mmask16 counted[kKeys / kPairTile], zeros = 0;
+    for (int64_t j = 0; how == Rounding::kLosses && j < tile.cols; j += kPairTile) {
+      counted[j / kPairTile] = first_lanes(tile.keys - j);
+      store(losses + j, Vec<float>{});
+    }
+    for (int64_t r = 0; r < tile.rows; r += 2) {
       const float* row = weights + r * kKeys;
+      const bool both = r + 1 < tile.rows;
       for (int64_t j = 0; j < tile.cols; j += kPairTile) {
-        const __m512 first = r < tile.rows ? _mm512_loadu_ps(row + j) : _mm512_setzero_ps();
-        const __m512 second = r + 1 < tile.rows ? _mm512_loadu_ps(row + kKeys + j) : _mm512_setzero_ps();
-        put_both<true>(first, second, rounded + j * kRows + r * kPairTile);
+        const __m512 first = _mm512_loadu_ps(row + j);
+        const __m512 second = both ? _mm512_loadu_ps(row + kKeys + j) : _mm512_setzero_ps();
+        uint16_t* const target = rounded + j * kRows + r * kPairTile;
+        if constexpr (how == Rounding::kTwoParts) {
+          put_two_parts<true>(first, second, target);
+        } else {
+          const __m512i bits = put_both<true>(first, second, target);
+          if constexpr (how == Rounding::kLosses) {
+            const __mmask16 counts = counted[j / kPairTile];
+            zeros |= _mm512_mask_cmp_ps_mask(counts, first, _mm512_setzero_ps(), _CMP_EQ_OQ);
+            if (both) zeros |= _mm512_mask_cmp_ps_mask(counts, second, _mm512_setzero_ps(), _CMP_EQ_OQ);
+            store(losses + j, load(losses + j) + ((first - low_ones(bits)) + (second - high_ones(bits))));
+          }
+        }
       }
     }
+    for (int64_t r = round_up(tile.rows, 2); r < tiles_deep(tile.rows); r += 2)
+      for (int64_t j = 0; j < tile.cols; j += kPairTile)
+        for (int part = 0; part <= (how == Rounding::kTwoParts); ++part)
+          memset(rounded + part * kPart + j * kRows + r * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
+    return zeros == 0;
   }
 
-  static constexpr bool kAdds = true;
+  static constexpr bool kRounds = true;
   // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones,
   // where they are in one part.
   void put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight, Vec<float>& added) const {
@@ -268,8 +403,12 @@ struct WeightedSums<Pairs> {
     }
     multiply(tile, keys, block, sums);
   }
-  void over_keys(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block, float* sums) const {
-    round_rows(tile, weights);
+  void over_keys(const Tile& tile, const float* weights, const PackedKeys<Pairs>& keys, int64_t block, float* sums,
+                 float* lacking = nullptr) const {
+    if (twice) round_rows<Rounding::kTwoParts>(tile, weights, lacking);
+    else if (lacking == nullptr) round_rows<Rounding::kPlain>(tile, weights, lacking);
+    else if (known_sums) round_rows<Rounding::kSums>(tile, weights, lacking);
+    else round_rows<Rounding::kLosses>(tile, weights, lacking);
     multiply(tile, keys, block, sums);
   }
   static void finish_over_keys(float*, int64_t, int64_t) {}
@@ -294,12 +433,20 @@ struct KeySums<Pairs> {
   void gained(int64_t rows, int64_t keys) { sums.gained(rows, size(keys)); }
   void finish(int64_t keys) { sums.finish(size(keys)); }
   void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
-           int64_t block) {
-    by.round_pairs(tile, weights);
-    for (int part = 0; part <= by.twice; ++part)
+           int64_t block, bool cancel) {
+    float* const target = sums.data + block * kKeys * tiles_wide(width);
+    bool twice = by.twice;
+    if (!twice && !cancel) by.round_pairs<Rounding::kPlain>(tile, weights);
+    if (!twice && cancel) {
+      twice = !by.round_pairs<Rounding::kLosses>(tile, weights);
+      for (int64_t c = 0; !twice && c < width; ++c)
+        for (int64_t j = 0; j < tile.cols; j += kPairTile)
+          store(target + c * kKeys + j, load(target + c * kKeys + j) + rows.mean[c] * finite_or_0(load(by.losses + j)));
+    }
+    if (twice) by.round_pairs<Rounding::kTwoParts>(tile, weights);
+    for (int part = 0; part <= twice; ++part)
       gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows,
-                 by.rounded + part * WeightedSums<Pairs>::kPart, kPairTile * kRows,
-                 sums.data + block * kKeys * tiles_wide(width), kKeys, true);
+                 by.rounded + part * WeightedSums<Pairs>::kPart, kPairTile * kRows, target, kKeys, true);
   }
   const float* of_keys(int64_t first, float* rows) const {
     const float* corner = sums.data + first / kKeys * kKeys * tiles_wide(width) + first % kKeys;

@@ -121,8 +121,8 @@ struct SecondOrder : GradientSweep<A> {
   // by: how sums over dRt are taken.
   void add(const Tile& tile, int64_t block, const WeightedSums<A>& by) {
     auto& results = this->results;
-    results.add_q(tile, this->s, by, this->k, block);
-    if (b) results.add_q(tile, t_r, results.sums, b, block);
+    results.add_q(tile, this->s, by, this->k, block, results.common_k);
+    if (b) results.add_q(tile, t_r, results.sums, b, block, results.common_b);
     results.add_k(tile, this->s, by, this->q, block);
     if (a) results.add_k(tile, t_r, results.sums, a, block);
     if (this->d_o) results.add_v(tile, this->d_p, this->d_o, block);

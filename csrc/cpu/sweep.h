@@ -227,6 +227,7 @@ struct KeySweepResults {
   bool want_q, want_k, want_v, want_bias;
   WeightedSums<A> sums;
   KeySums<A> grad_k, grad_v;
+  CommonKeys<A> common_k, common_b;  // of the keys and their tangents
   T* grad_q;  // [kRows][padded(d)]
   T* rows;    // [kLanes][padded(d) or padded(dv)]
   int64_t wide_d;
@@ -244,6 +245,8 @@ struct KeySweepResults {
         sums(WeightedSums<A>::take(arena, params)),
         grad_k(KeySums<A>::take(arena, want_k, key_sweep_blocks(params), params.d, rows_of_sums(params))),
         grad_v(KeySums<A>::take(arena, want_v, key_sweep_blocks(params), params.dv, rows_of_sums(params))),
+        common_k(CommonKeys<A>::take(arena, want_q, params.k, params.d)),
+        common_b(CommonKeys<A>::take(arena, want_q, params.t_k, params.d)),
         wide_d(padded<T>(params.d)) {
     grad_q = want_q ? arena.take<T>(kRows * wide_d) : nullptr;
     rows = arena.take<T>(kLanes<T> * larger(padded<T>(p.d), padded<T>(p.dv)));
@@ -254,17 +257,21 @@ struct KeySweepResults {
     if (want_k) grad_k.clear(span.keys);
     if (want_v) grad_v.clear(span.keys);
   }
-  void begin_rows(const Tile& tile) {
-    if (want_q) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
+  void begin_rows(const Tile& tile, const bool* dead, T* row) {
+    if (!want_q) return;
+    memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
+    common_k.begin(p, p.k, tile, dead, row);
+    common_b.begin(p, p.t_k, tile, dead, row);
   }
-  void add_q(const Tile& tile, const T* d_scores, const WeightedSums<A>& by, const PackedKeys<A>& keys, int64_t block) {
-    if (want_q) by.over_keys(tile, d_scores, keys, block, grad_q);
+  void add_q(const Tile& tile, const T* d_scores, const WeightedSums<A>& by, const PackedKeys<A>& keys, int64_t block,
+             const CommonKeys<A>& common) {
+    if (want_q) by.over_keys(tile, d_scores, keys, block, grad_q, common.lacking);
   }
   void add_k(const Tile& tile, const T* d_scores, const WeightedSums<A>& by, const PackedRows<A>& rows, int64_t block) {
-    if (want_k) grad_k.add(tile, d_scores, by, rows, block);
+    if (want_k) grad_k.add(tile, d_scores, by, rows, block, true);
   }
   void add_v(const Tile& tile, const T* weights, const PackedRows<A>& d_o, int64_t block) {
-    if (want_v) grad_v.add(tile, weights, sums, d_o, block);
+    if (want_v) grad_v.add(tile, weights, sums, d_o, block, false);
   }
   void add_bias(const Tile& tile, int64_t r, const T* d_scores) {
     if (p.bias_in_double) add_bias_to<double>(tile, r, d_scores);
@@ -284,12 +291,20 @@ struct KeySweepResults {
       for (int64_t j = 0; j < tile.keys; ++j) target[j * stride] += static_cast<Sum>(d_scores[j]);
     }
   }
-  void end_rows(const Tile& tile, const KeySpan& span, bool visited) {
+  // known_k, known_b [kRows]: what the weights of k and its tangent sum to over all keys; null: what they lack was found.
+  void end_rows(const Tile& tile, const KeySpan& span, bool visited, const T* known_k, const T* known_b) {
     if (want_k) grad_k.gained(tile.rows, span.keys);
     if (want_v) grad_v.gained(tile.rows, span.keys);
     if (!want_q || (!visited && !span.first)) return;
-    if (!visited) begin_rows(tile);
+    if (!visited) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
     sums.finish_over_keys(grad_q, tile.rows, p.d);
+    if (visited) {
+      // of all spans that of the first key adds them
+      const int64_t first = attended_keys(p, tile.s, tile.row0).lo;
+      const bool adds = first >= span.key0 && first < span.key0 + span.keys;
+      common_k.finish(tile.rows, adds ? known_k : nullptr, grad_q);
+      common_b.finish(tile.rows, adds ? known_b : nullptr, grad_q);
+    }
     const int64_t at = tile.s.q0 + tile.row0;
     if (p.grad_q_parts == nullptr) {
       const int64_t offset = offset_of(p.grad_q, tile.seq, tile.head, at);
@@ -349,6 +364,7 @@ struct GradientSweep {
   T* scratch_row;
   LogSumExp<T> lse;
   T D[kRows];
+  T sums_of_ds[kRows];  // where weights are rounded: what dS sums to over the keys
 
   // sums_values: products sum over the keys of v too. A tile has up to `rows`;
   // `tiles` are kept at a time, one after the other in memory.
@@ -381,8 +397,24 @@ struct GradientSweep {
     q.pack(p, p.q, tile, lse.dead, row);
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
-    results.begin_rows(tile);
+    if constexpr (WeightedSums<A>::kRounds) find_sums(tile);
+    results.begin_rows(tile, lse.dead, row);
   }
+  // Σ dS = Σ P∘dP − D·Σ P, with Σ P∘dP = D + dL, and Σ P = 1 − Ps.
+  void find_sums(const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      sums_of_ds[r] = 0;
+      if (lse.dead[r]) continue;
+      if (p.d_lse)
+        sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
+      if (p.sinks) sums_of_ds[r] += D[r] * sink_probability(tile, r);
+    }
+  }
+  T sink_probability(const Tile& tile, int64_t r) const {
+    return lse.probability_of(r, load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)));
+  }
+  // What end_rows is told of weights that `by` multiplies and that sum to these.
+  static const T* known(const WeightedSums<A>& by, const T* sums) { return by.knows_sums() ? sums : nullptr; }
 
   // s = scores, d_p = dO Vᵀ, z.
   void multiply(const Tile& tile, int64_t block) {

@@ -68,12 +68,14 @@ struct Vjp : GradientSweep<A> {
         if (results.want_bias) results.add_bias(tile, r, this->row);
       }
     }
-    results.add_q(tile, this->s, results.sums, this->k, block);
+    results.add_q(tile, this->s, results.sums, this->k, block, results.common_k);
     results.add_k(tile, this->s, results.sums, this->q, block);
     if (this->d_o) results.add_v(tile, this->d_p, this->d_o, block);
   }
 
-  void end(const Tile& tile, const KeySpan& span, bool visited) { this->results.end_rows(tile, span, visited); }
+  void end(const Tile& tile, const KeySpan& span, bool visited) {
+    this->results.end_rows(tile, span, visited, this->known(this->results.sums, this->sums_of_ds), nullptr);
+  }
 };
 
 }  // namespace

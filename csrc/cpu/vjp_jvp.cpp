@@ -9,6 +9,7 @@ template <class A>
 struct VjpJvp : SecondOrder<A> {
   using T = Compute<A>;
   T Dt[kRows], tau[kRows];
+  T sums_of_dst[kRows];  // as sums_of_ds, of dSt
 
   VjpJvp(const Params& params, char* scratch) : SecondOrder<A>(params, scratch, false, rows_at_once(params), 1) {}
 
@@ -19,6 +20,17 @@ struct VjpJvp : SecondOrder<A> {
     row_dots(p.o_t, p.o_t_lo, View{}, tile, this->d_o, lse.dead, p.dv, this->row, this->scratch_row, Dt);
     for (int64_t r = 0; r < tile.rows; ++r)
       tau[r] = lse.dead[r] ? 0 : static_cast<T>(*double_at(p.lse_t, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
+    if constexpr (WeightedSums<A>::kRounds) find_tangents_of_sums(tile);
+  }
+  // The tangent of D·Ps: Dt·Ps + D·Pst, with Pst = Ps·(σ − τ).
+  void find_tangents_of_sums(const Tile& tile) {
+    const Params& p = this->p;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      sums_of_dst[r] = 0;
+      if (!p.sinks || this->lse.dead[r]) continue;
+      const T moved = (p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : T{0}) - tau[r];
+      sums_of_dst[r] = this->sink_probability(tile, r) * (Dt[r] + this->D[r] * moved);
+    }
   }
 
   template <bool Capped>
@@ -76,7 +88,10 @@ struct VjpJvp : SecondOrder<A> {
     this->add(tile, block, this->results.sums);
   }
 
-  void end(const Tile& tile, const KeySpan& span, bool visited) { this->results.end_rows(tile, span, visited); }
+  void end(const Tile& tile, const KeySpan& span, bool visited) {
+    const WeightedSums<A>& by = this->results.sums;
+    this->results.end_rows(tile, span, visited, this->known(by, sums_of_dst), this->known(by, this->sums_of_ds));
+  }
 };
 
 }  // namespace

@@ -160,6 +160,9 @@ struct Rows {
   }
 };
 
+template <class T>
+static METATTN_HD T larger_of(T a, T b) { return a > b ? a : b; }
+
 // Row and column of element e of the 16 × 8 tile t that a lane holds: how tensor cores lay out their results.
 static METATTN_DEVICE int row_of(int lane, int e) { return lane / 4 + 8 * (e / 2); }
 static METATTN_DEVICE int column_of(int lane, int tile, int e) { return 8 * tile + 2 * (lane % 4) + e % 2; }

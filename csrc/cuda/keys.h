@@ -97,9 +97,9 @@ struct GradientKeys {
         add_scores(at.tr, b, warp_row, now.q, depth_of(p.d));
       }
       differentiate<Full, Second>(at, window, told, 0);
-      if (p.grad_k) {
-        add_weighted(grad_k, at.outer, now.q, first, p.twice);
-        if constexpr (Second) add_weighted(grad_k, at.inner, now.a, first, p.twice);
+      if (p.grad_k) {  // in two parts: rows' cotangents may cancel what their queries share
+        add_weighted(grad_k, at.outer, now.q, first, true);
+        if constexpr (Second) add_weighted(grad_k, at.inner, now.a, first, true);
       }
       if (p.grad_v) add_weighted(grad_v, at.weights, now.d_o, first, p.twice);
       block.sync();  // before anything is copied there

@@ -154,6 +154,18 @@ static METATTN_DEVICE uint32_t lost_pair(float x, float y) {
 }
 #endif
 
+// Whether a weight is rounded before it is multiplied. TF32 rounds what it is multiplied by as well.
+template <class S>
+constexpr bool kRounds = sizeof(S) < 4;
+
+// Sums of rows of weights as add_weighted multiplies them.
+template <class S, class T, int Tiles>
+static METATTN_DEVICE Rows<T> sums_as_multiplied(const Fragment<T, Tiles>& weights, bool twice) {
+  Fragment<T, Tiles> rounded = weights;
+  rounded.each([&](T& value, int, int, int, int, int) { value = as_multiplied<S>(value, twice); });
+  return rounded.row_sums();
+}
+
 // acc += W·B: W sixteen rows of 8·Tiles weights, rounded to S; B 8·Tiles rows of 8·Columns features from `first` on.
 // twice: what rounding the weights lost is multiplied too. A sum over few terms has nothing to average that out. Not in
 // TF32, where B is rounded as much.

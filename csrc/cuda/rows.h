@@ -137,6 +137,91 @@ struct QueryTiles {
 
 static METATTN_DEVICE int depth_of(int64_t width) { return static_cast<int>(round_up(width, 16)); }
 
+// ---- what all keys share ----
+
+// Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave, and so cancel what all keys share. Their
+// rounded values do not, nor those of a D that comes of an O whose weights were rounded. What the weights of a row lack is
+// the weight of a mean of some keys that it attends to: another key would bring in what is masked.
+
+// lack loses the weights as they are multiplied; where a softcap hides their sum, it gains what they lost.
+template <class S, class T, int Tiles>
+static METATTN_DEVICE void count_weights(const Params& p, Rows<T>& lack, const Fragment<T, Tiles>& weights) {
+  if constexpr (kRounds<S>) {
+    const Rows<T> multiplied = sums_as_multiplied<S>(weights, p.twice);
+    const Rows<T> sums = p.softcap != 0 ? weights.row_sums() : Rows<T>::filled(0);
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h) lack.x[slot][h] += sums.x[slot][h] - multiplied.x[slot][h];
+  }
+}
+
+// What rows' dS or, tangent, dSt sum to: dL + D·Ps, and Dt·Ps + D·Pst with Pst = Ps·(σ − τ).
+template <class T>
+static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, const Statistics<T>& known, int warp_row,
+                                          int64_t mine, bool tangent, Rows<T>& lack) {
+  if (p.softcap != 0) return;
+  METATTN_EACH_LANE(slot, lane)
+    METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+      const int r = warp_row + lane / 4 + 8 * h;
+      const int64_t i = mine + lane / 4 + 8 * h;
+      if (i >= place.s.n || known.idle(r)) continue;
+      T sum = 0;
+      if (p.d_lse && !tangent) sum = static_cast<T>(*double_at(p.d_lse, place.seq, place.head, place.s.q0 + i));
+      if (p.sinks) {
+        const T moved = (p.t_sinks ? per_head<T>(p.t_sinks, place) : 0) - known.tau[r];
+        sum += sink_probability(p, place, known.reference[r], known.log_total[r]) *
+               (tangent ? known.dt[r] + known.d[r] * moved : known.d[r]);
+      }
+      lack.x[slot][h] += sum;
+    }
+}
+
+// acc += lack·(a mean key of each row), of features [first, …) of one of the tiles: of those keys of one block that the row
+// attends to, or of the first block that has such.
+template <class S, bool Full, class T, int Columns, int Tiles>
+static METATTN_DEVICE void add_mean_key(const Params& p, Block& block, const Place& place, const KeyTiles<S, Tiles>& keys,
+                                        Tile<S> KeyTiles<S, Tiles>::*which, Range range, int64_t row0, int first,
+                                        const Rows<T>& lack, Fragment<T, Columns>& acc) {
+  constexpr int64_t kStep = 8 * Tiles;
+  const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
+  const int64_t last = smaller(row0 + rows, place.s.n) - 1;
+  const int64_t begin = range.lo / kStep * kStep;
+  // the nearest to the rows that all attend to: the first key of all is often unlike the others
+  const int64_t lo = attended_keys(p, place.s, last).lo, hi = attended_keys(p, place.s, row0).hi;
+  int64_t key0 = lo < hi ? larger(lo, hi - kStep) / kStep * kStep : begin;
+  Fragment<T, Columns> mean;
+  Rows<T> found = Rows<T>::filled(0);
+  mean.fill(0);
+  bool missing = range.hi > begin;
+  for (int64_t following = begin; missing; key0 = following, following += kStep) {
+    keys.start(block, p, place, range, key0);
+    block.template wait<0>();
+    const bool unclean = keys.template finish<Full>(block, p);
+    const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
+    Fragment<T, Tiles> s, bend;
+    s.fill(0);
+    finish_scores<Full>(window, s, bend);
+    s.each([&](T& value, int, int, int slot, int, int e) {
+      if (found.x[slot][e / 2] != 0) value = -kInfinity<T>;
+    });
+    if (unclean) clear_unseen(block, keys.seen, s, {keys.*which});
+    s.each([&](T& value, int, int, int, int, int) { value = value == -kInfinity<T> ? 0 : 1; });
+    add_weighted(mean, s, keys.*which, first, false);
+    const Rows<T> more = s.row_sums();
+    bool mine_missing = false;
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        found.x[slot][h] += more.x[slot][h];
+        mine_missing |= found.x[slot][h] == 0 && lack.x[slot][h] != 0;
+      }
+    missing = block.any(mine_missing) && following < range.hi;
+    block.sync();  // before anything is copied there
+  }
+  acc.each([&](T& value, int, int, int slot, int t, int e) {
+    const T weight = lack.x[slot][e / 2] / larger_of(found.x[slot][e / 2], T{1}), key = mean.x[slot][t][e];
+    if (is_finite(weight) && is_finite(key)) value += weight * key;
+  });
+}
+
 // ---- forward: O = (P∘Z)V and L = logsumexp(S), by the online softmax ----
 
 template <class S, int Columns, int Tiles, bool Full>
@@ -167,6 +252,9 @@ struct ForwardRows {
     }
     const T sink = p.sinks ? per_head<T>(p.sinks, place) : -kInfinity<T>;
     Rows<T> top = Rows<T>::filled(sink), total = Rows<T>::filled(sink == -kInfinity<T> ? 0 : 1);
+    // of the weights that dropout leaves, and of these as they are multiplied
+    Rows<T> kept_total = Rows<T>::filled(0), multiplied_total = Rows<T>::filled(0);
+    const bool twice = p.twice || p.softcap != 0;  // what D lacks is found out, but with a softcap
     Fragment<T, Columns> acc;
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
@@ -196,11 +284,23 @@ struct ForwardRows {
           total.x[slot][h] = total.x[slot][h] * decay.x[slot][h] + sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
       acc.each([&](T& value, int, int, int slot, int, int e) { value *= decay.x[slot][e / 2]; });
-      add_weighted(acc, s, at.v, first, p.twice);
+      if constexpr (kRounds<S>) {
+        const Rows<T> kept_sums = Full && p.rng != nullptr ? s.row_sums() : sums;
+        const Rows<T> multiplied = sums_as_multiplied<S>(s, twice);
+        METATTN_EACH_LANE(slot, lane)
+          METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+            kept_total.x[slot][h] = kept_total.x[slot][h] * decay.x[slot][h] + kept_sums.x[slot][h];
+            multiplied_total.x[slot][h] = multiplied_total.x[slot][h] * decay.x[slot][h] + multiplied.x[slot][h];
+          }
+      }
+      add_weighted(acc, s, at.v, first, twice);
     });
-    // a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see
+    // a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see; O is a mean by the
+    // weights as they were multiplied: a row's errors then weigh V − O, not V
     acc.each([&](T& value, int, int, int slot, int, int e) {
-      value = total.x[slot][e / 2] == 0 ? 0 : value / total.x[slot][e / 2];
+      const T all = total.x[slot][e / 2], multiplied = multiplied_total.x[slot][e / 2];
+      const T mean = multiplied == 0 ? 1 : kept_total.x[slot][e / 2] / multiplied;
+      value = all == 0 ? 0 : value / all * mean;
     });
     const int64_t mine = row0 + warp_row;
     store_rows_in_two<S>(p.out_o, p.out_o_lo, offset_of(p.out_o, place.seq, place.head, place.s.q0),
@@ -220,13 +320,13 @@ struct ForwardRows {
         lse[p.out_lse.stride[3]] = log_total - (nearest - before);
       }
   }
-  static METATTN_DEVICE T larger_of(T a, T b) { return a > b ? a : b; }
 };
 
 // ---- jvp: Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O and τ, for any t ----
 
 // With t = 0 the terms cancel where a sharply peaked row has large T: a block with a row that lost more than this is
-// swept once more, with t = τ of the first sweep.
+// swept once more, with t = τ of the first sweep. Where weights are rounded, O's were: t is then the mean of T over the
+// first keys of a row, and of O's errors little comes in.
 constexpr float kCancellation = 16;
 
 template <class S, int Columns, int Tiles, bool Full>
@@ -265,15 +365,16 @@ struct JvpRows {
     const bool has_scores = p.t_q || p.t_k || p.t_bias;
     const int first = 8 * Columns * block.chunk();
     const int64_t mine = row0 + warp_row;
-    Rows<T> base = Rows<T>::filled(0);
+    Rows<T> base = Rows<T>::filled(0), based = Rows<T>::filled(!kRounds<S>);
     for (int sweep = 0; sweep < 2; ++sweep) {
       Fragment<T, Columns> acc;
       Rows<T> excess = Rows<T>::filled(0);
       acc.fill(0);
       const Range range = keys_of_rows(p, place, row0, rows);
       keys.template sweep<Full>(block, p, place, range, [&](const auto& at, int64_t key0, bool unclean) {
-        visit(p, block, place, at, row0, key0, unclean, has_scores, first, base, excess, acc);
+        visit(p, block, place, at, row0, key0, unclean, has_scores, first, base, based, excess, acc);
       });
+      based = Rows<T>::filled(1);
       if (p.sinks) {
         const T sigma = p.t_sinks ? per_head<T>(p.t_sinks, place) : 0;
         METATTN_EACH_LANE(slot, lane)
@@ -293,15 +394,15 @@ struct JvpRows {
           if (block.chunk() == 0 && lane % 4 == 0 && mine + r < place.s.n)
             *double_at(p.out_lse, place.seq, place.head, place.s.q0 + mine + r) =
                 idle ? 0 : static_cast<double>(base.x[slot][h]) + static_cast<double>(excess.x[slot][h]);
-          base.x[slot][h] = idle ? 0 : excess.x[slot][h];
+          base.x[slot][h] = idle ? 0 : base.x[slot][h] + excess.x[slot][h];
         }
       if (!block.any(lossy && has_scores)) return;
     }
   }
 
   METATTN_DEVICE void visit(const Params& p, Block& block, const Place& place, const KeyTiles<S, kTiles>& at,
-                            int64_t row0, int64_t key0, bool unclean, bool has_scores, int first, const Rows<T>& base,
-                            Rows<T>& excess, Fragment<T, Columns>& acc) const {
+                            int64_t row0, int64_t key0, bool unclean, bool has_scores, int first, Rows<T>& base,
+                            Rows<T>& based, Rows<T>& excess, Fragment<T, Columns>& acc) const {
     const int warp_row = kWarpRows * block.warp();
     const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
     Fragment<T, kTiles> s, bend, t;
@@ -315,10 +416,13 @@ struct JvpRows {
     add_scores(t, queries.q, warp_row, at.b, depth_of(p.d));
     s.each([&](T& value, int r, int c, int slot, int tile, int e) {
       const T score = value, weight = probability(score, known.reference[warp_row + r], known.log_total[warp_row + r]);
-      T tangent = score_tangent<Full>(window, score, t.x[slot][tile][e], bend.x[slot][tile][e], r, c);
-      tangent = score == -kInfinity<T> ? 0 : weight * (tangent - base.x[slot][e / 2]);
+      const T tangent = score_tangent<Full>(window, score, t.x[slot][tile][e], bend.x[slot][tile][e], r, c);
       value = weight;
-      t.x[slot][tile][e] = tangent;
+      t.x[slot][tile][e] = score == -kInfinity<T> ? 0 : tangent;
+    });
+    if (kRounds<S> && has_scores && may_be_first(p, block, place, row0, key0)) find_base(s, t, base, based);
+    t.each([&](T& value, int, int, int slot, int tile, int e) {
+      value = s.x[slot][tile][e] * (value - base.x[slot][e / 2]);
     });
     if (has_scores) {
       const Rows<T> sums = t.row_sums();
@@ -331,6 +435,27 @@ struct JvpRows {
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
       add_weighted(acc, s, at.c, first, true);
     }
+  }
+
+  // Whether some row of the block may meet its first keys here.
+  static METATTN_DEVICE bool may_be_first(const Params& p, const Block& block, const Place& place, int64_t row0,
+                                          int64_t key0) {
+    const int64_t last = smaller(row0 + kWarpRows * block.warps(), place.s.n) - 1;
+    return p.mask || p.bias || key0 <= attended_keys(p, place.s, last).lo;
+  }
+  // base = the mean of T by these weights, of rows that had none before.
+  static METATTN_DEVICE void find_base(const Fragment<T, kTiles>& weights, const Fragment<T, kTiles>& tangents, Rows<T>& base,
+                                       Rows<T>& based) {
+    Fragment<T, kTiles> terms = tangents;
+    terms.each([&](T& value, int, int, int slot, int tile, int e) { value *= weights.x[slot][tile][e]; });
+    const Rows<T> total = weights.row_sums(), sum = terms.row_sums();
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        const T mean = sum.x[slot][h] / total.x[slot][h];
+        if (based.x[slot][h] != 0 || !is_finite(mean)) continue;
+        base.x[slot][h] = mean;
+        based.x[slot][h] = 1;
+      }
   }
 
   // Ot of each row in acc, 0 where nothing is attended. Whether too many digits were lost.
@@ -396,6 +521,7 @@ struct GradientRows {
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
     Fragment<T, Columns> acc;
+    Rows<T> lack = Rows<T>::filled(0), lack_b = Rows<T>::filled(0);
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
     const Range range = keys_of_rows(p, place, row0, rows);
@@ -413,8 +539,20 @@ struct GradientRows {
       if (p.own_bias && block.chunk() == 0) store_bias(p, place, mine, key0, at.ds);
       if (!p.grad_q) return;
       add_weighted(acc, at.outer, tiles.k, first, p.twice);
+      count_weights<S>(p, lack, at.outer);
       if constexpr (Second) add_weighted(acc, at.inner, tiles.b, first, p.twice);
+      if (Second && p.t_k) count_weights<S>(p, lack_b, at.inner);
     });
+    if (!p.grad_q) return;
+    if constexpr (kRounds<S>) {
+      using Keys = KeyTiles<S, kTiles>;
+      add_known_sums(p, place, known, warp_row, mine, Second, lack);
+      add_mean_key<S, Full>(p, block, place, keys, &Keys::k, range, row0, first, lack, acc);
+      if (Second && p.t_k) {
+        add_known_sums(p, place, known, warp_row, mine, false, lack_b);
+        add_mean_key<S, Full>(p, block, place, keys, &Keys::b, range, row0, first, lack_b, acc);
+      }
+    }
     store_rows<S>(p.grad_q, offset_of(p.grad_q, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.d,
                static_cast<T>(p.scale), acc);
   }

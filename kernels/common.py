@@ -1,0 +1,103 @@
+"""What all keys share: weights whose sum is known cancel it, but not once they are rounded.
+
+Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave. The products' weights miss that: they
+are rounded, and D comes of an O whose weights were. What they lack is the weight of a mean of some keys that the
+row attends to; another key would bring in what is masked. Nothing is done for float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from metattn.kernels.call import absent
+
+from metattn.kernels import memory, products, row_tiles, scores
+
+
+@triton.jit
+def sink_probability(call, place, statistics):
+    """Ps = exp(s − L) of each row [*], 0 where nothing is attended."""
+    return scores.probability(call, scores.sink(call, place), statistics.reference, statistics.log_total)
+
+
+@triton.jit
+def known_sum(call, given, at, row_ids, inside, statistics):
+    """Σ dS of each row [*] over the keys: dL, and D·Ps with a sink."""
+    total = tl.zeros_like(statistics.reference)
+    if given.dlse is not None:
+        total += memory.load_statistic(given.dlse, at, row_ids, inside).to(tl.float32)
+    if call.sinks is not None:
+        total += sink_probability(call, at, statistics) * statistics.d
+    return tl.where(statistics.reference == float("inf"), 0.0, total)
+
+
+@triton.jit
+def known_sum_of_tangent(call, given, place, statistics):
+    """Σ dSt of each row [*]: with a sink Dt·Ps + D·Pst, where Pst = Ps·(σ − τ)."""
+    total = tl.zeros_like(statistics.reference)
+    if call.sinks is not None:
+        moved = -statistics.tau
+        if given.sigma is not None:
+            moved += memory.load_per_head(given.sigma, place)
+        total += sink_probability(call, place, statistics) * (statistics.dt + statistics.d * moved)
+    return tl.where(statistics.reference == float("inf"), 0.0, total)
+
+
+@triton.jit
+def counted(call, lack, weights, x):
+    """`lack` [rows] less the weights that x is multiplied by; plus what they lost, where a softcap hides their sum.
+
+    lack itself where there is no x, or x is float32.
+    """
+    if absent(x):
+        return lack
+    elif x[0].dtype == tl.float32:
+        return lack
+    else:
+        multiplied = tl.sum(weights.to(x[0].dtype).to(tl.float32), 1)
+        if call.softcap is None:
+            return lack - multiplied
+        else:
+            return lack + (tl.sum(weights, 1) - multiplied)
+
+
+@triton.jit
+def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
+    """acc + factor·(lack + known)·(a mean key of each row): acc itself where there is no acc or no view.
+
+    known is what counted weights should sum to; not used with a softcap. The mean is over one block of keys; rows
+    that attend to none of it have theirs in the first block that they do attend to.
+    """
+    KEYS: tl.constexpr = FORM[0]
+    ROWS: tl.constexpr = FORM[1]
+    HEAD: tl.constexpr = FORM[2]
+    PRECISION: tl.constexpr = FORM[4]
+    if absent(acc) | (view is None):
+        return acc
+    elif view.ptr.dtype.element_ty == tl.float32:
+        return acc
+    else:
+        call, span = block.call, block.span
+        if call.softcap is None:
+            lack += known
+        lack = tl.where(products.finite(lack), lack, 0.0)
+        rows = block.first + tl.arange(0, ROWS)
+        found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, HEAD)
+        # the nearest before a query's own place where that counts: the first key of all is often unlike the others
+        start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
+        following, missing = span.first, 1
+        while missing > 0:
+            keys = start + tl.arange(0, KEYS)
+            s, _ = scores.scores(
+                call, block.place, tl.zeros([ROWS, KEYS], tl.float32), rows[:, None], keys[None, :], True
+            )
+            s = tl.where(found[:, None] == 0.0, s, float("-inf"))
+            chosen = tl.where(s != float("-inf"), 1.0, 0.0)
+            x = row_tiles.keys_of(block, view, start, True, KEYS, HEAD)
+            mean = products.add_product(mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION)
+            found += tl.sum(chosen, 1)
+            missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
+            missing = tl.where(following < span.end, missing, 0)
+            start, following = following, following + KEYS
+        share = factor * lack / tl.maximum(found, 1.0)
+        return products.plus_finite(acc, share[:, None], mean)
