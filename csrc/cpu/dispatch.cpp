@@ -123,7 +123,7 @@ int64_t plan_row_sweep(Params& p, MapName map, int threads, std::vector<int64_t>
   const int64_t pairs = p.batch * p.kv_heads, group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
   const int64_t pieces = pairs > 0 ? ceil_div(4 * threads, pairs) : 1;
   p.row_chunk = larger(2 * kRowBlock, ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock);
-  p.head_chunk = group;
+  p.head_chunk = larger(1, group);
   p.key_splits = 1;
   const int64_t finest = p.batch * p.heads * ceil_div(p.n, kLeastRows);
   if (map == kForward && finest > 0 && finest < kRowSweepUnits)
@@ -160,7 +160,7 @@ int64_t plan_key_chunk(const Params& p, MapName map, int64_t owners) {
 // gradients of keys, or of the bias.
 int64_t plan_row_parts(const Params& p, int64_t owners) {
   const int64_t units = owners * p.key_chunks;
-  if (units == 0 || units >= kKeySweepUnits) return 1;
+  if (units == 0 || units >= kKeySweepUnits || p.kv_heads == 0) return 1;
   const int64_t group = p.heads / p.kv_heads, pairs = p.batch * p.kv_heads / owners;
   const bool cuts_pairs = p.all_batches || p.all_heads;
   int64_t most = cuts_pairs ? pairs : group * ceil_div(p.n, kRowBlock);
