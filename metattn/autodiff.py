@@ -251,7 +251,7 @@ class Vjp(Function):
             given = _still(VJP.split(ctx.saved_tensors))
             found: Tensors = NO_PRIMALS
             if _any(move.primals):
-                moved = move.results._replace(lse=_of_log(move.results.lse))
+                moved = move.results._replace(lse=_of_log(move.results.lse))  # type: ignore[arg-type]
                 given_t = given._replace(tangents=move.primals, results_t=moved)
                 if move.results.o is None or move.results.lse is None:
                     given_t = given_t._replace(results_t=Results(*call_map(JVP, problem, given_t)))
@@ -548,7 +548,7 @@ def _lying_as(likes: Tensors, tangents: Tensors) -> tuple[Any, ...]:
 
 def _tangents_lie_as(results: Results) -> Results:
     """The tangent of lse is contiguous."""
-    return results._replace(lse=None)
+    return results._replace(lse=None)  # type: ignore[arg-type]
 
 
 def _gradients_lie_as(primals: Primals) -> Primals:
