@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from metattn.nn import replace_attention, replace_norms, restore_attention, restore_norms
     from metattn.tuning import tune
 
+__version__ = "0.1.0"  # and in pyproject.toml
+
 __all__ = [
     "HigherOrderWarning",
     "attention",

@@ -316,7 +316,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
         problem, primals, constants = packed(q, k, v, Packing(**packing), Options(**options))
     else:
         problem, primals, constants = dense(q, k, v, Options(**options))
-    chosen = backends.choose(problem, primals, constants, named).backend
+    chosen = backends.first(problem, primals, constants, named).backend
     named = named or backends.named()
     reasons = {}
     for name in backends.NAMES:

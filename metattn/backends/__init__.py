@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +35,11 @@ MODULES = {
 }
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
 
+MANY_SCORES = 10**6  # a head's, from which on the reference is felt
+# folders whose lines are not the caller's
+OWN = tuple(str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+
+_told = False
 _loaded: dict[str, ModuleType] = {}
 _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
@@ -112,6 +120,14 @@ def objection(name: str, problem: Problem, primals: Primals, constants: Constant
 
 
 def choose(problem: Problem, primals: Primals, constants: Constants, name: str | None = None) -> Problem:
+    """The problem with its backend, as first has it; tells once that a large one goes to the reference."""
+    chosen = first(problem, primals, constants, name)
+    if chosen.backend == "reference" and not (torch.compiler.is_compiling() or _told or name or named()):
+        _tell(problem, primals)
+    return chosen
+
+
+def first(problem: Problem, primals: Primals, constants: Constants, name: str | None = None) -> Problem:
     """The problem with its backend: the one named here or by use_backend, else the first that serves it."""
     check_name(name)
     name = name or named()
@@ -126,6 +142,33 @@ def choose(problem: Problem, primals: Primals, constants: Constants, name: str |
         if objection(candidate, problem, primals, constants) is None:
             return problem.on(candidate)
     return problem
+
+
+def _tell(problem: Problem, primals: Primals) -> None:
+    """Warn, once a process, where the reference serves a large problem because no other backend is there."""
+    global _told  # noqa: PLW0603
+    n = problem.max_q or primals.q.shape[-2]
+    m = problem.max_k or primals.k.shape[-2]
+    device = primals.q.device.type
+    absent = {each: unavailable_reason(each) for each in ORDER.get(device, ()) if each != "reference"}
+    if n * m < MANY_SCORES or not absent or None in absent.values():
+        return
+    _told = True
+    reasons = "; ".join(f"{each}: {reason}" for each, reason in absent.items())
+    warnings.warn(
+        f"attention over {n}×{m} scores goes to the reference, slowly and with matrices of that size in "
+        f"memory, for no other backend is there for {device} tensors ({reasons}). backend='reference' and "
+        "use_backend('reference') ask for it without this warning",
+        stacklevel=_frames_to_the_caller(),
+    )
+
+
+def _frames_to_the_caller() -> int:
+    """warnings' stacklevel, from the function that asks, of the first line outside this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OWN):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 @contextmanager

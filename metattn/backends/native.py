@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from metattn import installation
 from metattn.backends import IMPORTING_PROCESS, operators
 from metattn.problem import Constants, Primals, Problem
 
@@ -23,7 +24,8 @@ LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cpu.so"
 def unavailable_reason() -> str | None:
     """Load the operators; why they cannot be had, or None."""
     if not LIBRARY.exists():
-        return f"the extension was not built: {LIBRARY.name} is not there (see `python -m metattn doctor`)"
+        why = installation.why_not_built()
+        return f"the extension was not built: {why} (`python -m metattn doctor` says what helps)"
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
