@@ -207,6 +207,8 @@ def code_generation(architectures: str) -> list[str]:
 
 
 def failed(why: object) -> SystemExit:
+    if isinstance(why, subprocess.CalledProcessError):
+        why = f"{Path(why.cmd[0]).name} ended with {why.returncode}, the reason is above"
     return SystemExit(f"metattn: the extension did not build: {why}. {WITHOUT}")
 
 

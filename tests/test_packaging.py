@@ -269,7 +269,6 @@ def test_pure_python_install(changes: dict[str, str], cause: str, fresh: Environ
         build = f"METATTN_BUILD_EXT=1 {fresh.python} setup.py build_ext --inplace\n"
         assert f"to have it: cd {source} && {build}" in doctor.stdout
         assert f"problem: this is {source / 'metattn'}, and hides the installation in {home}" in doctor.stdout
-        assert "uninstalled checkout" in doctor.stdout
 
 
 def test_asked_for_extension_without_compiler_is_an_error(fresh: Environment, tmp_path: Path) -> None:
@@ -373,7 +372,7 @@ runpy.run_path("setup.py", run_name="__main__")
     [
         ("ninja", {}, "ninja is missing; pip install ninja 'pybind11>=2.12' first"),
         ("pybind11", {}, "pybind11 is missing; pip install ninja"),
-        ("nothing", {"CXX": "/bin/false"}, "returned non-zero exit status"),
+        ("nothing", {"CXX": "/bin/false"}, "ninja ended with 1, the reason is above"),
         ("nothing", {"METATTN_BUILD_EXT": "yes"}, "expected one of auto, 0, 1, got 'yes'"),
     ],
 )
@@ -384,8 +383,8 @@ def test_what_keeps_from_building_is_an_error(
     settings = {"METATTN_BUILD_EXT": "", "CXX": "", **changes}
     done = run(sys.executable, "-c", MISSING, missing, tmp_path, cwd=tree, check=False, **settings)
     assert done.returncode != 0
-    assert f"metattn: the extension did not build: {said}" in done.stderr or f": {said}" in done.stderr
-    assert "METATTN_BUILD_EXT=0 installs without it" in done.stderr or "got 'yes'" in done.stderr
+    assert f": {said}" in done.stderr
+    assert "METATTN_BUILD_EXT=0 installs without it" in done.stderr or "METATTN_BUILD_EXT" in changes
     assert "Traceback" not in done.stderr
 
 
