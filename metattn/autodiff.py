@@ -135,8 +135,9 @@ def _run(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors
 def _keep(ctx: Any, problem: Problem, needs: Needs | None, tensors: Tensors) -> None:
     ctx.problem, ctx.needs = problem, needs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    kept = internals.countable(tensors)
+    ctx.save_for_backward(*kept)
+    ctx.save_for_forward(*kept)
 
 
 def _wanted(layout: Layout, ctx: Any) -> Any:

@@ -117,6 +117,24 @@ def alive(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [x if x is None or not _is_wrapped(x) else _functorch.unwrap_if_dead(x) for x in tensors]
 
 
+def countable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Tensors as autograd may keep them: of those made in inference mode, which count no changes, copies.
+
+    A copy is as large as what lies in memory: what was expanded stays so.
+    """
+    if not any([x is not None and x.is_inference() for x in tensors]):
+        return tensors
+    return [_copied(x) if x is not None and x.is_inference() else x for x in tensors]
+
+
+def _copied(x: Tensor) -> Tensor:
+    once = x
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            once = once.narrow(dim, 0, 1)
+    return once.clone().expand(x.shape)
+
+
 def apply_function(function: Any, *arguments: Any) -> Any:
     """An autograd Function's node made on the current level of torch.func alone, or of eager PyTorch.
 
