@@ -43,7 +43,8 @@ def ours(call: Call, given: dict[str, Any], backend: str) -> Any:
         return lambda q, k, v: metattn.attention(q, k, v, **options)
     longest = [max(lengths) for lengths in zip(*call.lengths, strict=True)]
     cu = [
-        of_inference(torch.tensor([0, *lengths]).cumsum(0).int()) for lengths in zip(*call.lengths, strict=True)
+        of_inference(torch.tensor([0, *lengths]).cumsum(0).int())
+        for lengths in zip(*call.lengths, strict=True)
     ]
     return lambda q, k, v: metattn.varlen_attention(q, k, v, *cu, *longest, **options)
 
