@@ -329,6 +329,33 @@ class TestAutogradContract:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(sum(g.sum() for g in first), x)
 
+    @pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
+    @pytest.mark.parametrize("names", [("plain",), ("bias", "sinks", "dropout")], ids="+".join)
+    def test_gradients_are_their_owners(self, names: tuple[str, ...], backend: str) -> None:
+        """Written to behind autograd's counter, as .data, numpy and collectives do: no later order sees it."""
+        call = make_call(names)
+
+        def third(function: Callable[..., tuple[Tensor, Tensor]], spoil: bool) -> list[Tensor]:
+            x = [t.detach().clone().requires_grad_() for t in call.tensors]
+            results = function(*x)
+            cotangents = [t.detach().cos().requires_grad_() for t in results]
+            x += cotangents
+            of: Any = (results, cotangents)
+            for order in range(3):
+                gradients = torch.autograd.grad(
+                    *of[:1], x[: len(x) - 2 * (order == 0)], *of[1:], create_graph=True
+                )
+                of = (sum((g * g.detach().sin()).sum() for g in gradients),)
+                kept = [g.detach().clone() for g in gradients]
+                if spoil:
+                    for g in gradients:
+                        g.data.fill_(torch.nan)
+            return kept
+
+        found = third(live_function(call, backend), True)
+        expected = third(lambda *x: (lambda o, lse: (o, finite(lse)))(*call.math(*x)), False)
+        assert largest_difference(found, expected) < 1e-11 * max(float(t.abs().max()) for t in expected)
+
     def test_two_backward_passes(self, backend: str) -> None:
         call = make_call(("bias", "sinks", "dropout"), Shape(n=33, m=65, d=16, dv=16), torch.float32)
         x = [t.requires_grad_() for t in call.tensors]
