@@ -332,7 +332,7 @@ class TestAutogradContract:
     @pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
     @pytest.mark.parametrize("names", [("plain",), ("bias", "sinks", "dropout")], ids="+".join)
     def test_gradients_are_their_owners(self, names: tuple[str, ...], backend: str) -> None:
-        """Written to behind autograd's counter, as .data, numpy and collectives do: no later order sees it."""
+        """Written to behind autograd's counter, as numpy and collectives do: no later order sees it."""
         call = make_call(names)
 
         def third(function: Callable[..., tuple[Tensor, Tensor]], spoil: bool) -> list[Tensor]:
@@ -340,12 +340,10 @@ class TestAutogradContract:
             results = function(*x)
             cotangents = [t.detach().cos().requires_grad_() for t in results]
             x += cotangents
-            of: Any = (results, cotangents)
-            for order in range(3):
-                gradients = torch.autograd.grad(
-                    *of[:1], x[: len(x) - 2 * (order == 0)], *of[1:], create_graph=True
-                )
-                of = (sum((g * g.detach().sin()).sum() for g in gradients),)
+            of: tuple[Any, ...] = (results, x[: len(call.tensors)], cotangents)
+            for _ in range(3):
+                gradients = torch.autograd.grad(*of, create_graph=True)
+                of = (sum((g * g.detach().sin()).sum() for g in gradients), x)
                 kept = [g.detach().clone() for g in gradients]
                 if spoil:
                     for g in gradients:

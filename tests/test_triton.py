@@ -35,7 +35,7 @@ from four_maps import (
 from torch import Tensor
 
 import metattn
-from metattn.backends import available_backends, reference, triton
+from metattn.backends import available_backends, interpreter, reference, triton
 from metattn.backends.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
@@ -192,6 +192,33 @@ def test_one_sweep_uses_the_gradient_as_it_was(change: str, monkeypatch: pytest.
     assert launched[0] == "double_rows"
     for x, y in zip(found, second("reference"), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_an_unknown_interpreter_is_refused_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes bfloat16 for bits: float16's results have a part in bfloat16 too."""
+    from triton.runtime import interpreter as theirs
+
+    with monkeypatch.context() as patch:
+        patch.delattr(theirs.InterpreterBuilder, "create_dot")
+        reason = interpreter.mend()
+    assert reason is not None
+    assert "create_dot" in reason
+    monkeypatch.setattr(triton, "UNMENDED", reason)
+    q = torch.randn(1, 1, 4, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(NotImplementedError, match="takes bfloat16 for bits"):
+            metattn.attention(*[q.to(dtype)] * 3, backend="triton")
+    o = metattn.attention(q, q, q, backend="triton")
+    torch.testing.assert_close(o, (q @ q.mT / 8**0.5).softmax(-1) @ q)
+
+
+@interpreted
+def test_other_kernels_meet_the_interpreter_as_it_is() -> None:
+    """A launch of ours ends with what it changed: it is for its own functions alone."""
+    q = torch.randn(1, 1, 4, 8, dtype=torch.bfloat16)
+    metattn.attention(q, q, q, backend="triton")
+    assert interpreter._patched is None
 
 
 @interpreted

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metattn.backends import operators, tuned
+from metattn.backends import interpreter, operators, tuned
 from metattn.backends.maps import Maps
 from metattn.backends.operators import ROUNDED
 from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
@@ -56,6 +56,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
+# Triton decides when a kernel is defined, which was now, whether it is interpreted.
+UNMENDED = interpreter.mend() if IMPORT_ERROR is None and interpreted() else None
+
+
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why no kernel can be launched on this machine, or None."""
@@ -80,6 +84,8 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
         return f"it works on {expected} tensors, these are on {q.device}"
     if q.dtype == torch.float64:
         return "it computes in float32, these tensors are float64"
+    if UNMENDED is not None and q.dtype in ROUNDED:
+        return UNMENDED
     row = architecture(q.device)
     if row is None:
         return "the GPU has no tensor cores that Triton's kernels can use (compute capability 8.0 or later)"
