@@ -59,7 +59,19 @@ def any_dual(tensors: Sequence[Any]) -> bool:
         transformed() and _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
     ):
         return False
-    return any(isinstance(x, Tensor) and tangent_of(x) is not None for x in tensors)
+    return any(isinstance(x, Tensor) and _may_be_dual(x) for x in tensors)
+
+
+def _may_be_dual(x: Tensor) -> bool:
+    """Of tensors of torch's older vmap it cannot be asked: a node is made, whose jvp is taken if it is so."""
+    return _of_older_vmap(x) or tangent_of(x) is not None
+
+
+def _of_older_vmap(x: Tensor) -> bool:
+    """Whether a tensor is batched by it, within whichever wrappers of torch.func."""
+    while _is_wrapped(x):
+        x = _functorch.get_unwrapped(x)
+    return _functorch.is_legacy_batchedtensor(x)
 
 
 _forward_ad_globals = forward_ad.__dict__  # a dict of ours: of torch's modules Dynamo guards nothing
@@ -94,6 +106,9 @@ def with_tangent(x: Tensor, tangent: Tensor) -> Tensor:
 
 def without_tangent(x: Tensor) -> Tensor:
     """A tensor without its tangent on this level."""
+    if _of_older_vmap(x):  # for which unpacking is not implemented
+        with forward_ad._set_fwd_grad_enabled(False):  # type: ignore[no-untyped-call]
+            return x.clone()
     return torch._VF._unpack_dual(x, level=0).primal  # type: ignore[no-any-return, attr-defined]
 
 

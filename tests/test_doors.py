@@ -133,6 +133,89 @@ class TestSlopesAreNeverLost:
         assert largest_difference(vmap(tangent)(slopes), map(tangent, slopes)) < 1e-12
 
 
+class AlongCotangents(torch.autograd.Function):
+    """Of a function's gradient: its backward takes forward-mode derivatives along what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Any, along: Any, x: Tensor) -> Tensor:
+        ctx.along = along
+        ctx.save_for_backward(x)
+        return gradient(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return None, None, ctx.along(ctx.saved_tensors[0], cotangent)
+
+
+def duals(f: Any, x: Tensor, move: Tensor) -> Tensor:
+    """The tangent that torch's own forward mode gives."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, move))).tangent  # type: ignore[no-any-return]
+
+
+class TestWithinABatchedBackward:
+    """Forward mode, and torch.func's transforms, along cotangents that is_grads_batched maps over."""
+
+    WAYS: ClassVar[dict[str, Any]] = {
+        "torch's duals": lambda f: lambda x, move: duals(grad(f), x, move),
+        "duals of a map": lambda f: lambda x, move: duals(vmap(grad(lambda y: f(y[None]))), x, move),
+        "vjp of a grad": lambda f: lambda x, move: vjp(grad(f), x)[1](move)[0],
+        "vjp of a map": lambda f: lambda x, move: vjp(vmap(grad(lambda y: f(y[None]))), x)[1](move)[0],
+    }
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_hessian_products(self, way: str, backend: str) -> None:
+        q, k, v = tensors(3)
+        cotangents = torch.randn(4, *q.shape, dtype=q.dtype)
+        results = []
+        for attend in (ours(backend), doors.plain):
+
+            def energy(x: Tensor, attend: Attention = attend) -> Tensor:
+                return attend(x, k[: x.shape[0]], v[: x.shape[0]]).sin().sum()
+
+            gradient = self.WAYS[way](energy)
+            x = q.clone().requires_grad_()
+            y = AlongCotangents.apply(grad(energy), gradient, x)
+            batched = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, retain_graph=True)
+            one_by_one = [torch.autograd.grad(y, x, c, retain_graph=True)[0] for c in cotangents]
+            results += [batched[0], torch.stack(one_by_one)]
+        assert largest_difference(results[:3], results[1:]) < 1e-12
+
+
+class TestABatchedBackwardWithin:
+    """Within a transform torch does not unwrap what is_grads_batched gives: nobody can read it, of any formula."""
+
+    @staticmethod
+    def batched(attend: Attention) -> Any:
+        q, k, v = tensors(3)
+
+        def gradients(q: Tensor) -> Tensor:
+            x = q if q.requires_grad else q.clone().requires_grad_()
+            basis = torch.stack([v.cos(), v.sin()])
+            return torch.autograd.grad(attend(x, k, v), x, basis, is_grads_batched=True, create_graph=True)[0]
+
+        return gradients
+
+    OUTER: ClassVar[dict[str, Any]] = {
+        "vjp": lambda f, q: vjp(f, q)[1](torch.stack([q, q]))[0],
+        "grad": lambda f, q: grad(lambda q: f(q).sin().sum())(q),
+        "jacrev": lambda f, q: jacrev(f)(q),
+        "vmap of grad": lambda f, q: vmap(grad(lambda q: f(q).sin().sum()))(torch.stack([q, q])),
+    }
+
+    @pytest.mark.parametrize("outer", OUTER)
+    def test_refused(self, outer: str, backend: str) -> None:
+        q = tensors(1)[0]
+        with pytest.raises(NotImplementedError, match="is_grads_batched"):
+            self.OUTER[outer](self.batched(ours(backend)), q)
+
+    def test_torchs_own_cannot_be_read(self) -> None:
+        """When this fails, torch can do it, and we should."""
+        q = tensors(1)[0]
+        with pytest.raises(RuntimeError, match="atching rule"):
+            self.OUTER["vjp"](self.batched(doors.plain), q).sum().item()
+
+
 class TestModesAndWrappers:
     def test_no_grad_inside_of_transforms(self, backend: str) -> None:
         """What was off where attention was called stays off on the levels further out."""
