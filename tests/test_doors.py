@@ -183,11 +183,11 @@ class TestWithinABatchedBackward:
 
 
 class TestABatchedBackwardWithin:
-    """Within a transform torch does not unwrap what is_grads_batched gives: nobody can read it, of any formula."""
+    """Within a transform torch does not unwrap what is_grads_batched gives: nobody can read it."""
 
     @staticmethod
     def batched(attend: Attention) -> Any:
-        q, k, v = tensors(3)
+        _, k, v = tensors(3)
 
         def gradients(q: Tensor) -> Tensor:
             x = q if q.requires_grad else q.clone().requires_grad_()

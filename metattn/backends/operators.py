@@ -349,8 +349,8 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
         depth = internals.legacy_depth()
         if depth == 0:
             raise NotImplementedError(
-                "is_grads_batched: expected a batched backward pass outside of torch.func's transforms, got a "
-                "tensor that one left within; torch gives such tensors out unread, use torch.func.vmap there"
+                "is_grads_batched: expected a batched backward pass outside of torch.func's transforms, got "
+                "what one left within, which torch cannot read itself; use torch.func.vmap there"
             )
         return of_levels(depth, tensors)
 
