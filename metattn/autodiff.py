@@ -18,8 +18,11 @@ below (a transform, a compiler, a recording, a batched backward pass) the operat
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -473,8 +476,24 @@ def _warn(what: str) -> None:
         f"{what} of attention has no fused map: it goes through the reference, in eager PyTorch with N×M "
         "matrices in memory",
         HigherOrderWarning,
-        stacklevel=4,
+        stacklevel=_level_of_caller(),
     )
+
+
+# What lies between a caller's line and the warning: ours, torch's, and code that torch generates.
+_BETWEEN = (
+    *(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__)),
+    "<eval_with_key>",
+)
+
+
+def _level_of_caller() -> int:
+    """Of the line that asked for the derivative, for `_warn`; on a GPU autograd's own thread has none."""
+    frame: FrameType | None = sys._getframe(2)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame, level = frame.f_back, level + 1
+    return level if frame is not None else 2
 
 
 def _by_reference(

@@ -119,6 +119,13 @@ def recording(tensors: Sequence[Any]) -> bool:
     return any_dual(tensors)
 
 
+def differentiated_or_mapped(x: Tensor) -> bool:
+    """Whether a tensor's value alone would lose a derivative that is asked for, or an example of a vmap."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad and torch.is_grad_enabled()
+    return recording([x]) or _is_wrapped(x) or _functorch.is_legacy_batchedtensor(x)
+
+
 def below_autograd() -> AbstractContextManager[None]:
     """Within it operators are called without their derivatives.
 

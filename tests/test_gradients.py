@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+import metattn
 from metattn import autodiff
 from metattn.autodiff import HigherOrderWarning
 from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Cotangents, Given
@@ -189,6 +191,55 @@ class TestHigherOrders:
         assert largest_difference(ours, expected) < 1e-12 * scale
         assert [len(caught) for order, caught in warned if order < 4] == [0, 0, 1]
         assert "third derivative" in str(warned[2][1][0].message)
+
+
+class TestWhereItWarns:
+    """At the caller's line, whatever of ours and torch's lies between."""
+
+    @staticmethod
+    def grads(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        total = f(x.requires_grad_())
+        for _ in range(2):
+            (total,) = torch.autograd.grad(total.sin().sum(), x, create_graph=True)
+        torch.autograd.grad(total.sin().sum(), x)  # here
+
+    @staticmethod
+    def backward(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        total = f(x.requires_grad_())
+        for _ in range(2):
+            (total,) = torch.autograd.grad(total.sin().sum(), x, create_graph=True)
+        total.sin().sum().backward()  # here
+
+    @staticmethod
+    def func(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        g = torch.func.hessian(lambda x: f(x).sin().sum())
+        torch.func.jvp(g, (x,), (x,))
+
+    @staticmethod
+    def forward(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        def moved(x: Tensor) -> Tensor:
+            return torch.func.jvp(f, (x,), (x,))[1]
+
+        torch.func.jvp(moved, (x,), (x,))
+
+    @pytest.mark.parametrize("door", ["grads", "backward", "func", "forward"])
+    def test_line(self, door: str, backend: str) -> None:
+        torch.manual_seed(0)
+        function = getattr(self, door)
+        module = metattn.nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
+
+        def attend(x: Tensor) -> Tensor:
+            return module(x, x, x, need_weights=False)[0]  # here: forward mode's derivatives are taken here
+
+        with metattn.use_backend(backend), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HigherOrderWarning)
+            function(attend, torch.randn(1, 3, 4, dtype=torch.float64))
+        lines = Path(__file__).read_text().splitlines()
+        found = [w for w in caught if w.category is HigherOrderWarning]
+        assert found
+        for w in found:
+            assert w.filename == __file__
+        assert "# here" in lines[found[0].lineno - 1]
 
 
 class Recorder:
