@@ -1,28 +1,27 @@
 """The backends, and the one function that picks.
 
 Each backend's module offers forward, vjp, jvp, vjp_jvp and double_backward, and says why it cannot serve:
-`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call. REUSES_DQ
-says whether its double_backward has a use for the gradient that vjp gave for q. All but the reference have
-OPERATORS.
+`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call.
+`reuses_dq(problem, primals, constants, needs)` says whether its double_backward has a use for the gradient
+that vjp gave for q. All but the reference have OPERATORS.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metattn.caller import level_of_caller
 from metattn.problem import Constants, Primals, Problem
 
 IMPORTING_PROCESS = os.getpid()  # a child that was forked from it has none of its threads
@@ -36,8 +35,6 @@ MODULES = {
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
 
 MANY_SCORES = 10**6  # a head's, from which on the reference is felt
-# folders whose lines are not the caller's
-OWN = tuple(str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 _told = False
 _loaded: dict[str, ModuleType] = {}
@@ -159,16 +156,8 @@ def _tell(problem: Problem, primals: Primals) -> None:
         f"attention over {n}×{m} scores goes to the reference, slowly and with matrices of that size in "
         f"memory, for no other backend is there for {device} tensors ({reasons}). backend='reference' and "
         "use_backend('reference') ask for it without this warning",
-        stacklevel=_frames_to_the_caller(),
+        stacklevel=level_of_caller(),
     )
-
-
-def _frames_to_the_caller() -> int:
-    """warnings' stacklevel, from the function that asks, of the first line outside this package and torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(OWN):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 @contextmanager

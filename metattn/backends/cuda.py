@@ -106,5 +106,4 @@ class Operators(operators.Operators):
 
 OPERATORS = Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
-double_backward = OPERATORS.double_backward
-REUSES_DQ = False
+double_backward, reuses_dq = OPERATORS.double_backward, OPERATORS.reuses_dq

@@ -49,6 +49,5 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
 
 OPERATORS = operators.Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
-double_backward = OPERATORS.double_backward
+double_backward, reuses_dq = OPERATORS.double_backward, OPERATORS.reuses_dq
 run_plain = operators.run_plain
-REUSES_DQ = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -40,7 +41,8 @@ def replace_attention(model: torch.nn.Module, *, norms: bool | None = None) -> i
 
     A subclass of torch.nn.MultiheadAttention (torch.ao's quantizable one, say), or one whose ``forward`` was
     replaced on the instance, has a behaviour of its own that would be lost: it is left as it is, with a
-    warning that names it.
+    warning that names it. Where nothing is found a warning says what looks like attention, and by which way
+    metattn reaches that: :class:`sdpa_override` for modules that call F.scaled_dot_product_attention.
 
     torch's norms beside the attention have derivatives that are wrong in places (:func:`replace_norms`).
     ``norms=True`` exchanges them too; they are not counted. ``norms=False`` leaves them. Where neither is
@@ -58,7 +60,44 @@ def replace_attention(model: torch.nn.Module, *, norms: bool | None = None) -> i
         _exchange(model, NORMS, "replace_attention")
     elif norms is None and exchanged:
         _warn_of_norms(model)
+    if exchanged == 0 and not any(isinstance(each, torch.nn.MultiheadAttention) for each in model.modules()):
+        warnings.warn(_seen(model), stacklevel=2)
     return exchanged
+
+
+def _seen(model: torch.nn.Module) -> str:
+    """What a model without torch.nn.MultiheadAttention has of attention, and how to reach that."""
+    said = f"replace_attention: {type(model).__name__} has no torch.nn.MultiheadAttention"
+    if hasattr(model, "set_attn_implementation"):
+        return (
+            f"{said}; it is a model of transformers: register() of metattn.integrations.transformers, then "
+            "model.set_attn_implementation('metattn')"
+        )
+    calling, named = (
+        [(name, each) for name, each in model.named_modules() if test(each)]
+        for test in (_calls_sdpa, _is_named)
+    )
+    if calling:
+        return (
+            f"{said}; {_list(calling)} call F.scaled_dot_product_attention: run them within sdpa_override()"
+        )
+    if named:
+        return f"{said}; {_list(named)} have a formula of their own: call metattn.attention in it"
+    return f"{said}, nor anything called attention"
+
+
+def _calls_sdpa(module: torch.nn.Module) -> bool:
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    return "scaled_dot_product_attention" in names
+
+
+def _is_named(module: torch.nn.Module) -> bool:
+    return re.search("attention|attn", type(module).__name__, re.IGNORECASE) is not None
+
+
+def _list(modules: list[tuple[str, torch.nn.Module]]) -> str:
+    first = [f"{name or 'the model'} ({type(module).__name__})" for name, module in modules[:3]]
+    return ", ".join(first) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
 
 
 def restore_attention(model: torch.nn.Module, *, norms: bool = False) -> int:
