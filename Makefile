@@ -14,7 +14,7 @@ ENVIRONMENT :=
 endif
 
 BUILT := build/.built-$(subst /,_,$(PY))
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: build demo test lint bench aot aot-check check-triton race-check isa-check asan cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:

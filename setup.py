@@ -4,17 +4,19 @@ All linked by one ninja file: `metattn/libmetattn_cpu.so`, the operators against
 torch >= 2.10, any Python), `metattn/libmetattn_cuda.so`, the same operators on NVIDIA GPUs, and
 `metattn._host`, the pybind11 module that tells about them.
 
-Environment: METATTN_BUILD_EXT=0 builds none (pure Python), =1 makes a failed build an error; unset, a failed
-build warns and leaves the pure-Python package. METATTN_CUDA=1 builds the CUDA library, whatever torch is
-installed, =0 does not; unset, it is built where torch was built with CUDA and nvcc is found.
-METATTN_CUDA_VERSION refuses another nvcc. METATTN_EMULATION=1 builds, for tests alone,
-build/libmetattn_emulated.so: the CUDA kernels on CPU tensors; =thread one that ThreadSanitizer watches.
+Environment: METATTN_BUILD_EXT=0 builds none (pure Python); unset or auto, none is built where there is no
+compiler, and =1 makes that an error. Whatever else goes wrong is an error. Why something was not built is
+kept in metattn/_build.json, for `metattn doctor` and for the reasons of backends that are not there.
+METATTN_CUDA=1 builds the CUDA library, whatever torch is installed, =0 does not; unset, it is built where
+torch was built with CUDA and nvcc is found. METATTN_CUDA_VERSION refuses another nvcc. METATTN_EMULATION=1
+builds, for tests alone, build/libmetattn_emulated.so: the CUDA kernels on CPU tensors; =thread one that
+ThreadSanitizer watches.
 CUDA_HOME, NVCC, TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import platform
 import re
@@ -29,6 +31,9 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+import build_backend
 
 ROOT = Path(__file__).resolve().parent
 CPU_LIBRARY = "metattn.libmetattn_cpu"
@@ -46,7 +51,12 @@ EMULATIONS: dict[str, tuple[str, list[str]]] = {
 # Compiled once for each ISA: the four maps, and the micro-kernels they stand on.
 MAPS = ("forward", "vjp", "jvp", "vjp_jvp", "double_backward")
 # The oldest libtorch whose stable ABI the operators use.
-TORCH_TARGET = (2, 10)
+TORCH_TARGET = build_backend.OLDEST_TORCH
+WITHOUT = (
+    "METATTN_BUILD_EXT=0 installs without it: fused on GPUs, by Triton; on CPUs right, but slow and with N×M "
+    "matrices in memory"
+)
+ASKED_FOR_NONE = "METATTN_BUILD_EXT=0 was set"
 
 AVX512 = [
     "-DMETATTN_VECTOR_BYTES=64",
@@ -88,17 +98,23 @@ def isas(compiler: list[str]) -> dict[str, list[str]]:
 
 
 def torch_root() -> Path:
-    # found, not imported: torch's import takes seconds, its folder is all the build needs
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    try:
+        root = build_backend.torch_root()
+    except LookupError as error:
+        needed = ".".join(map(str, TORCH_TARGET))
         raise BuildError(
-            "torch is not importable by the building interpreter; install it first and build with "
-            "--no-build-isolation"
-        )
-    root = Path(next(iter(spec.submodule_search_locations)))
+            f"torch {needed} or later is needed, and {error}; pip install 'torch>={needed}' first"
+        ) from error
     if not (root / "include/torch/csrc/stable/library.h").is_file():
-        raise BuildError(f"{root} has no stable-ABI headers; torch >= 2.10 is needed")
+        raise BuildError(f"{root} has no stable-ABI headers; pip install --force-reinstall torch first")
     return root
+
+
+def record(folder: Path, **reasons: str | None) -> None:
+    """Keep with the package why it has no extension (cause) and what helps (mend), or why it has no CUDA."""
+    path = folder / "metattn" / "_build.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(reasons, indent=1) + "\n")
 
 
 def torch_has_cuda() -> bool:
@@ -112,18 +128,23 @@ def find_nvcc() -> str | None:
     return shutil.which(named)
 
 
-def wants_cuda() -> bool:
-    """Whether the CUDA library shall be built. Raises BuildError where it must be and cannot."""
+def why_no_cuda() -> str | None:
+    """Why the CUDA library shall not be built, or None. Raises BuildError where it must be and cannot."""
     asked = os.environ.get("METATTN_CUDA", "auto")
     if asked not in ("auto", "0", "1"):
         raise BuildError(f"METATTN_CUDA: expected auto, 0 or 1, got {asked!r}")
     if asked == "1" and find_nvcc() is None:
         raise BuildError("METATTN_CUDA=1, and nvcc is not found: set CUDA_HOME, or put it on the PATH")
-    wanted = asked == "1" or (asked == "auto" and torch_has_cuda() and find_nvcc() is not None)
+    if asked == "0":
+        return "METATTN_CUDA=0 was set"
+    if asked == "auto" and not torch_has_cuda():
+        return "the torch that it was built with has none"
+    if asked == "auto" and find_nvcc() is None:
+        return "nvcc was not found (CUDA_HOME, PATH)"
     version = os.environ.get("METATTN_CUDA_VERSION", "")
-    if wanted and version and version != cuda_version():
+    if version and version != cuda_version():
         raise BuildError(f"METATTN_CUDA_VERSION is {version}, nvcc's is {cuda_version()}")
-    return wanted
+    return None
 
 
 def cuda_home() -> Path:
@@ -185,6 +206,12 @@ def code_generation(architectures: str) -> list[str]:
     return flags
 
 
+def failed(why: object) -> SystemExit:
+    if isinstance(why, subprocess.CalledProcessError):
+        why = f"{Path(why.cmd[0]).name} ended with {why.returncode}, the reason is above"
+    return SystemExit(f"metattn: the extension did not build: {why}. {WITHOUT}")
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja for all objects (each ISA has flags of its own) and runs it."""
 
@@ -194,38 +221,56 @@ class NinjaBuildExt(build_ext):
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        try:
-            self.with_cuda = wants_cuda()
-            if not self.with_cuda:
-                self._drop_cuda()
-            try:
-                self._ninja()
-            except subprocess.CalledProcessError:
-                if not self.with_cuda or os.environ.get("METATTN_CUDA") == "1":
-                    raise
-                print("metattn: WARNING: the CUDA library did not build; without it:", file=sys.stderr)
-                self.with_cuda = False
-                self._drop_cuda()
-                self._ninja()
-        except (BuildError, OSError, subprocess.CalledProcessError, ImportError) as error:
-            if os.environ.get("METATTN_BUILD_EXT") == "1":
-                raise SystemExit(f"metattn: the extension did not build: {error}") from error
-            print(f"metattn: WARNING: built without the extension: {error}", file=sys.stderr)
-            self.extensions = []
+        choice, obstacle = build_backend.asked(), build_backend.obstacle()
+        if choice == "0":  # here by `setup.py build_ext` alone; otherwise BuildPy records it
+            record(self._folder(), cause=ASKED_FOR_NONE)
             return
+        if obstacle is not None:
+            cause, mend = obstacle
+            if choice == "1":
+                raise SystemExit(f"metattn: the extension did not build: {cause}; {mend}")
+            print(f"metattn: WARNING: built without the extension: {cause}. {WITHOUT}", file=sys.stderr)
+            for name in (CPU_LIBRARY, CUDA_LIBRARY, HOST_MODULE):  # those of an earlier build
+                for path in (self._place(name), Path(self.get_ext_fullpath(name))):
+                    path.unlink(missing_ok=True)
+            self.extensions = []
+            record(self._folder(), cause=cause, mend=mend)
+            return
+        try:
+            no_cuda = why_no_cuda()
+            self._build(no_cuda is None)
+        except subprocess.CalledProcessError as error:
+            if no_cuda is not None or os.environ.get("METATTN_CUDA") == "1":
+                raise failed(error) from error
+            print("metattn: WARNING: the CUDA library did not build; without it:", file=sys.stderr)
+            no_cuda = "its CUDA library did not compile; METATTN_CUDA=1 makes that an error"
+            try:
+                self._build(False)
+            except subprocess.CalledProcessError as again:
+                raise failed(again) from again
+        except ModuleNotFoundError as error:
+            tools = shlex.join(build_backend.TOOLS)
+            needed = f"{error.name} is missing; pip install {tools} first, or leave out --no-build-isolation"
+            raise failed(needed) from error
+        except (BuildError, OSError) as error:
+            raise failed(error) from error
+        record(self._folder(), cause=None, cuda=no_cuda)
         if self.inplace:
             for extension in self.extensions:  # a running process keeps the file it has mapped
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.copy_extensions_to_source()
 
+    def _build(self, with_cuda: bool) -> None:
+        self.with_cuda = with_cuda
+        if not with_cuda:
+            self._drop_cuda()
+        self._ninja()
+
     def _ninja(self) -> None:
         import pybind11
         from ninja import BIN_DIR, ninja_syntax
 
-        found = next(filter(shutil.which, ("g++", "clang++")), "")
-        compiler = shlex.split(os.environ.get("CXX", "")) or [found]
-        if not compiler[0] or shutil.which(compiler[0]) is None:
-            raise BuildError(f"no C++ compiler ({compiler[0] or 'g++, clang++'} is not on the PATH)")
+        compiler = build_backend.compiler()
         built_isas = isas(compiler)
         torch = torch_root()
         build = Path(self.build_temp).resolve()
@@ -333,6 +378,9 @@ class NinjaBuildExt(build_ext):
         if self.inplace:  # one of an earlier build may not fit the operators of this one
             Path(self.get_ext_fullpath(CUDA_LIBRARY)).unlink(missing_ok=True)
 
+    def _folder(self) -> Path:
+        return ROOT if self.inplace else Path(self.build_lib)
+
     def _place(self, name: str) -> Path:
         if self.inplace:  # setuptools copies from build_lib to the source tree afterwards
             return (Path(self.build_lib) / self.get_ext_filename(name)).resolve()
@@ -400,6 +448,15 @@ class NinjaBuildExt(build_ext):
         )
 
 
+class BuildPy(build_py):
+    """Records that no extension was asked for, where no build_ext runs."""
+
+    def run(self) -> None:
+        super().run()
+        if build_backend.asked() == "0":
+            record(ROOT if self.editable_mode else Path(self.build_lib), cause=ASKED_FOR_NONE)
+
+
 setup(
     package_dir={"metattn.kernels": "kernels"},
     packages=[
@@ -413,7 +470,7 @@ setup(
     ],
     package_data={"metattn": ["py.typed", "*.pyi"]},
     ext_modules=[]
-    if os.environ.get("METATTN_BUILD_EXT") == "0"
+    if build_backend.asked() == "0"
     else [Extension(name, [], optional=True) for name in (CPU_LIBRARY, CUDA_LIBRARY, HOST_MODULE)],
-    cmdclass={"build_ext": NinjaBuildExt},
+    cmdclass={"build_ext": NinjaBuildExt, "build_py": BuildPy},
 )

@@ -213,9 +213,10 @@ def _module() -> Route:
 
 
 def _replaced() -> Route:
-    ours = _encoder_layer()
-    metattn.replace_attention(ours)
-    return _by_modules(_Same(ours), _ByFormula(_encoder_layer()))
+    ours, theirs = _encoder_layer(), _encoder_layer()
+    metattn.replace_attention(ours, norms=True)
+    metattn.replace_norms(theirs)  # torch's are wrong in reverse over forward mode
+    return _by_modules(_Same(ours), _ByFormula(theirs))
 
 
 class _Same(nn.Module):
@@ -280,7 +281,7 @@ ROUTES: dict[str, Callable[[], Route]] = {
         for causal in (False, True)
     },
     "metattn.nn.MultiheadAttention": _module,
-    "replace_attention": _replaced,
+    "replace_attention, norms too": _replaced,
     "sdpa_override outside": _override_outside,
     "transformers": _transformers,
 }

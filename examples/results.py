@@ -19,7 +19,7 @@ HEAD = """# Scenarios
 
 Tasks learned with attention, differentiated twice where that is called for, with published figures beside
 ours where there are any. Each is one command in a checkout, with the Python in which `make build`
-(`.venv/bin/python`) or `pip install --no-build-isolation ".[demo,transformers]"` put what they need. It shows
+(`.venv/bin/python`) or `pip install ".[demo,transformers]"` put what they need. It shows
 a live bar; Ctrl-C ends the training early. `--full` is as large as the source, where there is one with
 figures; `--tiny` takes seconds; `--seed` and `--out` are what they say. What a command writes, a JSON file
 and a picture, is kept in `examples/results`, and this page is made of it by `python examples/results.py`.

@@ -175,7 +175,7 @@ def step_times(size: Size, patch: int) -> dict[str, Any]:
     for name in ("torch", "metattn"):
         torch.manual_seed(0)
         models[name] = VisionTransformer(size.width, size.layers, size.heads, patch)
-    replace_attention(models["metattn"])
+    replace_attention(models["metattn"], norms=False)  # attention alone is compared
 
     def step(name: str) -> float:
         model = models[name]
@@ -218,7 +218,7 @@ def run(size: Size, first_seed: int, report: Report) -> tuple[dict[str, list[dic
             if not complete:
                 continue
             model = make_model(size, seed)
-            replace_attention(model)
+            replace_attention(model, norms=False)
             before = (number + (kind == "penalty") * 0.3) / size.seeds
             part = (0.7 if kind == "penalty" else 0.3) / size.seeds
 

@@ -12,8 +12,10 @@ from metattn.integrations.sdpa import sdpa_override
 
 if TYPE_CHECKING:
     from metattn import meta, nn
-    from metattn.nn import replace_attention, restore_attention
+    from metattn.nn import replace_attention, replace_norms, restore_attention, restore_norms
     from metattn.tuning import tune
+
+__version__ = "0.1.0"  # and in pyproject.toml
 
 __all__ = [
     "HigherOrderWarning",
@@ -23,7 +25,9 @@ __all__ = [
     "meta",
     "nn",
     "replace_attention",
+    "replace_norms",
     "restore_attention",
+    "restore_norms",
     "scaled_dot_product_attention",
     "sdpa_override",
     "tune",
@@ -35,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("meta", "nn"):
         return importlib.import_module(f"metattn.{name}")
-    if name in ("replace_attention", "restore_attention"):
+    if name in ("replace_attention", "replace_norms", "restore_attention", "restore_norms"):
         return getattr(importlib.import_module("metattn.nn"), name)
     if name == "tune":
         return importlib.import_module("metattn.tuning").tune

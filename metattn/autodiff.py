@@ -33,6 +33,7 @@ from torch.autograd import Function
 from metattn import backends
 from metattn import torch_internals as internals
 from metattn.backends import load, operators_of, reference
+from metattn.caller import level_of_caller
 from metattn.layout import (
     DOUBLE_BACKWARD,
     FORWARD,
@@ -139,11 +140,13 @@ def _run(layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors
     return found
 
 
-def _keep(ctx: Any, problem: Problem, needs: Needs | None, tensors: Tensors) -> None:
+def _keep(ctx: Any, problem: Problem, needs: Needs | None, tensors: Tensors, more: Tensors = ()) -> None:
+    """What both modes need again; `more` for a backward alone."""
     ctx.problem, ctx.needs = problem, needs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    kept = internals.countable(tensors)
+    ctx.save_for_backward(*kept, *more)
+    ctx.save_for_forward(*kept)
 
 
 def _wanted(layout: Layout, ctx: Any) -> Any:
@@ -222,19 +225,17 @@ class Vjp(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         problem, needs, *tensors = inputs
-        _keep(ctx, problem, needs, tensors)
-        # a transform's double backward is an operator, which takes none
-        reuses = not internals.transformed() and load(problem.backend).REUSES_DQ
-        ctx.dq = _Kept(output[0]) if reuses else None
+        _keep(ctx, problem, needs, tensors, (_own_dq(problem, needs, tensors, output[0]),))
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        given = VJP.split(ctx.saved_tensors)._replace(tangents=Primals(*tangents))  # type: ignore[arg-type]
+        *tensors, dq = ctx.saved_tensors
+        given = VJP.split(tensors)._replace(tangents=Primals(*tangents))  # type: ignore[arg-type]
         wanted = _wanted(VJP, ctx)
         if not _any(tangents):
             return _of_tensors(VJP.gradients())
         if any(wanted.primals):
-            found = _double_backward(ctx.problem, given, wanted.primals, ctx.dq)
+            found = _double_backward(ctx.problem, given, wanted.primals, dq)
             results_t, gradients = found[:3], found[3:]
         else:
             results_t, gradients = call_map(JVP, ctx.problem, given), NO_PRIMALS
@@ -324,13 +325,14 @@ class DoubleBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         problem, needs, *tensors = inputs
-        _keep(ctx, problem, needs, (*tensors, *output[:3]))
+        # not what it gave: gradients of do and dlse are their owner's, who may change them
+        _keep(ctx, problem, needs, tensors)
 
     @staticmethod
     def backward(
         ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None, *cotangents: Any
     ) -> tuple[Any, ...]:  # type: ignore[override]
-        given = _with_tangent_results(ctx)
+        given = DOUBLE_BACKWARD.split(ctx.saved_tensors)
         of_jvp = _of_jvp(DOUBLE_BACKWARD, ctx, given, Cotangents(do, dlse))
         of_vjp_jvp = _of_vjp_jvp(DOUBLE_BACKWARD, ctx, given, Primals(*cotangents))
         return _of_tensors(_sum(of_jvp, of_vjp_jvp))
@@ -338,7 +340,7 @@ class DoubleBackward(Function):
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
-            given, move = _still(_with_tangent_results(ctx)), _moved(DOUBLE_BACKWARD, moves)
+            given, move = _still(DOUBLE_BACKWARD.split(ctx.saved_tensors)), _moved(DOUBLE_BACKWARD, moves)
             results = _moved_jvp(ctx.problem, given, move)
             move = move._replace(results_t=Results(*results))  # type: ignore[arg-type]
             gradients = _moved_vjp_jvp(ctx.problem, ctx.needs, given, move)
@@ -346,10 +348,11 @@ class DoubleBackward(Function):
             return _lying_as(likes, (*results, *gradients))
 
 
-def _with_tangent_results(ctx: Any) -> Given:
-    """What DoubleBackward was given, and the results' tangents that it gave."""
-    *tensors, o, lse, o_lo = ctx.saved_tensors
-    return DOUBLE_BACKWARD.split(tensors)._replace(results_t=Results(o, lse, o_lo))
+def _with_results_t(problem: Problem, given: Given) -> Given:
+    """With the results' tangents, found again where they are not among what is given."""
+    if given.results_t.o is not None:
+        return given
+    return given._replace(results_t=Results(*call_map(JVP, problem, given)))
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -375,6 +378,7 @@ def _of_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Cotangents) -> t
     if _any(cotangents):
         given = given._replace(cotangents=cotangents)
         if any(wanted.primals):
+            given = _with_results_t(ctx.problem, given)
             gradients = call_map(VJP_JVP, ctx.problem, given, wanted.primals)
         if any(wanted.tangents):
             tangent_gradients = call_map(VJP, ctx.problem, given, wanted.tangents)
@@ -425,7 +429,8 @@ def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Given, move: Given) ->
         )
         found = _reference_jvp(VJP_JVP, problem, needs, given, still)
     if _any(move.cotangents):
-        found = _sum(found, call_map(VJP_JVP, problem, given._replace(cotangents=move.cotangents), needs))
+        along = _with_results_t(problem, given)._replace(cotangents=move.cotangents)
+        found = _sum(found, call_map(VJP_JVP, problem, along, needs))
     if _any(move.tangents):
         along = given._replace(tangents=move.tangents)
         # the tangents' results moved along the primals too, where those moved
@@ -442,28 +447,24 @@ def _along(wanted: Any, given: Cotangents, results_t: Sequence[Tensor | None]) -
     ]
 
 
-class _Kept:
-    """An output that a backend may use again, while its owner has not changed it.
+def _own_dq(problem: Problem, needs: Needs, tensors: Tensors, dq: Tensor | None) -> Tensor | None:
+    """A copy of the gradient that Vjp gave for q, where a double backward has a use for it.
 
-    It is no saved tensor: those that change are an error, and gradients often do, as when they are clipped.
+    The gradient itself is its owner's: clipping, .data, numpy and collectives may change it, counted or not.
     """
-
-    def __init__(self, output: Tensor | None) -> None:
-        self.tensor: Tensor | None = None
-        # of an inference tensor nobody takes a derivative, and it counts no changes
-        if output is not None and not output.is_inference():
-            self.tensor, self.version = output.detach(), output._version
-
-    def get(self) -> Tensor | None:
-        return self.tensor if self.tensor is not None and self.tensor._version == self.version else None
+    if (
+        dq is None or internals.transformed()
+    ):  # a transform's double backward is an operator, which takes none
+        return None
+    given = VJP.split(tensors)
+    reuses = load(problem.backend).reuses_dq(problem, given.primals, given.constants, needs)
+    return dq.detach().clone() if reuses else None
 
 
-def _double_backward(problem: Problem, given: Given, needs: Needs, dq: _Kept | None) -> tuple[Any, ...]:
+def _double_backward(problem: Problem, given: Given, needs: Needs, dq: Tensor | None) -> tuple[Any, ...]:
     """Jvp and VjpJvp of Vjp's inputs; with what Vjp gave for q, where no graph is asked for."""
     tensors = DOUBLE_BACKWARD.join(given)
-    alone = not internals.recording(tensors) and not internals.batched_in_backward(tensors)
-    kept = dq.get() if dq is not None and alone else None
-    if kept is None:
+    if dq is None or internals.recording(tensors) or internals.batched_in_backward(tensors):
         found: tuple[Any, ...] = call_map(DOUBLE_BACKWARD, problem, given, needs)
         return found
     results_t, gradients = load(problem.backend).double_backward(
@@ -475,7 +476,7 @@ def _double_backward(problem: Problem, given: Given, needs: Needs, dq: _Kept | N
             *given.cotangents,
             given.tangents,
             needs,
-            kept,
+            dq,
         )
     )
     return (*results_t, *gradients)
@@ -489,7 +490,7 @@ def _warn(what: str) -> None:
         f"{what} of attention has no fused map: it goes through the reference, in eager PyTorch with N×M "
         "matrices in memory",
         HigherOrderWarning,
-        stacklevel=4,
+        stacklevel=level_of_caller(),
     )
 
 

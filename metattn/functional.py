@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from metattn import backends
 from metattn.autodiff import attend
-from metattn.problem import Options, Packing, autocast, check_head_groups, check_qkv, dense, packed
+from metattn.problem import (
+    Causal,
+    Number,
+    Options,
+    Packing,
+    autocast,
+    check_head_groups,
+    check_qkv,
+    dense,
+    packed,
+)
 
 
 @overload
@@ -23,13 +33,13 @@ def attention(
     *,
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
-    causal: bool | str = ...,
+    causal: Causal = ...,
     window: Sequence[int] | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
+    scale: Number | None = ...,
+    softcap: Number | None = ...,
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
-    dropout_p: float = ...,
+    dropout_p: Number = ...,
     dropout_seed: int | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
@@ -42,13 +52,13 @@ def attention(
     *,
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
-    causal: bool | str = ...,
+    causal: Causal = ...,
     window: Sequence[int] | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
+    scale: Number | None = ...,
+    softcap: Number | None = ...,
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
-    dropout_p: float = ...,
+    dropout_p: Number = ...,
     dropout_seed: int | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
@@ -60,16 +70,17 @@ def attention(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
-    causal: bool | str = False,
+    causal: Causal = False,
     window: Sequence[int] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: Number = 0.0,
     dropout_seed: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """O = (softmax(S)∘Z) V,  S = softcap·tanh(scale·QKᵀ/softcap) + bias + alibi, -inf where masked.
 
@@ -85,7 +96,7 @@ def attention(
         bias: any of the four dtypes, broadcastable to [B, Hq, N, M]; never expanded.
         causal: False, "top-left" (or True, j ≤ i) or "bottom-right" (j ≤ i + M - N).
         window: (left, right), -1 = no limit: -left ≤ j - (i + offset) ≤ right, offset causal's, or M - N.
-        scale: 1/sqrt(d) unless given.
+        scale: a number, or a tensor that holds one and is no input to a derivative; 1/sqrt(d) unless given.
         softcap: c > 0 bounds the scores to (-c, c) before bias is added.
         alibi_slopes: [Hq] or [B, Hq], constants: adds -slope·|i + M - N - j|.
         sinks: [Hq] or [B, Hq], a logit more in each row's softmax, that attends to nothing.
@@ -99,11 +110,13 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; nothing was computed.
-        NotImplementedError: a layout that is not strided; alibi_slopes whose derivative is asked for; a named
-            backend that cannot serve the call.
+        NotImplementedError: a layout that is not strided, nested tensors among them; alibi_slopes, scale,
+            softcap or dropout_p whose derivative is asked for; a named backend that cannot serve the call.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; docs/math.md has the formulas of the derivatives.
     """
+    if unknown:
+        raise unexpected("attention", unknown)
     options = Options(
         mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     )
@@ -124,13 +137,13 @@ def varlen_attention(
     *,
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
-    causal: bool | str = ...,
+    causal: Causal = ...,
     window: Sequence[int] | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
+    scale: Number | None = ...,
+    softcap: Number | None = ...,
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
-    dropout_p: float = ...,
+    dropout_p: Number = ...,
     dropout_seed: int | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
@@ -147,13 +160,13 @@ def varlen_attention(
     *,
     mask: Tensor | None = ...,
     bias: Tensor | None = ...,
-    causal: bool | str = ...,
+    causal: Causal = ...,
     window: Sequence[int] | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
+    scale: Number | None = ...,
+    softcap: Number | None = ...,
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
-    dropout_p: float = ...,
+    dropout_p: Number = ...,
     dropout_seed: int | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
@@ -169,16 +182,17 @@ def varlen_attention(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
-    causal: bool | str = False,
+    causal: Causal = False,
     window: Sequence[int] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: Number = 0.0,
     dropout_seed: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention() of each of S packed sequences: rows cu_seqlens[s] to cu_seqlens[s+1] see one another only.
 
@@ -204,6 +218,8 @@ def varlen_attention(
 
     Source: the packed layout of Dao 2023, arXiv 2307.08691.
     """
+    if unknown:
+        raise unexpected("varlen_attention", unknown)
     options = Options(
         mask, bias, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     )
@@ -219,11 +235,12 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: Number = 0.0,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: Number | None = None,
     enable_gqa: bool = False,
+    **unknown: Any,
 ) -> Tensor:
     """softmax(scale·QKᵀ + attn_mask) V: torch.nn.functional's function of this name, differentiable twice.
 
@@ -247,11 +264,13 @@ def scaled_dot_product_attention(
 
     Orders of differentiation as attention(). Source: torch.nn.functional.scaled_dot_product_attention.
     """
+    if unknown:
+        raise unexpected("scaled_dot_product_attention", unknown)
     names = ("query", "key", "value")
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-    causal: bool | str = is_causal
+    causal: Causal = is_causal
     if type(attn_mask).__module__ == "torch.nn.attention.bias":
         causal, attn_mask = _causal_bias(attn_mask, query, key, is_causal), None
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
@@ -303,9 +322,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
     options.pop("return_lse", None)
     unknown = [name for name in options if name not in (*Options._fields, *Packing._fields)]
     if unknown:
-        raise TypeError(
-            f"{unknown[0]}: expected an option of attention() or varlen_attention(), got an unknown one"
-        )
+        raise unexpected("attention", unknown)
     if options.get("dropout_seed") is None:
         options["dropout_seed"] = 0  # explaining a call draws nothing from torch's generator
     packing = {name: options.pop(name) for name in Packing._fields if name in options}
@@ -316,7 +333,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
         problem, primals, constants = packed(q, k, v, Packing(**packing), Options(**options))
     else:
         problem, primals, constants = dense(q, k, v, Options(**options))
-    chosen = backends.choose(problem, primals, constants, named).backend
+    chosen = backends.first(problem, primals, constants, named).backend
     named = named or backends.named()
     reasons = {}
     for name in backends.NAMES:
@@ -326,6 +343,52 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
                 reason = f"{chosen} was asked for by name" if named else f"{chosen} comes first for this call"
             reasons[name] = reason
     return Explanation(chosen, reasons)
+
+
+# What other libraries call it.
+FAMILIAR = {
+    **dict.fromkeys(("is_causal",), "causal"),
+    **dict.fromkeys(
+        ("attn_mask", "attention_mask"), "mask (bool, True = attends) or bias (numbers that are added)"
+    ),
+    **dict.fromkeys(
+        ("key_padding_mask", "padding_mask"), "mask[:, None, None, :], True where a key is attended"
+    ),
+    **dict.fromkeys(("attn_bias", "position_bias", "score_mod"), "bias"),
+    **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "scale"),
+    **dict.fromkeys(("window_size", "sliding_window", "local_window_size"), "window=(left, right)"),
+    **dict.fromkeys(("dropout", "p_dropout", "p"), "dropout_p"),
+    **dict.fromkeys(("seed",), "dropout_seed"),
+    **dict.fromkeys(("logits_soft_cap", "soft_cap", "logit_cap"), "softcap"),
+    **dict.fromkeys(("s_aux", "sink", "attention_sinks"), "sinks"),
+    **dict.fromkeys(("slopes",), "alibi_slopes"),
+    **dict.fromkeys(("return_softmax_lse", "return_attn_probs", "need_weights"), "return_lse"),
+    **dict.fromkeys(("enable_gqa",), "nothing: grouped heads are seen by the shapes"),
+}
+TORCHS = {
+    **dict.fromkeys(("causal",), "is_causal"),
+    **dict.fromkeys(("mask", "bias", "attention_mask", "attn_bias"), "attn_mask"),
+    **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "scale"),
+    **dict.fromkeys(("dropout", "p_dropout", "p"), "dropout_p"),
+}
+OF_PACKED = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen", "max_seqlen_q", "max_seqlen_k")
+
+
+def unexpected(function: str, names: Iterable[str]) -> TypeError:
+    """The error for an argument that a function has not, with what it is called there."""
+    name = next(iter(names))
+    to_torch = function == "scaled_dot_product_attention"
+    hint = (TORCHS if to_torch else FAMILIAR).get(name)
+    if hint is None and name in OF_PACKED:
+        hint = "varlen_attention's cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k"
+    if hint is None and to_torch and name in Options._fields:
+        hint = f"metattn.attention, which has {name}"
+    if hint is None:
+        options = (
+            ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa") if to_torch else Options._fields
+        )
+        hint = f"one of {', '.join(options)}"
+    return TypeError(f"{name}: expected {hint}, got an argument that {function}() does not have")
 
 
 def _public_lse(lse: Tensor, o: Tensor) -> Tensor:
@@ -350,7 +413,7 @@ def _to_4d(
         heads = q_batch[-1]
         check_head_groups(heads, k_batch[-1], ("query", "key has"))
         check_head_groups(heads, v_batch[-1], ("query", "value has"))
-        if len(q_batch) == 2 and k_batch == v_batch and q_batch[0] == k_batch[0]:
+        if len(q_batch) == len(k_batch) == 2 and k_batch == v_batch and q_batch[0] == k_batch[0]:
             return q_batch, query, key, value
         if k_batch[-1] != v_batch[-1]:
             key = key.repeat_interleave(heads // k_batch[-1], -3)
@@ -418,7 +481,9 @@ def _check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor, enable_gqa: 
         )
 
 
-def _causal_bias(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
+def _causal_bias(
+    attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool
+) -> Literal["top-left", "bottom-right"]:
     """The alignment that a torch.nn.attention.bias.CausalBias stands for."""
     if is_causal:
         raise ValueError("is_causal: expected False with a CausalBias as attn_mask")
@@ -437,8 +502,8 @@ def _torch_combines(
     value: Tensor,
     attn_mask: Tensor,
     *,
-    dropout_p: float,
-    scale: float | None,
+    dropout_p: Any,
+    scale: Any,
     enable_gqa: bool,
 ) -> bool:
     """Whether torch has a fused kernel for attn_mask with is_causal: its math path refuses them together."""

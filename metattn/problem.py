@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
-from typing import Any, NamedTuple
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from metattn import torch_internals as internals
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QKV = ("q", "k", "v")
+Causal = bool | Literal["top-left", "bottom-right"]
+Number = float | Tensor  # one of no dimension
 
 
 class Primals(NamedTuple):
@@ -103,13 +105,13 @@ class Options(NamedTuple):
 
     mask: Tensor | None = None
     bias: Tensor | None = None
-    causal: bool | str = False
+    causal: Causal = False
     window: Sequence[int] | None = None
-    scale: float | None = None
-    softcap: float | None = None
+    scale: Number | None = None
+    softcap: Number | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
-    dropout_p: float = 0.0
+    dropout_p: Number = 0.0
     dropout_seed: int | None = None
 
 
@@ -210,8 +212,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = QKV
     for name, t in zip(names, (q, k, v), strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise NotImplementedError(f"{name}: expected a strided tensor, got layout {t.layout}")
+        _check_strided(name, t)
     dtype, device = q.dtype, q.device
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{names[0]}: expected float64, float32, bfloat16 or float16, got {dtype}")
@@ -219,6 +220,16 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = QKV
         raise TypeError(f"{', '.join(names)}: expected one dtype, got {dtype}, {k.dtype} and {v.dtype}")
     if k.device != device or v.device != device:
         raise ValueError(f"{', '.join(names)}: expected one device, got {device}, {k.device} and {v.device}")
+
+
+def _check_strided(name: str, t: Tensor) -> None:
+    if t.is_nested:
+        raise NotImplementedError(
+            f"{name}: expected a strided tensor, got a nested one; of a jagged [B, j, H, d] pass values(), "
+            "and offsets() as cu_seqlens, to varlen_attention"
+        )
+    if t.layout != torch.strided:
+        raise NotImplementedError(f"{name}: expected a strided tensor, got layout {t.layout}")
 
 
 def check_head_groups(q_heads: int, kv_heads: int, names: tuple[str, str] = ("q", "k and v have")) -> None:
@@ -263,8 +274,8 @@ def _with_options(
         dropout_p = _real("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
-    if dropout_seed is not None and not _is_int(dropout_seed):
-        raise TypeError(f"dropout_seed: expected an int or None, got {type(dropout_seed).__name__}")
+    if dropout_seed is not None:
+        dropout_seed = _integer("dropout_seed", dropout_seed, "an int or None")
     if dropout_seed is not None and not -(2**63) <= dropout_seed < 2**63:
         raise ValueError(f"dropout_seed: expected a 64-bit signed integer, got {dropout_seed}")
     if mask is not None:
@@ -296,29 +307,59 @@ def _with_options(
 def _window(window: Sequence[int]) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right) or None, got {window!r}")
+    sides = []
     for side in window:
-        if not _is_int(side):
+        if type(side) is not int and not _is_integer(side):
             raise TypeError(f"window: expected two integers, got {window!r}")
         if side < -1:
             raise ValueError(f"window: expected sides of at least -1 (unlimited), got {window!r}")
-    # no sequence is as long as 2**31: such a side is none, and the kernels' sums of it would overflow
-    left, right = (-1 if side >= 2**31 else side for side in window)
+        # no sequence is as long as 2**31: such a side is none, and the kernels' sums of it would overflow
+        sides.append(-1 if side >= 2**31 else _plain_integer(side))
+    left, right = sides
     return left, right
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def _is_integer(value: Any) -> bool:
+    """Python's, numpy's and Dynamo's; bools are flags."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+
+
+def _plain_integer(value: Any) -> Any:
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def _integer(name: str, value: Any, expected: str = "an int") -> int:
+    if not _is_integer(value):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    found: int = _plain_integer(value)
+    return found
 
 
 def _real(name: str, value: Any) -> float:
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, Tensor):
+        return _number_of(name, value)
     raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def _number_of(name: str, t: Tensor) -> float:
+    """The number in a tensor without dimensions, which torch takes for one too."""
+    _check_strided(name, t)
+    if t.ndim != 0 or t.dtype == torch.bool or t.is_complex():
+        raise TypeError(
+            f"{name}: expected a number, got a tensor of shape {list(t.shape)} and dtype {t.dtype}"
+        )
+    if internals.differentiated_or_mapped(t):
+        raise NotImplementedError(
+            f"{name}: expected a constant number, got a tensor that is differentiated or mapped over; detach "
+            "it, or multiply q by a scale"
+        )
+    return float(t)
+
+
 def _length(name: str, value: int) -> int:
-    if not _is_int(value):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    value = _integer(name, value)
     if not 0 <= value < 2**31:
         raise ValueError(f"{name}: expected a length from 0 to 2**31 - 1, got {value}")
     return value
@@ -327,6 +368,7 @@ def _length(name: str, value: int) -> int:
 def _cu_seqlens(name: str, cu: Tensor, q: Tensor, total: int, longest: int) -> Tensor:
     if not isinstance(cu, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(cu).__name__}")
+    _check_strided(name, cu)
     if cu.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {cu.dtype}")
     if cu.device != q.device:
@@ -394,11 +436,10 @@ def readable(t: Tensor) -> bool:
 def _check_option(name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
+    _check_strided(name, t)
     if t.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected {names}, got {t.dtype}")
-    if t.layout != torch.strided:
-        raise NotImplementedError(f"{name}: expected a strided tensor, got layout {t.layout}")
     if t.device != q.device:
         raise ValueError(f"{name}: expected a tensor on q's device, {q.device}, got one on {t.device}")
 

@@ -59,7 +59,19 @@ def any_dual(tensors: Sequence[Any]) -> bool:
         transformed() and _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Jvp
     ):
         return False
-    return any(isinstance(x, Tensor) and tangent_of(x) is not None for x in tensors)
+    return any(isinstance(x, Tensor) and _may_be_dual(x) for x in tensors)
+
+
+def _may_be_dual(x: Tensor) -> bool:
+    """Of tensors of torch's older vmap it cannot be asked: a node is made, whose jvp is taken if it is so."""
+    return _of_older_vmap(x) or tangent_of(x) is not None
+
+
+def _of_older_vmap(x: Tensor) -> bool:
+    """Whether a tensor is batched by it, within whichever wrappers of torch.func."""
+    while _is_wrapped(x):
+        x = _functorch.get_unwrapped(x)
+    return _functorch.is_legacy_batchedtensor(x)
 
 
 _forward_ad_globals = forward_ad.__dict__  # a dict of ours: of torch's modules Dynamo guards nothing
@@ -94,6 +106,9 @@ def with_tangent(x: Tensor, tangent: Tensor) -> Tensor:
 
 def without_tangent(x: Tensor) -> Tensor:
     """A tensor without its tangent on this level."""
+    if _of_older_vmap(x):  # for which unpacking is not implemented
+        with forward_ad._set_fwd_grad_enabled(False):  # type: ignore[no-untyped-call]
+            return x.clone()
     return torch._VF._unpack_dual(x, level=0).primal  # type: ignore[no-any-return, attr-defined]
 
 
@@ -102,6 +117,13 @@ def recording(tensors: Sequence[Any]) -> bool:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         return True
     return any_dual(tensors)
+
+
+def differentiated_or_mapped(x: Tensor) -> bool:
+    """Whether a tensor's value alone would lose a derivative that is asked for, or an example of a vmap."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad and torch.is_grad_enabled()
+    return recording([x]) or _is_wrapped(x) or _functorch.is_legacy_batchedtensor(x)
 
 
 def below_autograd() -> AbstractContextManager[None]:
@@ -115,6 +137,24 @@ def below_autograd() -> AbstractContextManager[None]:
 def alive(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Tensors without the wrappers of transforms that have ended, which may have been kept beyond them."""
     return [x if x is None or not _is_wrapped(x) else _functorch.unwrap_if_dead(x) for x in tensors]
+
+
+def countable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Tensors as autograd may keep them: of those made in inference mode, which count no changes, copies.
+
+    A copy is as large as what lies in memory: what was expanded stays so.
+    """
+    if not any([x is not None and x.is_inference() for x in tensors]):
+        return tensors
+    return [_copied(x) if x is not None and x.is_inference() else x for x in tensors]
+
+
+def _copied(x: Tensor) -> Tensor:
+    once = x
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            once = once.narrow(dim, 0, 1)
+    return once.clone().expand(x.shape)
 
 
 def apply_function(function: Any, *arguments: Any) -> Any:

@@ -18,14 +18,11 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 os.environ["METATTN_TUNED"] = "0"  # the shipped tiles, whatever somebody has tuned here
 
 import emulation
-import interpreter
 
 from metattn.backends import available_backends, triton
 
 if emulation.installed():
     emulation.install()
-if triton.interpreted() and available_backends()["triton"] is None:
-    interpreter.mend()
 TESTED = [
     name for name, reason in available_backends().items() if name in ("reference", "cpu") or reason is None
 ]

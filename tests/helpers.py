@@ -211,7 +211,7 @@ def _math_dense(x: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, 
         scores = scores + x["bias"].to(compute)
     if "alibi_slopes" in options:
         slopes = options["alibi_slopes"].to(compute)
-        scores = scores - slopes.view(-1, heads, 1, 1) * (i + m - n - j).abs()
+        scores = scores - slopes[..., None, None] * (i + m - n - j).abs()
     causal, (left, right) = options.get("causal", False), options.get("window", (-1, -1))
     offset = 0 if causal == "top-left" else m - n
     alive = torch.ones(n, m, dtype=torch.bool)
@@ -224,7 +224,7 @@ def _math_dense(x: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, 
     if "mask" in options:
         alive = alive & options["mask"]
     scores = scores.masked_fill(~alive, -torch.inf)
-    sinks = x["sinks"].to(compute).view(-1, heads, 1, 1) if "sinks" in x else scores.new_tensor(-torch.inf)
+    sinks = x["sinks"].to(compute)[..., None, None] if "sinks" in x else scores.new_tensor(-torch.inf)
     scores = torch.cat([scores, sinks.expand(batch, heads, n, 1)], -1)
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)

@@ -545,6 +545,47 @@ def test_compare_says_what_changed_beyond_the_spread(
     ]
 
 
+@pytest.mark.parametrize("option", ["--compare", "--render"])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"rows": []}'], ids=str)
+def test_what_is_no_bench_json(
+    option: str, content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    files = [str(path)] * (2 if option == "--compare" else 1)
+    assert main(["bench", option, *files, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"metattn bench: {option}: expected a bench.json, got {path}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in the folder's place, and one on its way: root may write to any folder."""
+    monkeypatch.setattr(bench, "measure", None)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert main([command, "--quick", "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith(
+            f"metattn {command}: --out: expected a folder to write to, got {out}"
+        )
+    if command == "bench":
+        assert main(["bench", "--out", str(tmp_path), "--readme", str(tmp_path / "none.md")]) == 2
+        assert "--readme: expected a Markdown file" in capsys.readouterr().err
+
+
+def test_quick_takes_as_long_as_is_said() -> None:
+    """On two cores of 100 GFLOP/s, by the guess that a run announces."""
+    timed, memory = bench.chosen(None, True)
+    found = [each for each in _contestants.contestants() if each.name not in bench.COMPILES]
+    work = [bench.expected_seconds(case, found, 1e11, 0.3, 3) for case in timed]
+    work += [bench.expected_seconds_for_memory(case, found, 1e11) for case in memory]
+    assert 40 <= sum(work) <= 80, "--quick says that it takes about a minute"
+
+
 def test_compare_tells_rows_that_became_wrong() -> None:
     right = made_up(row(CASES["long"], "forward", OURS, 1.0))
     wrong = made_up(row(CASES["long"], "forward", OURS, 1.0, wrong="o is off"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import emulation
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import metattn
-from metattn import backends
+from metattn import backends, installation
 from metattn.backends import native
 from metattn.cli import doctor, main
 
@@ -55,6 +56,15 @@ def test_python_m_runs_the_same(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["ok"] else 1)
     assert set(report["backends"]) == {"reference", "cpu", "cuda", "triton"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """The package's, which is the one that pyproject.toml declares."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"metattn {metattn.__version__}\n"
+    assert f'version = "{metattn.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_bad_value_is_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +112,74 @@ def test_doctor_on_an_unloadable_library(
         metattn.attention(*[torch.ones(1, 1, 2, 2)] * 3)  # the automatic choice goes on
     finally:
         native.unavailable_reason.cache_clear()
+
+
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nothing was built, and nobody was told."""
+    monkeypatch.setattr(backends, "_reasons", {"cpu": "not built: why", "cuda": "absent", "triton": "absent"})
+    monkeypatch.setattr(backends, "_told", False)
+
+
+@pytest.mark.usefixtures("unbuilt")
+def test_a_large_call_that_the_reference_serves_is_told_once() -> None:
+    """Where no other backend is there and none was asked for; where it was called, modules' calls too."""
+    small, long = torch.randn(1, 1, 999, 2), torch.randn(1, 1, 1000, 2)
+    packed, starts = torch.randn(1000, 1, 2), torch.tensor([0, 1000], dtype=torch.int32)
+    module = metattn.nn.MultiheadAttention(2, 1, batch_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metattn.attention(long, small, small)
+        metattn.attention(long, long, long, backend="reference")
+        with metattn.use_backend("reference"):
+            metattn.attention(long, long, long)
+        assert metattn.explain(long, long, long).backend == "reference"
+        halves = torch.tensor([0, 500, 1000], dtype=torch.int32)
+        metattn.varlen_attention(packed, packed, packed, halves, halves, 500, 500)
+    calls = {
+        "attention": lambda: metattn.attention(long, long, long),
+        "packed": lambda: metattn.varlen_attention(packed, packed, packed, starts, starts, 1000, 1000),
+        "module": lambda: module(long[0], long[0], long[0], need_weights=False),
+        "transformed": lambda: torch.func.grad(lambda x: metattn.attention(x, x, x).sum())(long),
+        "torch's": lambda: metattn.scaled_dot_product_attention(long, long, long),
+    }
+    said = r"1000×1000 scores .* cpu tensors \(cpu: not built: why\)"
+    for call in calls.values():
+        backends._told = False
+        with pytest.warns(UserWarning, match=said) as caught:  # noqa: PT031
+            call()
+            call()
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_large_call_where_something_was_built_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that is there and does not take a call has its reason in explain."""
+    monkeypatch.setattr(backends, "_reasons", {"cpu": None, "cuda": "absent", "triton": "absent"})
+    monkeypatch.setattr(native, "unsupported", lambda *_: "a call of another kind")
+    long = torch.randn(1, 1, 1000, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metattn.attention(long, long, long)
+
+
+@pytest.mark.usefixtures("unbuilt")
+def test_doctor_where_nothing_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cause that the build has left, or what can be said without."""
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libmetattn_cpu.so")
+    monkeypatch.setattr(installation, "FOLDER", tmp_path)
+    assert doctor.examine()["not_built"] == f"nothing in {tmp_path} says why"
+    for text, why, first in (
+        ('{"cause": "a cause", "mend": "do this"}', "a cause", ["do this"]),
+        ('{"cause": null, "cuda": "none"}', f"it was, and is no longer in {tmp_path}", []),
+        ("[]", f"nothing in {tmp_path} says why", []),
+        ("no JSON", f"nothing in {tmp_path} says why", []),
+    ):
+        (tmp_path / "_build.json").write_text(text)
+        report = doctor.examine()
+        assert report["not_built"] == why
+        assert report["mend"][:-1] == first
+        assert report["mend"][-1].startswith(f"METATTN_BUILD_EXT=1 {sys.executable} -m pip install")
+        assert f"  not built: {why}\n  to have it: " in doctor.text(report)
 
 
 def test_doctor_on_a_torch_too_old(

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import OPTIONS, Shape, finite, largest_difference, make_call
+from helpers import OPTIONS, Call, Shape, finite, largest_difference, make_call
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
 
 import metattn
 from benchmarks import doors
@@ -132,6 +133,89 @@ class TestSlopesAreNeverLost:
         assert largest_difference(vmap(tangent)(slopes), map(tangent, slopes)) < 1e-12
 
 
+class AlongCotangents(torch.autograd.Function):
+    """Of a function's gradient: its backward takes forward-mode derivatives along what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Any, along: Any, x: Tensor) -> Tensor:
+        ctx.along = along
+        ctx.save_for_backward(x)
+        return gradient(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return None, None, ctx.along(ctx.saved_tensors[0], cotangent)
+
+
+def duals(f: Any, x: Tensor, move: Tensor) -> Tensor:
+    """The tangent that torch's own forward mode gives."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, move))).tangent  # type: ignore[no-any-return]
+
+
+class TestWithinABatchedBackward:
+    """Forward mode, and torch.func's transforms, along cotangents that is_grads_batched maps over."""
+
+    WAYS: ClassVar[dict[str, Any]] = {
+        "torch's duals": lambda f: lambda x, move: duals(grad(f), x, move),
+        "duals of a map": lambda f: lambda x, move: duals(vmap(grad(lambda y: f(y[None]))), x, move),
+        "vjp of a grad": lambda f: lambda x, move: vjp(grad(f), x)[1](move)[0],
+        "vjp of a map": lambda f: lambda x, move: vjp(vmap(grad(lambda y: f(y[None]))), x)[1](move)[0],
+    }
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_hessian_products(self, way: str, backend: str) -> None:
+        q, k, v = tensors(3)
+        cotangents = torch.randn(4, *q.shape, dtype=q.dtype)
+        results = []
+        for attend in (ours(backend), doors.plain):
+
+            def energy(x: Tensor, attend: Attention = attend) -> Tensor:
+                return attend(x, k[: x.shape[0]], v[: x.shape[0]]).sin().sum()
+
+            gradient = self.WAYS[way](energy)
+            x = q.clone().requires_grad_()
+            y = AlongCotangents.apply(grad(energy), gradient, x)
+            batched = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, retain_graph=True)
+            one_by_one = [torch.autograd.grad(y, x, c, retain_graph=True)[0] for c in cotangents]
+            results += [batched[0], torch.stack(one_by_one)]
+        assert largest_difference(results[:3], results[1:]) < 1e-12
+
+
+class TestABatchedBackwardWithin:
+    """Within a transform torch does not unwrap what is_grads_batched gives: nobody can read it."""
+
+    @staticmethod
+    def batched(attend: Attention) -> Any:
+        _, k, v = tensors(3)
+
+        def gradients(q: Tensor) -> Tensor:
+            x = q if q.requires_grad else q.clone().requires_grad_()
+            basis = torch.stack([v.cos(), v.sin()])
+            return torch.autograd.grad(attend(x, k, v), x, basis, is_grads_batched=True, create_graph=True)[0]
+
+        return gradients
+
+    OUTER: ClassVar[dict[str, Any]] = {
+        "vjp": lambda f, q: vjp(f, q)[1](torch.stack([q, q]))[0],
+        "grad": lambda f, q: grad(lambda q: f(q).sin().sum())(q),
+        "jacrev": lambda f, q: jacrev(f)(q),
+        "vmap of grad": lambda f, q: vmap(grad(lambda q: f(q).sin().sum()))(torch.stack([q, q])),
+    }
+
+    @pytest.mark.parametrize("outer", OUTER)
+    def test_refused(self, outer: str, backend: str) -> None:
+        q = tensors(1)[0]
+        with pytest.raises(NotImplementedError, match="is_grads_batched"):
+            self.OUTER[outer](self.batched(ours(backend)), q)
+
+    def test_torchs_own_cannot_be_read(self) -> None:
+        """When this fails, torch can do it, and we should."""
+        q = tensors(1)[0]
+        with pytest.raises(RuntimeError, match="atching rule"):
+            self.OUTER["vjp"](self.batched(doors.plain), q).sum().item()
+
+
 class TestModesAndWrappers:
     def test_no_grad_inside_of_transforms(self, backend: str) -> None:
         """What was off where attention was called stays off on the levels further out."""
@@ -175,34 +259,131 @@ class TestModesAndWrappers:
         assert largest_difference([found], [third(doors.plain)]) < 1e-12
 
 
+def joined(tensors: Any) -> Tensor:
+    """One tensor: of sizes 0, torch's vmap cannot add two that are single numbers."""
+    return torch.cat([x.flatten() for x in (tensors if isinstance(tensors, tuple) else (tensors,))])
+
+
+def energy(function: Any) -> Any:
+    """One number of what a function gives, for functions of tuples too."""
+    return lambda *x: (lambda y: (y * y.cos()).sum())(joined(function(*x)))
+
+
+# Each takes (o, lse) of some tensors and gives a function of them: all maps, and what lies beyond.
+OF_AN_EXAMPLE: dict[str, Any] = {
+    "forward": lambda f, every: f,
+    "vjp": lambda f, every: grad(energy(f), every),
+    "jvp": lambda f, every: lambda *x: jvp(f, x, x)[1],
+    "double_backward": lambda f, every: grad(energy(grad(energy(f), every)), every),
+    "vjp_jvp": lambda f, every: lambda *x: jvp(grad(energy(f), every), x, x)[1],
+    "grad of jvp": lambda f, every: grad(lambda *x: jvp(energy(f), x, x)[1], every),
+    "jvp of vjp": lambda f, every: lambda *x: jvp(lambda *y: vjp(f, *y)[1](f(*y)), x, x)[1],
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "hessian": lambda f, every: hessian(energy(f), every),
+    "third": lambda f, every: grad(energy(grad(energy(grad(energy(f), every)), every)), every),
+}
+
+
+def outside(mapped: Any, every: Any) -> dict[str, Any]:
+    """Derivatives of a function that maps over nothing: what is shared gets zeros."""
+
+    def leaves(function: Any) -> Any:
+        def run(*x: Tensor) -> list[Tensor]:
+            x = tuple(t.clone().requires_grad_() for t in x)
+            first = torch.autograd.grad(energy(function)(*x), x, create_graph=True)
+            return [*first, *torch.autograd.grad(energy(lambda: first)(), x, materialize_grads=True)]
+
+        return run
+
+    def batched(*x: Tensor) -> tuple[Tensor, ...]:
+        x = tuple(t.clone().requires_grad_() for t in x)
+        y = joined(mapped(*x))
+        return torch.autograd.grad(y, x, torch.ones(3, 1).to(y) * y.detach(), is_grads_batched=True)
+
+    return {
+        "backward": leaves(mapped),
+        "grad": grad(energy(mapped), every),
+        "jvp": lambda *x: jvp(mapped, x, x)[1],
+        "jvp of grad": lambda *x: jvp(grad(energy(mapped), every), x, x)[1],
+        "hessian": hessian(lambda *x: (lambda o: (o * o).sum())(mapped(*x)[0]), every),
+        "batched gradients": batched,
+        "within a vmap": lambda *x: vmap(lambda _: mapped(*x))(torch.ones(3)),
+    }
+
+
+def examples_of_none(call: Call, mapped: set[str]) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """A call's tensors, those that are mapped over with no example at all; and vmap's in_dims."""
+    dims = tuple(0 if name in mapped else None for name in call.inputs)
+    return [
+        x if dim is None else x[None].expand(0, *x.shape) for x, dim in zip(call.tensors, dims, strict=True)
+    ], dims
+
+
+def compare_over_nothing(call: Call, mapped: set[str], transform: str, backend: str) -> None:
+    x, dims = examples_of_none(call, mapped)
+    every = tuple(range(len(x)))
+    results = []
+    for function in (call.function(backend), call.math):
+        of_example = OF_AN_EXAMPLE.get(transform)
+        if of_example is not None:
+            found = vmap(of_example(function, every), dims)(*x)
+        else:
+            found = outside(vmap(function, dims), every)[transform.removeprefix("outside: ")](*x)
+        results.append(tree_leaves(found))
+    ours, expected = results
+    assert [t.shape for t in ours] == [t.shape for t in expected]
+    assert largest_difference(ours, expected) == 0.0
+
+
+OVER_NOTHING = [*OF_AN_EXAMPLE, *(f"outside: {name}" for name in outside(None, None))]
+
+
+@pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
 class TestEmptyBatches:
-    """vmap over a dimension of size 0, of every map."""
+    """vmap over a dimension of size 0, of every map, by every door; gradients of each sample of none."""
 
-    def test_shapes(self, backend: str) -> None:
-        x = torch.zeros(0, 3, 2, 5, 4, dtype=torch.float64)
-        bias = torch.zeros(0, 1, 2, 5, 5, dtype=torch.float64)
+    CALL = make_call(("bias", "sinks", "softcap"), Shape(batch=2, n=3, m=4, d=2, dv=3))
 
-        def attend(q: Tensor, bias: Tensor) -> Tensor:
-            return metattn.attention(q, q.sin(), q.cos(), bias=bias, backend=backend)
+    @pytest.mark.parametrize("transform", OVER_NOTHING)
+    def test_transform(self, transform: str, backend: str) -> None:
+        for mapped in (set(self.CALL.inputs), {"q"}, {"k", "v"}, {"bias"}, {"sinks"}):
+            compare_over_nothing(self.CALL, mapped, transform, backend)
 
-        def formula(q: Tensor, bias: Tensor) -> Tensor:
-            return (q @ q.sin().mT / 2 + bias).softmax(-1) @ q.cos()
+    @pytest.mark.parametrize("name", list(OPTIONS))
+    def test_option(self, name: str, backend: str) -> None:
+        call = make_call((name,), Shape(batch=2, n=3, m=3, d=2, dv=2, lengths=((2, 1), (1, 2))))
+        for transform in ("forward", "vjp", "jvp", "double_backward", "vjp_jvp", "outside: backward"):
+            compare_over_nothing(call, set(call.inputs), transform, backend)
 
-        def loss(attend: Any) -> Any:
-            return grad(lambda *x: attend(*x).square().sum(), (0, 1))
+    @pytest.mark.parametrize(("outer", "inner"), [(0, 0), (0, 3), (2, 0)])
+    @pytest.mark.parametrize("transform", ["forward", "vjp", "double_backward", "vjp_jvp"])
+    def test_nested(self, transform: str, outer: int, inner: int, backend: str) -> None:
+        """q mapped outside, the bias inside; both, one or the other without examples."""
+        x = {name: t.clone() for name, t in self.CALL.inputs.items()}
+        x["q"] = x["q"].expand(outer, *x["q"].shape)
+        x["bias"] = x["bias"].expand(inner, *x["bias"].shape)
+        over = [tuple(0 if name == one else None for name in x) for one in ("q", "bias")]
+        results = []
+        for function in (self.CALL.function(backend), self.CALL.math):
+            of_example = OF_AN_EXAMPLE[transform](function, tuple(range(len(x))))
+            results.append(tree_leaves(vmap(vmap(of_example, over[1]), over[0])(*x.values())))
+        assert [t.shape for t in results[0]] == [t.shape for t in results[1]]
+        assert largest_difference(*results) == 0.0
 
-        def all_maps(attend: Any) -> tuple[Tensor, ...]:
-            second = vmap(lambda *x: jvp(loss(attend), x, x)[1])(x, bias)
-            of_second = vmap(grad(lambda *y: loss(attend)(*y)[0].sum() + loss(attend)(*y)[1].sum(), (0, 1)))(
-                x, bias
-            )
-            of_empty = vmap(attend, (0, None))
-            nested = vmap(of_empty, (None, 0))(x, torch.zeros(3, 1, 2, 5, 5, dtype=torch.float64))
-            return vmap(attend)(x, bias), *vmap(loss(attend))(x, bias), *second, *of_second, nested
+    def test_gradients_of_each_sample(self, backend: str) -> None:
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
-        with torch.no_grad():
-            for found, expected in zip(all_maps(attend), all_maps(formula), strict=True):
-                assert found.shape == expected.shape
+        def loss(parameters: Any, sample: Tensor) -> Tensor:
+            return functional_call(layer, parameters, (sample[None],)).square().sum()
+
+        metattn.replace_attention(layer)  # torch's own attention refuses this
+        with metattn.use_backend(backend):
+            found = vmap(grad(loss), (None, 0))(parameters, torch.zeros(0, 5, 8))
+        assert {name: t.shape for name, t in found.items()} == {
+            name: (0, *p.shape) for name, p in parameters.items()
+        }
 
     @pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
     def test_jacobian_in_an_empty_value(self, jacobian: Any, backend: str) -> None:
@@ -228,3 +409,12 @@ def test_door_in_single_precision(door: str, monkeypatch: pytest.MonkeyPatch) ->
     found = DOORS[door](ours("triton"))
     expected = expected_of(door)
     assert largest_difference(found, expected) <= 1e-4 * max(float(x.abs().max()) for x in expected)
+
+
+@pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"{available_backends()['triton']}")
+@pytest.mark.parametrize("transform", OVER_NOTHING)
+@pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
+def test_empty_batches_in_single_precision(transform: str) -> None:
+    call = TestEmptyBatches.CALL.to(torch.float32)
+    for mapped in (set(call.inputs), {"q"}, {"bias"}):
+        compare_over_nothing(call, mapped, transform, "triton")

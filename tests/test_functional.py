@@ -11,6 +11,7 @@ import timeit
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -137,6 +138,28 @@ SAME: dict[str, tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = {
     ),
     "row20-heads-inverted": (Q, randn(2, 6, 5, 8), randn(2, 6, 5, 6), {"enable_gqa": True}),
     "row20-grouped-without-flag": (randn(2, 6, 4, 8), K, V, {}),
+    "grouped-key-3-D": (randn(1, 6, 4, 8), randn(1, 5, 8), randn(1, 5, 6), {"enable_gqa": True}),
+    "grouped-key-3-D-of-a-batch": (randn(2, 6, 4, 8), randn(3, 5, 8), randn(3, 5, 6), {"enable_gqa": True}),
+    "grouped-key-5-D": (
+        randn(1, 6, 4, 8),
+        randn(1, 3, 2, 5, 8),
+        randn(1, 3, 2, 5, 6),
+        {"enable_gqa": True, "attn_mask": some(4, 5)},
+    ),
+    "grouped-key-5-D-of-a-batch": (
+        randn(2, 6, 4, 8),
+        randn(3, 2, 2, 5, 8),
+        randn(3, 1, 2, 5, 6),
+        {"enable_gqa": True},
+    ),
+    "grouped-value-5-D": (randn(2, 6, 4, 8), randn(2, 2, 5, 8), randn(3, 2, 2, 5, 6), {"enable_gqa": True}),
+    "scale-tensor": (Q, K, V, {"scale": torch.tensor(0.3)}),
+    "scale-tensor-integer": (Q, K, V, {"scale": torch.tensor(2)}),
+    "scale-tensor-1-D": (Q, K, V, {"scale": torch.tensor([0.3])}),
+    "scale-tensor-differentiated": (Q, K, V, {"scale": torch.tensor(0.3, requires_grad=True)}),
+    "dropout-tensor": (Q, K, V, {"dropout_p": torch.tensor(1.0)}),
+    "scale-numpy": (Q, K, V, {"scale": np.float32(0.3)}),
+    "nested": (torch.nested.nested_tensor([Q[0], Q[1]]), K, V, {}),
     "grouped-2-D": (Q[0, 0], K[0, 0], V[0, 0], {"enable_gqa": True}),
     "features-differ": (Q, randn(2, 3, 5, 7), V, {}),
     "row22-mixed-dtypes": (Q, K.double(), V, {}),
@@ -199,6 +222,10 @@ def test_signature_errors_name_torchs_arguments() -> None:
         ("enable_gqa=True", {"query": randn(2, 6, 4, 8)}),
         ("query: expected as many heads as key has", {"query": Q[:, :2], "enable_gqa": True}),
         ("enable_gqa: expected a bool", {"enable_gqa": 1}),
+        ("causal: expected is_causal, got an argument that scaled_dot", {"causal": True}),
+        ("mask: expected attn_mask, got", {"mask": some(4, 5)}),
+        ("window: expected metattn.attention, which has window", {"window": (1, 1)}),
+        ("colour: expected one of attn_mask, dropout_p", {"colour": 1}),
         (
             "is_causal: expected False with attn_mask",
             {"is_causal": True, "attn_mask": some(4, 5), "dropout_p": 0.5},
@@ -318,6 +345,49 @@ class TestVarlen:
         for name in ("cu_seqlens_q", "cu_seqlens_k"):
             packing[name] = packing[name].to(torch.int32)[:, None].expand(-1, 2)[:, 1]
         torch.testing.assert_close(metattn.varlen_attention(*tensors, **packing), o)
+
+    def test_numpys_integers_are_lengths(self) -> None:
+        tensors, packing = self.packed()
+        o = metattn.varlen_attention(*tensors, **packing)
+        packing |= {"max_seqlen_q": np.int64(5), "max_seqlen_k": np.int32(6)}
+        assert torch.equal(metattn.varlen_attention(*tensors, **packing), o)
+        with pytest.raises(TypeError, match="max_seqlen_q: expected an int, got float64"):
+            metattn.varlen_attention(*tensors, **{**packing, "max_seqlen_q": np.float64(5)})
+
+    def test_nested_tensors_of_torch(self) -> None:
+        """The route that the refusal names, a jagged tensor's values and offsets: both orders in the values.
+
+        torch has no second derivative of values().
+        """
+        lengths = (3, 1, 5)
+        jagged = [
+            torch.nested.nested_tensor(
+                [torch.randn(n, 2, 4, dtype=torch.float64) for n in lengths], layout=torch.jagged
+            )
+            for _ in range(3)
+        ]
+        leaves = [x.values().detach().requires_grad_() for x in jagged]
+        with pytest.raises(NotImplementedError, match=r"offsets\(\) as cu_seqlens"):
+            metattn.attention(*(x.transpose(1, 2) for x in jagged))
+
+        def of_each() -> Tensor:
+            parts = zip(*(x.split(lengths) for x in leaves), strict=True)
+            each = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)) for part in parts]
+            return torch.cat([o.transpose(0, 1) for o in each])
+
+        def packed() -> Tensor:
+            offsets = [x.offsets() for x in jagged[:2]]
+            return metattn.varlen_attention(*leaves, *offsets, max(lengths), max(lengths))
+
+        results = []
+        with sdpa_kernel(SDPBackend.MATH):
+            for function in (packed, of_each):
+                o = function()
+                first = torch.autograd.grad(o.sin().sum(), leaves, create_graph=True)
+                second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+                results.append([o, *first, *second])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
     def test_no_sequence(self) -> None:
         q, k, v = randn(0, 4, 8), randn(0, 2, 8), randn(0, 2, 6)
@@ -439,7 +509,7 @@ class TestBackends:
                 metattn.explain(q, k, v, **others)
 
     def test_explain_refuses_unknown_options(self) -> None:
-        with pytest.raises(TypeError, match="is_causal: expected an option of"):
+        with pytest.raises(TypeError, match="is_causal: expected causal, got an argument"):
             metattn.explain(Q, K, V, is_causal=True)
 
 

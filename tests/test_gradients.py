@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+import metattn
 from metattn import autodiff
 from metattn.autodiff import HigherOrderWarning
 from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Cotangents, Given
@@ -191,6 +193,55 @@ class TestHigherOrders:
         assert "third derivative" in str(warned[2][1][0].message)
 
 
+class TestWhereItWarns:
+    """At the caller's line, whatever of ours and torch's lies between."""
+
+    @staticmethod
+    def grads(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        total = f(x.requires_grad_())
+        for _ in range(2):
+            (total,) = torch.autograd.grad(total.sin().sum(), x, create_graph=True)
+        torch.autograd.grad(total.sin().sum(), x)  # here
+
+    @staticmethod
+    def backward(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        total = f(x.requires_grad_())
+        for _ in range(2):
+            (total,) = torch.autograd.grad(total.sin().sum(), x, create_graph=True)
+        total.sin().sum().backward()  # here
+
+    @staticmethod
+    def func(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        g = torch.func.hessian(lambda x: f(x).sin().sum())
+        torch.func.jvp(g, (x,), (x,))
+
+    @staticmethod
+    def forward(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        def moved(x: Tensor) -> Tensor:
+            return torch.func.jvp(f, (x,), (x,))[1]
+
+        torch.func.jvp(moved, (x,), (x,))
+
+    @pytest.mark.parametrize("door", ["grads", "backward", "func", "forward"])
+    def test_line(self, door: str, backend: str) -> None:
+        torch.manual_seed(0)
+        function = getattr(self, door)
+        module = metattn.nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
+
+        def attend(x: Tensor) -> Tensor:
+            return module(x, x, x, need_weights=False)[0]  # here: forward mode's derivatives are taken here
+
+        with metattn.use_backend(backend), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HigherOrderWarning)
+            function(attend, torch.randn(1, 3, 4, dtype=torch.float64))
+        lines = Path(__file__).read_text().splitlines()
+        found = [w for w in caught if w.category is HigherOrderWarning]
+        assert found
+        for w in found:
+            assert w.filename == __file__
+        assert "# here" in lines[found[0].lineno - 1]
+
+
 class Recorder:
     """A backend's module whose calls are written down."""
 
@@ -328,6 +379,31 @@ class TestAutogradContract:
             x[0].zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(sum(g.sum() for g in first), x)
+
+    @pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
+    @pytest.mark.parametrize("names", [("plain",), ("bias", "sinks", "dropout")], ids="+".join)
+    def test_gradients_are_their_owners(self, names: tuple[str, ...], backend: str) -> None:
+        """Written to behind autograd's counter, as numpy and collectives do: no later order sees it."""
+        call = make_call(names)
+
+        def third(function: Callable[..., tuple[Tensor, Tensor]], spoil: bool) -> list[Tensor]:
+            x = [t.detach().clone().requires_grad_() for t in call.tensors]
+            results = function(*x)
+            cotangents = [t.detach().cos().requires_grad_() for t in results]
+            x += cotangents
+            of: tuple[Any, ...] = (results, x[: len(call.tensors)], cotangents)
+            for _ in range(3):
+                gradients = torch.autograd.grad(*of, create_graph=True)
+                of = (sum((g * g.detach().sin()).sum() for g in gradients), x)
+                kept = [g.detach().clone() for g in gradients]
+                if spoil:
+                    for g in gradients:
+                        g.data.fill_(torch.nan)
+            return kept
+
+        found = third(live_function(call, backend), True)
+        expected = third(lambda *x: (lambda o, lse: (o, finite(lse)))(*call.math(*x)), False)
+        assert largest_difference(found, expected) < 1e-11 * max(float(t.abs().max()) for t in expected)
 
     def test_two_backward_passes(self, backend: str) -> None:
         call = make_call(("bias", "sinks", "dropout"), Shape(n=33, m=65, d=16, dv=16), torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -446,6 +447,54 @@ def test_surroundings_are_the_same_on_the_way_back() -> None:
         error = (value - found[0][name]).norm() / found[0][name].norm().clamp_min(1e-3)
         assert error < 0.02, name
     assert metattn.backends.named() is None
+
+
+class SelfAttending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = metattn.nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("kind", [Checkpointed(), Mixed()], ids=str)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_meta_gradients(kind: Any, create_graph: bool) -> None:
+    """is_grads_batched: its older vmap lies around the steps' forward mode and torch.func's transforms."""
+    model = SelfAttending()
+    params = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    x, y = torch.randn(2, 1, 5, 4, dtype=torch.float64)
+
+    def gradients(meta_gradient: Any, batched: bool) -> list[Tensor]:
+        adapted = adapt(
+            model,
+            params,
+            mse_loss,
+            (x, y),
+            optimizer=SGD(0.1),
+            steps=2,
+            meta_gradient=meta_gradient,
+        )
+        found = torch.cat([value.flatten() for value in adapted.values()])[:3]
+        of, basis = list(params.values()), torch.eye(3, dtype=x.dtype)
+        if batched:
+            rows = torch.autograd.grad(found, of, basis, is_grads_batched=True, create_graph=create_graph)
+        else:
+            each = [
+                torch.autograd.grad(found, of, c, retain_graph=True, create_graph=create_graph) for c in basis
+            ]
+            rows = tuple(torch.stack(row) for row in zip(*each, strict=True))
+        if not create_graph:
+            return list(rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metattn.HigherOrderWarning)
+            return list(
+                torch.autograd.grad(sum(row.square().sum() for row in rows), of, materialize_grads=True)
+            )
+
+    for ours, expected in zip(gradients(kind, True), gradients("reverse", False), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 class Attending(nn.Module):

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 import zipfile
@@ -22,11 +24,14 @@ from pathlib import Path
 
 import pytest
 
+import build_backend
+
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = "metattn/_build.json"
 BUILD_TOOLS = ("torch", "setuptools", "wheel", "ninja", "pybind11")
 # What a user of an installed package gets to see; run by the environment's interpreter, outside the tree.
 SHOW = """
-import json, sys
+import json, sys, warnings
 import metattn, metattn.kernels, torch
 q = torch.randn(1, 2, 5, 4, requires_grad=True)
 o = metattn.attention(q, q, q)
@@ -37,7 +42,14 @@ with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
     w = torch.nn.functional.scaled_dot_product_attention(x.double(), x.double(), x.double())
 (g,) = torch.autograd.grad(w.sin().sum(), x, create_graph=True)
 (r,) = torch.autograd.grad(g.square().sum(), x)
+long = torch.randn(1, 1, 1000, 4)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        metattn.attention(long, long, long)
 print(json.dumps({
+    "version": metattn.__version__,
+    "warnings": [str(warning.message) for warning in caught],
     "package": metattn.__file__,
     "kernels": metattn.kernels.__path__[0],
     "backends": metattn.available_backends(),
@@ -79,6 +91,7 @@ def copy_tree(target: Path) -> Path:
         "dist",
         "*.so",
         "*.egg-info",
+        "_build.json",
         "__pycache__",
         ".*_cache",
         ".hypothesis",
@@ -113,7 +126,10 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("source") / "metattn-source")
+    """With the record of a build in place, which is no archive's."""
+    source = copy_tree(tmp_path_factory.mktemp("source") / "metattn-source")
+    (source / RECORD).write_text('{"cause": "of another build"}')
+    return source
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +187,14 @@ def test_install(kind: str, fresh: Environment, tmp_path: Path, request: pytest.
     assert Path(str(shown["kernels"])) == kernels
     assert shown["backends"]["cpu"] is None  # type: ignore[index]
     assert shown["error"] < 1e-5  # type: ignore[operator]
+    assert shown["version"] == declared_version()
+    assert not shown["warnings"]
     assert (home / "py.typed").is_file()
+    assert json.loads((home / "_build.json").read_text())["cause"] is None
     script = run(fresh.folder / "bin/metattn", "doctor", "--json", cwd=fresh.folder)
     report = json.loads(script.stdout)
     assert report["ok"]
+    assert (report["package"], report["hidden"], report["mend"]) == (str(home), [], [])
     assert report["machine"]["versions"]["metattn"] == declared_version()
     assert report["build"]["torch_target"] == "2.10"
 
@@ -190,33 +210,65 @@ def test_archives_hold_what_they_should(wheel: Path, sdist: Path) -> None:
     assert "metattn/kernels/__init__.py" in in_wheel
     assert "metattn/py.typed" in in_wheel
     assert "metattn/libmetattn_cpu.so" in in_wheel
+    assert RECORD in in_wheel
     tops = {name.split("/")[0] for name in in_wheel}
     assert tops == {"metattn", f"metattn-{declared_version()}.dist-info"}
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert {"csrc/cpu/pairs.cpp", "csrc/cuda/bf16.cu"} <= sources  # which the installation above leaves out
-    assert {*sources, "kernels/__init__.py", "setup.py", "LICENSE", "README.md"} <= in_sdist
-    assert not [name for name in in_sdist if name.endswith((".so", ".o", ".pyc"))]
+    assert {
+        *sources,
+        "kernels/__init__.py",
+        "setup.py",
+        "build_backend.py",
+        "LICENSE",
+        "README.md",
+    } <= in_sdist
+    assert not [name for name in in_sdist if name.endswith((".so", ".o", ".pyc", "_build.json"))]
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"METATTN_BUILD_EXT": "0"}, {"CXX": "/nowhere/c++"}, {"PATH": "/nowhere"}],
+    ("changes", "cause"),
+    [
+        ({"METATTN_BUILD_EXT": "0"}, "METATTN_BUILD_EXT=0 was set"),
+        ({"CXX": "/nowhere/c++"}, "no C++ compiler (/nowhere/c++ is not on the PATH)"),
+        ({"PATH": "/nowhere"}, "no C++ compiler (g++ and clang++ are not on the PATH)"),
+    ],
     ids=["asked for", "CXX names nothing", "nothing on the PATH"],
 )
-def test_pure_python_install(changes: dict[str, str], fresh: Environment, tmp_path: Path) -> None:
-    fresh.install(copy_tree(tmp_path / "source"), cwd=tmp_path, **changes)
+def test_pure_python_install(changes: dict[str, str], cause: str, fresh: Environment, tmp_path: Path) -> None:
+    """It works, slowly; a large call, the backend's reason and doctor say why, doctor what helps."""
+    source = copy_tree(tmp_path / "source")
+    fresh.install(source, cwd=tmp_path, **changes)
     shown = fresh.show()
     assert str(fresh.folder) in str(shown["package"])
     assert str(fresh.folder) in str(shown["kernels"])
-    assert "not built" in shown["backends"]["cpu"]  # type: ignore[index]
+    assert f"not built: {cause}" in shown["backends"]["cpu"]  # type: ignore[index]
+    assert shown["backends"]["cuda"] == shown["backends"]["cpu"]  # type: ignore[index]
     assert shown["backends"]["reference"] is None  # type: ignore[index]
     assert shown["error"] < 1e-5  # type: ignore[operator]
+    assert len(shown["warnings"]) == 1  # type: ignore[arg-type]
+    assert re.search(
+        rf"1000×1000 scores goes to the reference.*cpu: .*{re.escape(cause)}",
+        shown["warnings"][0],  # type: ignore[index]
+    )
     doctor = run(fresh.folder / "bin/metattn", "doctor", cwd=fresh.folder, check=False)
     assert doctor.returncode == 1
-    assert "not built" in doctor.stdout
+    home = next(fresh.folder.glob("lib/python*/site-packages")) / "metattn"
+    assert f"folder       {home}\n" in doctor.stdout
+    assert f"not built: {cause}\n" in doctor.stdout
+    assert ("to have it: install g++ or clang++\n" in doctor.stdout) == ("compiler" in cause)
+    command = f"{fresh.python} -m pip install --no-deps --force-reinstall --no-cache-dir {source}\n"
+    assert f"to have it: METATTN_BUILD_EXT=1 {command}" in doctor.stdout
     assert "problem: no fused backend works here" in doctor.stdout
+    if "PATH" in changes:  # once: a clone before the installation on the path
+        doctor = run(fresh.python, "-m", "metattn", "doctor", cwd=source, check=False)
+        assert f"folder       {source / 'metattn'}\n  hides        {home}\n" in doctor.stdout
+        assert f"not built: nothing was built in the source tree {source}\n" in doctor.stdout
+        build = f"METATTN_BUILD_EXT=1 {fresh.python} setup.py build_ext --inplace\n"
+        assert f"to have it: cd {source} && {build}" in doctor.stdout
+        assert f"problem: this is {source / 'metattn'}, and hides the installation in {home}" in doctor.stdout
 
 
 def test_asked_for_extension_without_compiler_is_an_error(fresh: Environment, tmp_path: Path) -> None:
@@ -304,6 +356,78 @@ def test_works_with_nothing_but_torch() -> None:
     assert {"numpy", "rich"} <= set(hidden)
     done = run(sys.executable, "-c", ALONE, ",".join(hidden), cwd=ROOT)
     assert "bench needs rich: pip install 'metattn[bench]'" in done.stderr
+
+
+# A build in the tree whose modules named here are missing.
+MISSING = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))
+sys.argv = ["setup.py", "build_ext", "--build-temp", sys.argv[2], "--build-lib", sys.argv[2]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes", "said"),
+    [
+        ("ninja", {}, "ninja is missing; pip install ninja 'pybind11>=2.12' first"),
+        ("pybind11", {}, "pybind11 is missing; pip install ninja"),
+        ("nothing", {"CXX": "/bin/false"}, "ninja ended with 1, the reason is above"),
+        ("nothing", {"METATTN_BUILD_EXT": "yes"}, "expected one of auto, 0, 1, got 'yes'"),
+    ],
+)
+def test_what_keeps_from_building_is_an_error(
+    missing: str, changes: dict[str, str], said: str, tree: Path, tmp_path: Path
+) -> None:
+    """Where there is a compiler, in the default setting; it says how to do without."""
+    settings = {"METATTN_BUILD_EXT": "", "CXX": "", **changes}
+    done = run(sys.executable, "-c", MISSING, missing, tmp_path, cwd=tree, check=False, **settings)
+    assert done.returncode != 0
+    assert f": {said}" in done.stderr
+    assert "METATTN_BUILD_EXT=0 installs without it" in done.stderr or "METATTN_BUILD_EXT" in changes
+    assert "Traceback" not in done.stderr
+
+
+def test_requirements_of_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is brought where the environment has none that serves, tools where something is built."""
+    tools = ["ninja", "pybind11>=2.12"]
+    for variable in ("METATTN_BUILD_EXT", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(build_backend, "obstacle", lambda: None)
+    assert build_backend.requirements() == tools
+    # an isolated build: nothing is importable, the environment's folders are known
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert build_backend.requirements() == [*tools, "torch>=2.10"]
+    (tmp_path / "torch").mkdir()
+    for version, served in (("2.9.1", False), ("2.10.0+cpu", True), ("3.0.0a0", True)):
+        (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+        assert build_backend.requirements() == (tools if served else [*tools, "torch>=2.10"])
+        if served:
+            assert build_backend.torch_root() == tmp_path / "torch"
+        else:
+            with pytest.raises(LookupError, match=r"torch is 2\.9\.1"):
+                build_backend.torch_root()
+    monkeypatch.setenv("METATTN_BUILD_EXT", "0")
+    assert build_backend.requirements() == []
+    assert build_backend.get_requires_for_build_wheel() == []
+    monkeypatch.undo()
+    monkeypatch.delenv("METATTN_BUILD_EXT", raising=False)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert build_backend.requirements() == []
+    monkeypatch.setenv("METATTN_BUILD_EXT", "1")  # the build says that there is no compiler
+    assert build_backend.requirements() == []
+    monkeypatch.delenv("METATTN_BUILD_EXT")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert build_backend.obstacle() == (
+        "the extension is built on Linux, this is darwin",
+        "try METATTN_BUILD_EXT=1",
+    )
+    needed = (ROOT / "pyproject.toml").read_text()
+    assert f'requires = ["setuptools>={build_backend.OLDEST_SETUPTOOLS}"]' in needed
+    assert f"torch>={'.'.join(map(str, build_backend.OLDEST_TORCH))}" in needed
 
 
 def installed(name: str) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -143,7 +144,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "window-int": ({"window": 3}, TypeError, r"window: expected \(left, right\) or None, got 3"),
     "window-floats": ({"window": (1.0, 2.0)}, TypeError, r"window: expected two integers"),
     "window-below": ({"window": (-2, 0)}, ValueError, r"window: expected sides of at least -1.*\(-2, 0\)"),
-    "scale-tensor": ({"scale": torch.tensor(1.0)}, TypeError, r"scale: expected a number, got Tensor"),
+    "scale-tensor": ({"scale": of_shape(1)}, TypeError, r"scale: expected a number, got a tensor of .*\[1\]"),
+    "scale-bool": ({"scale": torch.tensor(True)}, TypeError, r"scale: .* dtype torch.bool"),
+    "scale-differentiated": (
+        {"scale": torch.tensor(1.0, requires_grad=True)},
+        NotImplementedError,
+        r"scale: expected a constant number, .*multiply q by a scale",
+    ),
+    "dropout-differentiated": (
+        {"dropout_p": torch.tensor(0.1, requires_grad=True)},
+        NotImplementedError,
+        r"dropout_p: expected a constant number",
+    ),
     "scale-nan": ({"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
     "scale-infinite": ({"scale": math.inf}, ValueError, r"scale: expected a finite number"),
     "softcap-zero": (
@@ -161,6 +173,21 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"q": torch.nested.nested_tensor([torch.ones(HQ, N, D)] * B, layout=torch.jagged)},
         NotImplementedError,
         r"q: expected a strided tensor",
+    ),
+    "nested-strided": (
+        {"k": torch.nested.nested_tensor([torch.ones(HKV, M, D)] * B)},
+        NotImplementedError,
+        r"k: expected a strided tensor, got a nested one; .*offsets\(\).*varlen_attention",
+    ),
+    "nested-mask": (
+        {"mask": torch.nested.nested_tensor([torch.ones(N, M, dtype=torch.bool)] * B)},
+        NotImplementedError,
+        r"mask: expected a strided tensor, got a nested one",
+    ),
+    "nested-jagged-bias": (
+        {"bias": torch.nested.nested_tensor([torch.ones(N, M)] * B, layout=torch.jagged)},
+        NotImplementedError,
+        r"bias: expected a strided tensor, got a nested one",
     ),
     "backend-unknown": (
         {"backend": "gpu"},
@@ -200,11 +227,77 @@ def test_refused_before_anything_runs(name: str) -> None:
     assert reads.operators == []
 
 
-def test_refused_option_unknown() -> None:
-    with pytest.raises(TypeError, match="is_causal"):
-        metattn.attention(Q, K, V, is_causal=True)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="is_causal"):
-        metattn.explain(Q, K, V, is_causal=True)
+FAMILIAR = {
+    "is_causal": "causal",
+    "attn_mask": r"mask \(bool, True = attends\) or bias",
+    "key_padding_mask": r"mask\[:, None, None, :\]",
+    "attn_bias": "bias",
+    "softmax_scale": "scale",
+    "sm_scale": "scale",
+    "window_size": r"window=\(left, right\)",
+    "dropout": "dropout_p",
+    "soft_cap": "softcap",
+    "s_aux": "sinks",
+    "return_softmax_lse": "return_lse",
+    "enable_gqa": "nothing: grouped heads",
+    "cu_seqlens": "varlen_attention's",
+    "colour": "one of mask, bias, causal, .*dropout_seed",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIAR)
+def test_familiar_names_are_answered_with_the_right_one(name: str) -> None:
+    message = rf"^{name}: expected {FAMILIAR[name]}.*, got an argument that {{}}\(\) does not have"
+    with pytest.raises(TypeError, match=message.format("attention")):
+        metattn.attention(Q, K, V, **{name: True})  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=message.format("attention")):
+        metattn.explain(Q, K, V, **{name: True})
+    cu = torch.tensor([0, N])
+    with pytest.raises(TypeError, match=message.format("varlen_attention")):
+        metattn.varlen_attention(Q[0], K[0], V[0], cu, cu, N, N, **{name: True})  # type: ignore[call-overload]
+
+
+def test_numpys_numbers_and_tensors_of_one_are_numbers() -> None:
+    given = Options(
+        window=(np.int64(1), np.int32(2)),  # type: ignore[arg-type]
+        scale=torch.tensor(0.5, dtype=torch.float64),
+        softcap=torch.tensor(3),
+        dropout_p=torch.tensor(0.25),
+        dropout_seed=np.int64(7),  # type: ignore[arg-type]
+    )
+    meant = Options(window=(1, 2), scale=0.5, softcap=3.0, dropout_p=0.25, dropout_seed=7)
+    (found, _, drawn), (problem, _, expected) = (dense(Q, K, V, options) for options in (given, meant))
+    assert found == problem
+    assert {type(side) for side in found.window} == {int}
+    assert drawn.rng is not None
+    assert expected.rng is not None
+    assert torch.equal(drawn.rng, expected.rng)
+    wide = dense(Q, K, V, Options(window=(np.int64(2**31), np.uint8(3))))[0]  # type: ignore[arg-type]
+    assert wide.window == (-1, 3)
+    with pytest.raises(TypeError, match="two integers"):
+        dense(Q, K, V, Options(window=(np.bool_(True), 1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_a_tensors_number_loses_no_derivative(name: str) -> None:
+    """On whatever level it is asked for, and mapped ones are not one number."""
+    number = torch.tensor(0.5)
+
+    def call(number: Tensor) -> Tensor:
+        return metattn.attention(Q, K, V, **{name: number})  # type: ignore[call-overload]
+
+    for transform in (
+        lambda: torch.func.grad(lambda x: call(x).sum())(number),
+        lambda: torch.func.jvp(call, (number,), (number,)),
+        lambda: torch.func.vmap(call)(torch.stack([number, number])),
+        lambda: torch.func.grad(lambda q: torch.func.vmap(call)(torch.stack([number, q.sum()])).sum())(Q),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{name}: expected a constant number"):
+            transform()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=name):
+        call(torch.autograd.forward_ad.make_dual(number, number))
+    with torch.no_grad():
+        assert call(number.clone().requires_grad_()).shape == (B, HQ, N, V.shape[-1])
 
 
 class TestPacked:

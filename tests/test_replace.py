@@ -342,3 +342,52 @@ def test_leaf_of_a_traced_graph() -> None:
     assert types(traced) == {MultiheadAttention}
     tokens = model.patches(x).flatten(2).transpose(1, 2)
     assert torch.equal(traced(tokens), model.blocks(tokens))
+
+
+class Calling(nn.Module):
+    """As timm's Attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class OwnAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+
+class OfTransformers(nn.Linear):
+    def set_attn_implementation(self, name: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            nn.Sequential(Calling(), nn.Linear(2, 2)),
+            r"0 \(Calling\) call F\.scaled.*: run them within sdpa_override",
+        ),
+        (nn.Sequential(*(Calling() for _ in range(5))), r"2 \(Calling\) and 2 more call"),
+        (OwnAttention(), r"the model \(OwnAttention\) have a formula of their own: call metattn\.attention"),
+        (OfTransformers(2, 2), r"set_attn_implementation\('metattn'\)"),
+        (nn.Linear(2, 2), "Linear has no torch.nn.MultiheadAttention, nor anything called attention"),
+    ],
+    ids=["calls", "many", "own", "transformers", "none"],
+)
+def test_nothing_found_says_what_was_seen(model: nn.Module, said: str) -> None:
+    with pytest.warns(UserWarning, match=said) as caught:
+        assert replace_attention(model) == 0
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_what_it_points_to_works() -> None:
+    x = torch.randn(1, 2, 5, 4, requires_grad=True, **X64)
+    with metattn.sdpa_override() as override:
+        o = Calling()(x)
+    assert override.calls == 1
+    (first,) = torch.autograd.grad(o.sin().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(((x @ x.mT / 2).softmax(-1) @ x).sin().sum(), x, create_graph=True)
+    for ours, right in zip(
+        *(torch.autograd.grad(each.sin().sum(), x) for each in (first, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, right)

@@ -5,8 +5,10 @@ The truth is a model's own ("eager") attention in float64, with all that its cod
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -521,3 +523,16 @@ def test_sinks_by_shape_not_by_number(shape: tuple[int, ...]) -> None:
     each = (sinks.view(1, 4, 1, 1) if len(shape) == 1 else sinks).expand(batch, 4, 2, 1)
     weights = torch.cat([q @ k.mT, each], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(o.transpose(1, 2), weights @ v)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.19.2.dev0"])
+def test_an_old_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When metattn's module is imported, before anything that the old one lacks."""
+    old = types.ModuleType("transformers")
+    old.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    for name in ("transformers", "_transformers_version", "_transformers_masks"):
+        monkeypatch.delitem(sys.modules, f"metattn.integrations.{name}")
+    monkeypatch.delattr("metattn.integrations._transformers_version")
+    with pytest.raises(ImportError, match=rf"transformers: expected version 5\.20 or later, got {version}"):
+        importlib.import_module("metattn.integrations.transformers")

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from four_maps import (
 from torch import Tensor
 
 import metattn
-from metattn.backends import available_backends, reference, triton
+from metattn.backends import available_backends, interpreter, reference, triton
 from metattn.backends.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
@@ -145,10 +146,30 @@ def test_double_backward_in_one_sweep(name: str, dtype: torch.dtype) -> None:
     assert_close(found, exact, TOLERANCE[dtype], absolute)
 
 
+def _clipped(gradient: Tensor) -> None:
+    with torch.no_grad():
+        gradient.mul_(0.5)
+
+
+def _reduced(gradient: Tensor) -> None:
+    """As a collective writes: into the memory, counted by nobody."""
+    for each in torch.utils.dlpack.from_dlpack(gradient.detach()).unbind(0):
+        each.zero_()
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda gradient: None,
+    "clipped in place": _clipped,
+    ".data": lambda gradient: gradient.data.mul_(100),
+    "numpy": lambda gradient: gradient.detach().numpy().fill(7),
+    "another view of the memory": _reduced,
+}
+
+
 @interpreted
-@pytest.mark.parametrize("change", [None, "clipped in place"])
-def test_one_sweep_uses_the_gradient_as_it_was(change: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller may change a gradient in place: then it is not used again, and nothing is wrong for it."""
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_sweep_uses_the_gradient_as_it_was(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is used again is a copy: a caller may change a gradient in place, counted by autograd or not."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, do, *along = (torch.randn(1, 1, 70, 8, generator=generator) for _ in range(7))
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -162,18 +183,55 @@ def test_one_sweep_uses_the_gradient_as_it_was(change: str | None, monkeypatch: 
         o = metattn.attention(*leaves, backend=backend)
         first = torch.autograd.grad(o, leaves, do, create_graph=True)
         loss = sum((x * y).sum() for x, y in zip(first, along, strict=True))
-        if change is not None:
-            with torch.no_grad():
-                first[0].mul_(0.5)
+        CHANGES[change](first[0])
         launched.clear()
         return torch.autograd.grad(loss, leaves)
 
     monkeypatch.setattr(triton, "run", run)
     found = second("triton")
-    assert ("double_rows" in launched) == (change is None)
-    assert ("jvp_rows" in launched) == (change is not None)
+    assert launched[0] == "double_rows"
     for x, y in zip(found, second("reference"), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_an_unknown_interpreter_is_refused_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes bfloat16 for bits: float16's results have a part in bfloat16 too."""
+    from triton.runtime import interpreter as theirs
+
+    with monkeypatch.context() as patch:
+        patch.delattr(theirs.InterpreterBuilder, "create_dot")
+        reason = interpreter.mend()
+    assert reason is not None
+    assert "create_dot" in reason
+    monkeypatch.setattr(triton, "UNMENDED", reason)
+    q = torch.randn(1, 1, 4, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(NotImplementedError, match="takes bfloat16 for bits"):
+            metattn.attention(*[q.to(dtype)] * 3, backend="triton")
+    o = metattn.attention(q, q, q, backend="triton")
+    torch.testing.assert_close(o, (q @ q.mT / 8**0.5).softmax(-1) @ q)
+
+
+@interpreted
+def test_other_kernels_meet_the_interpreter_as_it_is() -> None:
+    """A launch of ours ends with what it changed: it is for its own functions alone."""
+    q = torch.randn(1, 1, 4, 8, dtype=torch.bfloat16)
+    metattn.attention(q, q, q, backend="triton")
+    assert interpreter._patched is None
+
+
+@interpreted
+def test_no_gradient_is_kept_for_nothing() -> None:
+    """Where two sweeps are taken anyway, or the bias' own entries are asked for, there is no copy."""
+    kept = []
+    for n, d, bias in ((70, 8, False), (16, 8, False), (70, 8, True)):
+        x = [torch.randn(1, 1, n, d, requires_grad=True) for _ in range(3)]
+        options = {"bias": torch.randn(1, 1, n, n, requires_grad=True)} if bias else {}
+        o = metattn.attention(*x, **options, backend="triton")
+        first = torch.autograd.grad(o.sum(), (*x, *options.values()), create_graph=True)
+        kept.append(first[0].grad_fn.saved_tensors[-1] is not None)
+    assert kept == [True, False, False]
 
 
 @interpreted

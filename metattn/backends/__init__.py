@@ -1,9 +1,9 @@
 """The backends, and the one function that picks.
 
 Each backend's module offers forward, vjp, jvp, vjp_jvp and double_backward, and says why it cannot serve:
-`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call. REUSES_DQ
-says whether its double_backward has a use for the gradient that vjp gave for q. All but the reference have
-OPERATORS.
+`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call.
+`reuses_dq(problem, primals, constants, needs)` says whether its double_backward has a use for the gradient
+that vjp gave for q. All but the reference have OPERATORS.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metattn.caller import level_of_caller
 from metattn.problem import Constants, Primals, Problem
 
 IMPORTING_PROCESS = os.getpid()  # a child that was forked from it has none of its threads
@@ -32,6 +34,9 @@ MODULES = {
 }
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  # other devices: the reference
 
+MANY_SCORES = 10**6  # a head's, from which on the reference is felt
+
+_told = False
 _loaded: dict[str, ModuleType] = {}
 _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
@@ -112,6 +117,14 @@ def objection(name: str, problem: Problem, primals: Primals, constants: Constant
 
 
 def choose(problem: Problem, primals: Primals, constants: Constants, name: str | None = None) -> Problem:
+    """The problem with its backend, as first has it; tells once that a large one goes to the reference."""
+    chosen = first(problem, primals, constants, name)
+    if chosen.backend == "reference" and not (torch.compiler.is_compiling() or _told or name or named()):
+        _tell(problem, primals)
+    return chosen
+
+
+def first(problem: Problem, primals: Primals, constants: Constants, name: str | None = None) -> Problem:
     """The problem with its backend: the one named here or by use_backend, else the first that serves it."""
     check_name(name)
     name = name or named()
@@ -126,6 +139,25 @@ def choose(problem: Problem, primals: Primals, constants: Constants, name: str |
         if objection(candidate, problem, primals, constants) is None:
             return problem.on(candidate)
     return problem
+
+
+def _tell(problem: Problem, primals: Primals) -> None:
+    """Warn, once a process, where the reference serves a large problem because no other backend is there."""
+    global _told  # noqa: PLW0603
+    n = problem.max_q or primals.q.shape[-2]
+    m = problem.max_k or primals.k.shape[-2]
+    device = primals.q.device.type
+    absent = {each: unavailable_reason(each) for each in ORDER.get(device, ()) if each != "reference"}
+    if n * m < MANY_SCORES or not absent or None in absent.values():
+        return
+    _told = True
+    reasons = "; ".join(f"{each}: {reason}" for each, reason in absent.items())
+    warnings.warn(
+        f"attention over {n}×{m} scores goes to the reference, slowly and with matrices of that size in "
+        f"memory, for no other backend is there for {device} tensors ({reasons}). backend='reference' and "
+        "use_backend('reference') ask for it without this warning",
+        stacklevel=level_of_caller(),
+    )
 
 
 @contextmanager

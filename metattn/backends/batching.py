@@ -95,11 +95,11 @@ class Fold:
             return None
         if dim is not None:
             in_place = x if dim == self.axis else x.movedim(dim, self.axis)
-            return in_place.flatten(self.axis, self.axis + 1)
+            return _merged(in_place, self.axis)
         tokens_first = x.movedim(
             self.axis, 0
         )  # in memory, where it has to be copied: as packed callers have it
-        return tokens_first.expand(self.size, *tokens_first.shape).flatten(0, 1).movedim(0, self.axis)
+        return _merged(tokens_first.expand(self.size, *tokens_first.shape), 0).movedim(0, self.axis)
 
     def _shared(self, x: Tensor | None, dim: int | None, alone: bool) -> Tensor | None:
         """bias, sinks, mask, slopes, rng: the first dimension is the batch or 1."""
@@ -108,7 +108,7 @@ class Fold:
         x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
         if x.shape[0] == x.shape[1] == 1:  # one for all examples: no copy
             return x[0].expand(self.size * self.batch, *x.shape[2:])
-        return x.expand(self.size, self.batch, *x.shape[2:]).flatten(0, 1)
+        return _merged(x.expand(self.size, self.batch, *x.shape[2:]), 0)
 
     def _sequences(self, cu: Tensor | None, example: Any) -> Tensor | None:
         """The offsets of every example's sequences, one example after the other."""
@@ -117,7 +117,7 @@ class Fold:
         tokens = example[2]
         first = torch.arange(self.size, device=cu.device, dtype=cu.dtype) * tokens
         end = torch.full((1,), self.size * tokens, device=cu.device, dtype=cu.dtype)
-        return torch.cat([(cu[:-1] + first.unsqueeze(1)).flatten(), end])
+        return torch.cat([_merged(cu[:-1] + first.unsqueeze(1), 0), end])
 
     def unfold(self, found: Sequence[Tensor]) -> tuple[list[Tensor], list[int | None]]:
         """What the map's operator gave, with the mapped dimension back, and where that is.
@@ -151,12 +151,25 @@ class Fold:
         return rows, self.axis
 
     def _rows(self, x: Tensor, example: Any) -> Tensor:
-        rows: Tensor = torch.unflatten(x, self.axis, (self.size, example[self.axis]))
-        return rows
+        return _parted(x, self.axis, self.size, example[self.axis])
 
     def _of_shared(self, x: Tensor, example: Any) -> Tensor:
-        x = x.unflatten(0, (self.size, self.batch))
+        x = _parted(x, 0, self.size, self.batch)
         return x.sum(1, keepdim=True) if example[0] == 1 and self.batch != 1 else x
+
+
+# Torch's older vmap, which may be around this one, has rules for reshape, none for flatten and unflatten.
+
+
+def _merged(x: Tensor, dim: int) -> Tensor:
+    """Two neighbouring dimensions as one."""
+    shape = x.shape
+    return x.reshape(*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
+
+
+def _parted(x: Tensor, dim: int, outer: Any, inner: Any) -> Tensor:
+    """A dimension as two."""
+    return x.reshape(*x.shape[:dim], outer, inner, *x.shape[dim + 1 :])
 
 
 def _example_shape(x: Tensor | None, dim: Any) -> Any:

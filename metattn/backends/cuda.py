@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from metattn import installation
 from metattn.backends import native, operators
 from metattn.problem import Constants, Primals, Problem
 
@@ -29,7 +30,10 @@ def unavailable_reason() -> str | None:
     if os.environ.get("METATTN_DISABLE_CUDA", "") not in ("", "0"):
         return "METATTN_DISABLE_CUDA is set"
     if not LIBRARY.exists():
-        return f"the extension was built without CUDA: {LIBRARY.name} is not there"
+        if not native.LIBRARY.exists():
+            return native.unavailable_reason()
+        why = installation.record().get("cuda") or f"{LIBRARY.name} is not there"
+        return f"the extension was built without CUDA: {why}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
@@ -102,5 +106,4 @@ class Operators(operators.Operators):
 
 OPERATORS = Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
-double_backward = OPERATORS.double_backward
-REUSES_DQ = False
+double_backward, reuses_dq = OPERATORS.double_backward, OPERATORS.reuses_dq

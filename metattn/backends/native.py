@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from metattn import installation
 from metattn.backends import IMPORTING_PROCESS, operators
 from metattn.problem import Constants, Primals, Problem
 
@@ -23,7 +24,8 @@ LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cpu.so"
 def unavailable_reason() -> str | None:
     """Load the operators; why they cannot be had, or None."""
     if not LIBRARY.exists():
-        return f"the extension was not built: {LIBRARY.name} is not there (see `python -m metattn doctor`)"
+        why = installation.why_not_built()
+        return f"the extension was not built: {why} (`python -m metattn doctor` says what helps)"
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
@@ -47,6 +49,5 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
 
 OPERATORS = operators.Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
-double_backward = OPERATORS.double_backward
+double_backward, reuses_dq = OPERATORS.double_backward, OPERATORS.reuses_dq
 run_plain = operators.run_plain
-REUSES_DQ = False

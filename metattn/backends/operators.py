@@ -347,7 +347,13 @@ def _register_derivatives(namespace: str, layout: Layout, backend_of: Callable[[
                 for x, place in zip(found, places, strict=True)
             )
 
-        return of_levels(internals.legacy_depth(), tensors)
+        depth = internals.legacy_depth()
+        if depth == 0:
+            raise NotImplementedError(
+                "is_grads_batched: expected a batched backward pass outside of torch.func's transforms, got "
+                "what one left within, which torch cannot read itself; use torch.func.vmap there"
+            )
+        return of_levels(depth, tensors)
 
     library = _library(namespace)
     library.impl(layout.name, autograd, "Autograd")

@@ -22,7 +22,6 @@ from torch import Tensor
 from metattn.layout import Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
-REUSES_DQ = False
 Term = Tensor | float  # a term that is absent is the number 0.0: formulas stay as they are written
 Output = TypeVar("Output")
 
@@ -33,6 +32,10 @@ def unavailable_reason() -> str | None:
 
 def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
     return None
+
+
+def reuses_dq(problem: Problem, primals: Primals, constants: Constants, needs: Needs) -> bool:
+    return False
 
 
 # Packed sequences.

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metattn.backends import operators, tuned
+from metattn.backends import interpreter, operators, tuned
 from metattn.backends.maps import Maps
 from metattn.backends.operators import ROUNDED
 from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
-from metattn.layout import MAPS, NO_PRIMALS, Layout, Needs
+from metattn.layout import FORWARD, MAPS, NO_PRIMALS, Layout, Needs
 from metattn.layout import Given as GivenTensors
 from metattn.problem import Constants, Primals, Problem, Results
 
@@ -48,13 +48,16 @@ MOST_FEATURES = 256
 PLANS = 1024  # plans are kept for so many different calls, those that were used last
 STATISTICS = 5  # fields of kernels.call.Statistics
 WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
-REUSES_DQ = True  # double_backward takes what vjp gave for q
 BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+# Triton decides when a kernel is defined, which was now, whether it is interpreted.
+UNMENDED = interpreter.mend() if IMPORT_ERROR is None and interpreted() else None
 
 
 @functools.cache
@@ -81,6 +84,8 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
         return f"it works on {expected} tensors, these are on {q.device}"
     if q.dtype == torch.float64:
         return "it computes in float32, these tensors are float64"
+    if UNMENDED is not None and q.dtype in ROUNDED:
+        return UNMENDED
     row = architecture(q.device)
     if row is None:
         return "the GPU has no tensor cores that Triton's kernels can use (compute capability 8.0 or later)"
@@ -352,6 +357,10 @@ class Planner:
         fits = configs.in_one_sweep(self.here.architecture, self.features, self.q.element_size())
         return fits and needs[0] and not (needs[3] and self.own_entries)
 
+    def reuses_dq(self, needs: Needs) -> bool:
+        """Whether a double backward with these needs takes what vjp gave for q."""
+        return self.takes_one_sweep(needs) and not self.is_whole(needs)
+
     @property
     def own_entries(self) -> bool:
         """Whether the bias is nowhere broadcast."""
@@ -476,7 +485,7 @@ class Planner:
         if self.is_whole(needs):
             results_t = self.empty_results()
             return results_t, self.gradients((vjp_jvp_rows, vjp_jvp_keys), needs, given, results_t)
-        if dq is not None and do is not None and self.takes_one_sweep(needs):
+        if dq is not None and do is not None and self.reuses_dq(needs):
             results_t = self.empty_results()
             given = functools.partial(given, results_t=results_t, dq=dq)
             return results_t, self.gradients((double_rows, vjp_jvp_keys), needs, given, results_t)
@@ -511,6 +520,13 @@ def _plan(
     return Plan(stand_ins, planner.rooms, planner.launches, planner.made, flat)
 
 
+@functools.lru_cache(maxsize=PLANS)
+def _reuses_dq(here: Setting, problem: Problem, needs: Needs, of: tuple[Like | None, ...]) -> bool:
+    """Planner.reuses_dq of a call whose primals and constants are given."""
+    given = FORWARD.split([stand_in(each) for each in of])
+    return Planner(here, problem, given.primals, given.constants).reuses_dq(needs)
+
+
 def _in_memory(t: Tensor) -> Tensor:
     """torch's own operators see to the negative bit, and to zeros without memory; a pointer does not."""
     return t.clone() if t._is_zerotensor() else t.resolve_neg()
@@ -538,8 +554,22 @@ class Launches(Maps):
             return plan.run(tensors, device, run)
 
 
+def _traced(q: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(q) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 class _Backend(Launches):
     """The same; by operators what cannot be launched: what is traced, a mode looks at, or has no data."""
+
+    def reuses_dq(self, problem: Problem, primals: Primals, constants: Constants, needs: Needs) -> bool:
+        if _traced(primals.q):  # operators take none
+            return False
+        of = likes((*primals, *constants))
+        return _reuses_dq(setting(primals.q.device), problem, needs, of)
 
     def run(
         self,
@@ -549,14 +579,9 @@ class _Backend(Launches):
         needs: Needs | None,
         dq: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        traced = (
-            torch.compiler.is_compiling()
-            or type(given.primals.q) not in (Tensor, torch.nn.Parameter)
-            or torch._C._len_torch_dispatch_stack() > 0
-        )
         return (
             OPERATORS.run(layout, problem, given, needs)
-            if traced
+            if _traced(given.primals.q)
             else super().run(layout, problem, given, needs, dq)
         )
 
@@ -567,4 +592,4 @@ operators.describe("metattn_triton", lambda q: "triton")
 
 _BACKEND = _Backend()
 forward, vjp, jvp, vjp_jvp = _BACKEND.forward, _BACKEND.vjp, _BACKEND.jvp, _BACKEND.vjp_jvp
-double_backward = _BACKEND.double_backward
+double_backward, reuses_dq = _BACKEND.double_backward, _BACKEND.reuses_dq

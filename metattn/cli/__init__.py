@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import metattn
+
 COMMANDS = {
     "demo": "meta-learn sinusoids and handwritten digits with twice-differentiable attention",
     "bench": "measure the four maps and the second-order step against torch on this machine",
@@ -20,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="metattn", description="Softmax attention that can be differentiated twice."
     )
+    parser.add_argument("--version", action="version", version=f"metattn {metattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     # only the wanted command is imported: doctor must speak even where another one cannot be loaded
     wanted = next((argument for argument in arguments if argument in COMMANDS), "doctor")

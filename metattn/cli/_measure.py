@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from metattn import __version__, installation
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -222,13 +224,14 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in ("metattn", "triton", "numpy", "jax"):
+    for name in ("triton", "numpy", "jax"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    found["metattn"] = found["metattn"] or f"uninstalled checkout {commit() or ''}".rstrip()
-    return found
+    installed = installation.distribution()
+    checkout = f"{__version__}, uninstalled checkout {commit() or ''}".rstrip()
+    return {"metattn": installed.version if installed else checkout, **found}
 
 
 def machine() -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from metattn.cli import _compare, _html, _pictures, _report
+from metattn.cli import _compare, _files, _html, _pictures, _report
 from metattn.cli._cases import CASES, MEMORY_CASES, PRODUCTS, QUICK_MEMORY_CASES, Case
 from metattn.cli._contestants import (
     CHECKPOINTED,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="the small cases only, without what compiles: about half a minute",
+        help="the small cases only, without what compiles: about a minute",
     )
     parser.add_argument("--cases", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
     parser.add_argument(
@@ -77,13 +77,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.compare is not None:
-        before, after = (json.loads(path.read_text()) for path in args.compare)
+        before, after = (_files.results_of("--compare", path) for path in args.compare)
         print(_compare.text(before, after))
         return 0
     for needed in ("rich", "matplotlib"):  # missing ones are told now, not after minutes of measuring
         importlib.import_module(needed)
-    if args.render is not None:
-        results = json.loads(args.render.read_text())
+    earlier = None if args.render is None else _files.results_of("--render", args.render)
+    if args.readme is not None:
+        _files.page("--readme", args.readme)
+    _files.writable("--out", args.out)
+    if earlier is not None:
+        results = earlier
     else:
         if args.seconds is None:
             args.seconds = 0.3 if args.quick else 1.5
@@ -92,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
         timed, memory = chosen(args.cases, args.quick)
         least = 3 if args.quick else 4
         results = measure(timed, memory, seconds=args.seconds, least=least, quick=args.quick)
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.render is None:
         (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "bench.md").write_text(_report.markdown(results))

@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     if args.seconds <= 0:
         raise ValueError(f"--seconds: expected more than 0, got {args.seconds}")
-    from metattn.cli import _demo_report
+    from metattn.cli import _demo_report, _files
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    _files.writable("--out", args.out)
     size = QUICK if args.quick else FULL
     started = time.perf_counter()
     with _demo_report.progress() as advance:

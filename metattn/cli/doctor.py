@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import metattn
-from metattn import backends
-from metattn.backends import tuned
+from metattn import backends, installation
+from metattn.backends import native, tuned
 from metattn.cli._measure import machine
 
 OLDEST_TORCH = (2, 10)
@@ -50,14 +50,26 @@ def examine() -> dict[str, Any]:
         self_tests[name] = error
         if not error <= SELF_TEST_TOLERANCE:
             problems.append(f"backend {name} gives wrong numbers: relative error {error:.1e}")
+    hidden = [str(path) for path in installation.hidden()]
     if not any(reason is None for name, reason in backends.items() if name != "reference"):
         problems.append(
             "no fused backend works here: the reference serves, slowly and with N×M matrices in memory"
         )
+        if hidden:
+            problems.append(
+                f"this is {installation.FOLDER}, and hides the installation in {', '.join(hidden)}: "
+                "start Python in another folder, or without PYTHONPATH"
+            )
     host = host_module()
+    built = backends["cpu"] is None or native.LIBRARY.exists()
     return {
         "ok": not problems,
         "problems": problems,
+        "package": str(installation.FOLDER),
+        "version": metattn.__version__,
+        "hidden": hidden,
+        "not_built": None if built else installation.why_not_built(),
+        "mend": [] if built else installation.how_to_mend(),
         "backends": backends,
         "self_test_errors": self_tests,
         "machine": machine(),
@@ -115,7 +127,9 @@ def host_module() -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """The report for a person."""
     about = report["machine"]
-    lines = ["backends"]
+    lines = ["package", f"  version      {report['version']}", f"  folder       {report['package']}"]
+    lines += [f"  hides        {path}" for path in report["hidden"]]
+    lines.append("backends")
     for name, reason in report["backends"].items():
         if reason is not None:
             lines.append(f"  {name:12} no   {reason}")
@@ -131,7 +145,10 @@ def text(report: dict[str, Any]) -> str:
     tiles = report["tiles"]
     found = f"{tiles['tuned']} tuned ones, from {tiles['file']}"
     lines.append(f"  tiles        {'shipped: ' + tiles['reason'] if tiles['reason'] else found}")
-    if report["build"] is None:
+    if report["not_built"]:
+        lines += ["extension", f"  not built: {report['not_built']}"]
+        lines += [f"  to have it: {step}" for step in report["mend"]]
+    elif report["build"] is None:
         lines.append(f"extension\n  not here: {report['build_missing']}")
     else:
         lines.append(f"  features     {', '.join(report['cpu_features']) or 'none beyond the baseline'}")

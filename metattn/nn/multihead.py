@@ -13,7 +13,7 @@ from metattn import backends
 from metattn.autodiff import attend
 from metattn.backends import reference
 from metattn.nn import symbolic
-from metattn.nn.traced import traced_call
+from metattn.nn.traced import refuse_script, traced_call
 from metattn.problem import Call, Options, dense, has_autocast
 from metattn.torch_internals import transformed
 
@@ -140,12 +140,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return output, weights
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script asks for a module in this one's place, and would leave it there in the model."""
-        raise NotImplementedError(
-            "torch.jit.script: expected a torch.nn.MultiheadAttention, got a metattn.nn.MultiheadAttention, "
-            "whose derivatives TorchScript has no words for. Call metattn.restore_attention on a copy of the "
-            "model and script that, or take torch.export or torch.compile"
-        )
+        refuse_script(self, "restore_attention")
 
     def _parameters_of_attention(self) -> Parameters:
         packed = self._qkv_same_embed_dim
