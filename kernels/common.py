@@ -49,9 +49,7 @@ def counted(call, lack, weights, x):
 
     lack itself where there is no x, or x is float32.
     """
-    if absent(x):
-        return lack
-    elif x[0].dtype == tl.float32:
+    if absent(x) or x[0].dtype == tl.float32:
         return lack
     else:
         multiplied = tl.sum(weights.to(x[0].dtype).to(tl.float32), 1)
@@ -72,9 +70,7 @@ def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
     ROWS: tl.constexpr = FORM[1]
     HEAD: tl.constexpr = FORM[2]
     PRECISION: tl.constexpr = FORM[4]
-    if absent(acc) | (view is None):
-        return acc
-    elif view.ptr.dtype.element_ty == tl.float32:
+    if absent(acc) | (view is None) or view.ptr.dtype.element_ty == tl.float32:
         return acc
     else:
         call, span = block.call, block.span
@@ -94,7 +90,9 @@ def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
             s = tl.where(found[:, None] == 0.0, s, float("-inf"))
             chosen = tl.where(s != float("-inf"), 1.0, 0.0)
             x = row_tiles.keys_of(block, view, start, True, KEYS, HEAD)
-            mean = products.add_product(mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION)
+            mean = products.add_product(
+                mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION
+            )
             found += tl.sum(chosen, 1)
             missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
             missing = tl.where(following < span.end, missing, 0)

@@ -63,7 +63,9 @@ def inverse_or_0(x):
 
 
 @triton.jit
-def first_base(call, given, wanted, place, first, reference, log_total, ROWS: tl.constexpr, FORM: tl.constexpr):
+def first_base(
+    call, given, wanted, place, first, reference, log_total, ROWS: tl.constexpr, FORM: tl.constexpr
+):
     """t of the first sweep [rows]: O's weights were rounded, and (τ − t)·O brings that in."""
     HEAD: tl.constexpr = FORM[2]
     base = tl.zeros_like(reference)

@@ -35,7 +35,9 @@ def assert_as_exact(names: str, found: list[Tensor], theirs: list[Tensor], right
     [((1, 1, 1, 64), (8, 8, 512, 64)), ((1, 1, 128, 64), (256, 2, 128, 64))],
     ids=["262144-rows", "512-pairs"],
 )
-def test_gradients_of_a_bias_that_many_share(shape: tuple[int, ...], sizes: tuple[int, int, int, int]) -> None:
+def test_gradients_of_a_bias_that_many_share(
+    shape: tuple[int, ...], sizes: tuple[int, int, int, int]
+) -> None:
     torch.manual_seed(0)
     batch, heads, n, m = sizes
     q, k, v = (torch.randn(batch, heads, length, 8) for length in (n, m, m))

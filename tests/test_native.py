@@ -68,18 +68,24 @@ CALLS = {
     "no-rows": Call((2, 2, 2, 0, 4, 4, 4), bias=(0, 0, 0, 0)),
     "no-keys": Call((2, 2, 2, 3, 0, 4, 4)),
     "no-features": Call((1, 1, 1, 3, 4, 0, 2)),
-    # more keys than a thread packs at a time (geometry.h), and sums over more rows than a float takes in one go
+    # more keys than a thread packs at a time (geometry.h), and sums over more rows than a float takes at once
     "spans": Call((1, 2, 1, 130, 2300, 16, 20)),
-    "spans-everything": Call(**{**vars(EVERYTHING), "sizes": (1, 2, 1, 100, 1300, 8, 12), "window": (600, -1)}),
+    "spans-everything": Call(
+        **{**vars(EVERYTHING), "sizes": (1, 2, 1, 100, 1300, 8, 12), "window": (600, -1)}
+    ),
     "spans-window": Call((1, 1, 1, 1300, 1300, 8, 8), window=(40, 30)),
     "spans-peaked": Call((1, 8, 8, 30, 2100, 64, 8), seed=1),
-    "packed-spans": Call((1, 4, 2, 0, 0, 8, 12), lengths=((5, 1500), (0, 7), (60, 1030)), causal="bottom-right"),
+    "packed-spans": Call(
+        (1, 4, 2, 0, 0, 8, 12), lengths=((5, 1500), (0, 7), (60, 1030)), causal="bottom-right"
+    ),
     "many-rows": Call((1, 1, 1, 2200, 30, 16, 12)),
     # keys of few rows that are split in a forward
     "splits": Call((1, 1, 1, 2, 9000, 8, 8)),
-    "splits-everything": Call(**{**vars(EVERYTHING), "sizes": (1, 4, 2, 2, 9000, 8, 8), "window": (6000, -1)}),
+    "splits-everything": Call(
+        **{**vars(EVERYTHING), "sizes": (1, 4, 2, 2, 9000, 8, 8), "window": (6000, -1)}
+    ),
     "packed-splits": Call((1, 1, 1, 0, 0, 8, 8), lengths=((1, 4000), (0, 3), (2, 8200)), sinks=True),
-    # few keys, whose rows are cut: of heads that share a key head, of one long head, and pairs that share a bias
+    # few keys, whose rows are cut: of heads with one key head, of one long head, and pairs that share a bias
     "parts-of-heads": Call((1, 16, 1, 128, 96, 32, 32), causal="top-left"),
     "parts-of-rows": Call((1, 1, 1, 2000, 60, 40, 20), bias=(1, 1, 0, 1)),
     "parts-of-pairs": Call((8, 4, 4, 96, 96, 32, 32), bias=(0, 0, 1, 1)),
