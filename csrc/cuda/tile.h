@@ -145,14 +145,14 @@ static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int row
   return met;
 }
 
-// Zeros in the rows for which skip(r) holds, by the threads that copied them.
+// Zeros for infinities and NaN in the rows for which skip(r) holds, by the threads that copied them.
 template <class S, class Skip>
 static METATTN_DEVICE void clear_rows(const Block& block, Tile<S> tile, int rows, Skip skip) {
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     if (!skip(r)) return;
     METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
-      tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
+      if (strange(tile.row(r)[c + v])) tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
   });
 }
 
@@ -175,8 +175,8 @@ static METATTN_DEVICE T per_head(const View& view, const Place& place) {
   return load<T>(view, offset_of(view, place.seq, place.head, 0));
 }
 
-// Rows that attend to nothing, or with a sink all of whose weight lies there to the last digit: what their q and dO
-// hold is nobody's business.
+// Rows that attend to nothing, or with a sink all of whose weight lies there to the last digit: an infinity or a NaN in
+// their q and dO is nobody's business.
 template <class T>
 static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T high, T low) {
   return high == kInfinity<T> || (p.sinks && high == per_head<T>(p.sinks, place) && low == 0);
@@ -234,9 +234,11 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
     if (i < place.s.n) {
       lse = known_lse<T>(p, place, i);
       if (lse.high != kInfinity<T>) {
-        if (!is_idle(p, place, lse.high, lse.low)) {
-          d = row_dot<S, T>(p, p.o, p.o_lo, place, i);
-          if (second) dt = row_dot<S, T>(p, p.o_t, p.o_t_lo, place, i);
+        d = row_dot<S, T>(p, p.o, p.o_lo, place, i);
+        if (second) dt = row_dot<S, T>(p, p.o_t, p.o_t_lo, place, i);
+        if (is_idle(p, place, lse.high, lse.low)) {
+          d = is_finite(d) ? d : 0;
+          dt = is_finite(dt) ? dt : 0;
         }
         if (p.d_lse) d -= static_cast<T>(*double_at(p.d_lse, place.seq, place.head, place.s.q0 + i));
         if (second) tau = static_cast<T>(*double_at(p.lse_t, place.seq, place.head, place.s.q0 + i));
