@@ -1,8 +1,9 @@
 """What all keys share: weights whose sum is known cancel it, but not once they are rounded.
 
-Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave. The products' weights miss that: they
-are rounded, and D comes of an O whose weights were. What they lack is the weight of a mean of some keys that the
-row attends to; another key would bring in what is masked. Nothing is done for float32.
+Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave; probabilities to 1, or to what a sink
+leaves. The products' weights miss that: they are rounded, and D comes of an O whose weights were. What they lack is
+the weight of a mean of some keys that the row attends to; another key would bring in what is masked. Nothing is done
+for float32.
 """
 
 from __future__ import annotations
@@ -44,8 +45,18 @@ def known_sum_of_tangent(call, given, place, statistics):
 
 
 @triton.jit
-def counted(call, lack, weights, x):
-    """`lack` [rows] less the weights that x is multiplied by; plus what they lost, where a softcap hides their sum.
+def known_mass(call, at, statistics):
+    """Σ P of each row [*] over the keys: 1 − Ps with a sink."""
+    total = tl.where(statistics.high == float("inf"), 0.0, 1.0)
+    if call.sinks is not None:
+        total -= tl.where(total == 0.0, 0.0, sink_probability(call, at, statistics))
+    return total
+
+
+@triton.jit
+def counted(lack, weights, x, hidden):
+    """`lack` [rows] less the weights that x is multiplied by; plus what they lost, where an option (`hidden`, None
+    without) leaves their sum unknown.
 
     lack itself where there is no x, or x is float32.
     """
@@ -55,22 +66,21 @@ def counted(call, lack, weights, x):
         return lack
     else:
         multiplied = tl.sum(weights.to(x[0].dtype).to(tl.float32), 1)
-        if call.softcap is None:
+        if hidden is None:
             return lack - multiplied
         else:
             return lack + (tl.sum(weights, 1) - multiplied)
 
 
 @triton.jit
-def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
-    """acc + factor·(lack + known)·(a mean key of each row): acc itself where there is no acc or no view.
+def add_mean_key(acc, lack, known, hidden, block, view, factor, WIDTH: tl.constexpr, FORM: tl.constexpr):
+    """acc + factor·(lack + known)·(a mean key, or value, of each row): acc itself where there is no acc or no view.
 
-    known is what counted weights should sum to; not used with a softcap. The mean is over one block of keys; rows
-    that attend to none of it have theirs in the first block that they do attend to.
+    known is what the weights that `lack` counted should sum to, if that is not `hidden`. The mean is over one block
+    of keys; rows that attend to none of it have theirs in the first block that they do attend to.
     """
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
-    HEAD: tl.constexpr = FORM[2]
     PRECISION: tl.constexpr = FORM[4]
     if absent(acc) | (view is None):
         return acc
@@ -78,11 +88,11 @@ def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
         return acc
     else:
         call, span = block.call, block.span
-        if call.softcap is None:
+        if hidden is None:
             lack += known
         lack = tl.where(products.finite(lack), lack, 0.0)
         rows = block.first + tl.arange(0, ROWS)
-        found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, HEAD)
+        found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, WIDTH)
         # the nearest before a query's own place where that counts: the first key of all is often unlike the others
         start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
         following, missing = span.first, 1
@@ -93,7 +103,7 @@ def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
             )
             s = tl.where(found[:, None] == 0.0, s, float("-inf"))
             chosen = tl.where(s != float("-inf"), 1.0, 0.0)
-            x = row_tiles.keys_of(block, view, start, True, KEYS, HEAD)
+            x = row_tiles.keys_of(block, view, start, True, KEYS, WIDTH)
             mean = products.add_product(mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION)
             found += tl.sum(chosen, 1)
             missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
