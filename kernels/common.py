@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from metattn.kernels.call import absent
 
-from metattn.kernels import memory, products, row_tiles, scores
+from metattn.kernels import memory, products, row_tiles, scores, tiles
 
 
 @triton.jit
@@ -73,11 +73,47 @@ def counted(lack, weights, x, hidden):
 
 
 @triton.jit
-def add_mean_key(acc, lack, known, hidden, block, view, factor, WIDTH: tl.constexpr, FORM: tl.constexpr):
+def part_mean(x, count):
+    if absent(x):
+        return ()
+    else:
+        mean = tl.sum(x.to(tl.float32), 0) / count
+        return tl.where(products.finite(mean), mean, 0.0)[None, :]
+
+
+@triton.constexpr_function
+def shares_keys(call, causal):
+    """Whether position tells which keys all rows of a block attend to, and each block has such; `causal`: even if these
+    are few.
+    """
+    return call.mask is None and call.bias is None and call.left is None and (causal or call.right is None)
+
+
+@triton.jit
+def add_shared_key(acc, weight, block, view, WIDTH: tl.constexpr, KEYS: tl.constexpr):
+    """acc + weight·(the mean of the last keys that all rows of the block attend to)."""
+    call, place = block.call, block.place
+    high = place.m
+    if call.right is not None:
+        reach = tl.cast(place.offset, tl.int64) + call.right
+        # the rows before attend to nothing
+        high = tl.minimum(high, tl.maximum(block.first, -reach) + reach + 1)
+    start = tl.cast(tl.maximum(0, high - KEYS), tl.int32)
+    keys, count = tl.arange(0, KEYS), tl.maximum(high - start, 1).to(tl.float32)
+    x = memory.load_keys(view, tiles.moved(place, 0, start), keys, start + keys < high, WIDTH)
+    return products.minus(acc, -weight[:, None], (part_mean(x[0], count), part_mean(x[1], count)))
+
+
+@triton.jit
+def add_mean_key(
+    acc, lack, known, hidden, block, view, factor, WIDTH: tl.constexpr, FORM: tl.constexpr,
+    FEW: tl.constexpr = False,
+):  # fmt: skip
     """acc + factor·(lack + known)·(a mean key, or value, of each row): acc itself where there is no acc or no view.
 
     known is what the weights that `lack` counted should sum to, if that is not `hidden`. The mean is over one block
-    of keys; rows that attend to none of it have theirs in the first block that they do attend to.
+    of keys; rows that attend to none of it have theirs in the first block that they do attend to. FEW: under a causal
+    mask the first queries share the mean of few keys, for which a kernel needs fewer registers.
     """
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
@@ -91,23 +127,28 @@ def add_mean_key(acc, lack, known, hidden, block, view, factor, WIDTH: tl.conste
         if hidden is None:
             lack += known
         lack = tl.where(products.finite(lack), lack, 0.0)
-        rows = block.first + tl.arange(0, ROWS)
-        found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, WIDTH)
-        # the nearest before a query's own place where that counts: the first key of all is often unlike the others
-        start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
-        following, missing = span.first, 1
-        while missing > 0:
-            keys = start + tl.arange(0, KEYS)
-            s, _ = scores.scores(
-                call, block.place, tl.zeros([ROWS, KEYS], tl.float32), rows[:, None], keys[None, :], True
-            )
-            s = tl.where(found[:, None] == 0.0, s, float("-inf"))
-            chosen = tl.where(s != float("-inf"), 1.0, 0.0)
-            x = row_tiles.keys_of(block, view, start, True, KEYS, WIDTH)
-            mean = products.add_product(mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION)
-            found += tl.sum(chosen, 1)
-            missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
-            missing = tl.where(following < span.end, missing, 0)
-            start, following = following, following + KEYS
-        share = factor * lack / tl.maximum(found, 1.0)
-        return products.plus_finite(acc, share[:, None], mean)
+        if shares_keys(call, FEW):
+            return add_shared_key(acc, lack * factor, block, view, WIDTH, KEYS)
+        else:
+            rows = block.first + tl.arange(0, ROWS)
+            found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, WIDTH)
+            # the nearest before a query's own place where that counts: the first key of all is often unlike the others
+            start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
+            following, missing = span.first, 1
+            while missing > 0:
+                keys = start + tl.arange(0, KEYS)
+                s, _ = scores.scores(
+                    call, block.place, tl.zeros([ROWS, KEYS], tl.float32), rows[:, None], keys[None, :], True
+                )
+                s = tl.where(found[:, None] == 0.0, s, float("-inf"))
+                chosen = tl.where(s != float("-inf"), 1.0, 0.0)
+                x = row_tiles.keys_of(block, view, start, True, KEYS, WIDTH)
+                mean = products.add_product(
+                    mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION
+                )
+                found += tl.sum(chosen, 1)
+                missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
+                missing = tl.where(following < span.end, missing, 0)
+                start, following = following, following + KEYS
+            share = factor * lack / tl.maximum(found, 1.0)
+            return products.plus_finite(acc, share[:, None], mean)

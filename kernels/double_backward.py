@@ -122,7 +122,7 @@ def double_rows(
             if as_of_keys(call):
                 lack_c = lack_p
             mass = common.known_mass(call, at, known)
-            ot = common.add_mean_key(ot, lack_c, mass, call.rng, block, given.c, 1.0, VALUE, FORM)
+            ot = common.add_mean_key(ot, lack_c, mass, call.rng, block, given.c, 1.0, VALUE, FORM, True)
             if call.sinks is not None:
                 sigma = 0.0
                 if given.sigma is not None:
@@ -149,8 +149,8 @@ def double_rows(
             sum_dst = common.known_sum_of_tangent(call, given, place, found) + excess * sum_ds
             lack -= further * lack_p
             bent = call.softcap
-            dq = common.add_mean_key(dq, lack, sum_dst, bent, block, call.k, call.scale, HEAD, FORM)
-            dq = common.add_mean_key(dq, lack_b, sum_ds, bent, block, given.b, call.scale, HEAD, FORM)
+            dq = common.add_mean_key(dq, lack, sum_dst, bent, block, call.k, call.scale, HEAD, FORM, True)
+            dq = common.add_mean_key(dq, lack_b, sum_ds, bent, block, given.b, call.scale, HEAD, FORM, True)
             dq = products.where_rows(seen == 0, 0.0, dq)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, 1.0, HEAD)
             rowstats.store_statistics(given.statistics, at, row_ids, inside, found)

@@ -152,7 +152,9 @@ class TestWhatRowsShare:
 
     def test_masked_keys_stay_out_of_it(self, backend: str) -> None:
         """Keys that nobody attends to, 1e30 large, are in no mean; later keys are in no earlier row's."""
-        call = make_call(("causal",), Shape(batch=1, heads=1, n=140, m=140, d=8, dv=8, kv_heads=1), torch.bfloat16)
+        call = make_call(
+            ("causal",), Shape(batch=1, heads=1, n=140, m=140, d=8, dv=8, kv_heads=1), torch.bfloat16
+        )
         changed = {name: x.clone() for name, x in call.inputs.items()}
         for name in ("k", "v"):
             changed[name][:, :, 100:] = 1e30
