@@ -1,9 +1,9 @@
 """What all keys share: weights whose sum is known cancel it, but not once they are rounded.
 
-Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave; probabilities to 1, or to what a sink
-leaves. The products' weights miss that: they are rounded, and D comes of an O whose weights were. What they lack is
-the weight of a mean of some keys that the row attends to; another key would bring in what is masked. Nothing is done
-for float32.
+Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave; probabilities to 1, or
+to what a sink leaves. The products' weights miss that: they are rounded, and D comes of an O whose
+weights were. What they lack is the weight of a mean of some keys that the row attends to; another
+key would bring in what is masked. Nothing is done for float32.
 """
 
 from __future__ import annotations
@@ -53,16 +53,25 @@ def known_mass(call, at, statistics):
     return total
 
 
+@triton.constexpr_function
+def has_two_bytes(x):
+    """Of a block (main, rest), or ()."""
+    return len(x) > 0 and x[0].dtype != tl.float32
+
+
+@triton.constexpr_function
+def is_view_of_two_bytes(view):
+    return view is not None and view.ptr.dtype.element_ty != tl.float32
+
+
 @triton.jit
 def counted(lack, weights, x, hidden):
-    """`lack` [rows] less the weights that x is multiplied by; plus what they lost, where an option (`hidden`, None
-    without) leaves their sum unknown.
+    """`lack` [rows] less the weights that x is multiplied by.
 
-    lack itself where there is no x, or x is float32.
+    Plus what they lost, where an option (`hidden`, None without) leaves their sum unknown. lack itself where
+    there is no x, or x is float32.
     """
-    if absent(x):
-        return lack
-    elif x[0].dtype == tl.float32:
+    if not has_two_bytes(x):
         return lack
     else:
         multiplied = tl.sum(weights.to(x[0].dtype).to(tl.float32), 1)
@@ -83,8 +92,9 @@ def part_mean(x, count):
 
 @triton.constexpr_function
 def shares_keys(call, causal):
-    """Whether position tells which keys all rows of a block attend to, and each block has such; `causal`: even if these
-    are few.
+    """Whether position tells which keys all rows of a block attend to, and each block has such.
+
+    `causal`: even if these are few.
     """
     return call.mask is None and call.bias is None and call.left is None and (causal or call.right is None)
 
@@ -109,18 +119,16 @@ def add_mean_key(
     acc, lack, known, hidden, block, view, factor, WIDTH: tl.constexpr, FORM: tl.constexpr,
     FEW: tl.constexpr = False,
 ):  # fmt: skip
-    """acc + factor·(lack + known)·(a mean key, or value, of each row): acc itself where there is no acc or no view.
+    """acc + factor·(lack + known)·(a mean key, or value, of each row); acc itself where there is no view.
 
-    known is what the weights that `lack` counted should sum to, if that is not `hidden`. The mean is over one block
-    of keys; rows that attend to none of it have theirs in the first block that they do attend to. FEW: under a causal
-    mask the first queries share the mean of few keys, for which a kernel needs fewer registers.
+    known is what the weights that `lack` counted should sum to, if that is not `hidden`. The mean is over
+    one block of keys; rows that attend to none of it have theirs in the first block that they do attend to.
+    FEW: under a causal mask the first queries share the mean of few keys, which takes fewer registers.
     """
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
     PRECISION: tl.constexpr = FORM[4]
-    if absent(acc) | (view is None):
-        return acc
-    elif view.ptr.dtype.element_ty == tl.float32:
+    if absent(acc) | (not is_view_of_two_bytes(view)):
         return acc
     else:
         call, span = block.call, block.span
@@ -132,7 +140,7 @@ def add_mean_key(
         else:
             rows = block.first + tl.arange(0, ROWS)
             found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, WIDTH)
-            # the nearest before a query's own place where that counts: the first key of all is often unlike the others
+            # the nearest before a query's own place: the first key of all is often unlike the others
             start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
             following, missing = span.first, 1
             while missing > 0:

@@ -28,7 +28,9 @@ from metattn.kernels import common, memory, products, row_tiles, rowstats, score
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K), and to what the weights of these two, B and C lack."""
+    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K, what the weights of K, of (s1∘P)K, B and C
+    lack).
+    """
     PRECISION: tl.constexpr = FORM[4]
     excess, ot, dq, pk, lack, lack_p, lack_b, lack_c = state
     call, guessed = block.call, rowstats.as_column(block.statistics)

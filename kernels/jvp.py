@@ -1,7 +1,7 @@
 """jvp: the tangents of O and L in one pass over the keys: Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O for any t.
 
-t is the mean of T over one block of keys. Where a sharply peaked row has large T, the terms cancel still; a block
-with a row that lost more than CANCELLATION so is swept once more, with t = τ of the first sweep.
+t is the mean of T over one block of keys. Where a sharply peaked row has large T, the terms cancel still; a
+block with a row that lost more than CANCELLATION so is swept once more, with t = τ of the first sweep.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ def sink_share(call, given, place, statistics):
 
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (dQt / scale, what the weights of k and b lack), and stores the tangent of the bias'
-    gradient.
+    """Adds a block of keys to (dQt / scale, what the weights of k and b lack).
+
+    And stores the tangent of the bias' gradient.
     """
     PRECISION: tl.constexpr = FORM[4]
     call = block.call

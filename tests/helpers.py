@@ -263,8 +263,8 @@ def both_orders(
 ) -> dict[str, Tensor]:
     """o, lse; the gradients of ⟨do, o⟩ + ⟨dlse, lse⟩; and of ⟨those, t⟩, in the inputs, do and dlse.
 
-    The cotangents and tangents are drawn and rounded: the same numbers whatever dtype the inputs have. `offsets`
-    of "do" and of tangents ("tq", …) are how much their rows have in common, as in `with_offset`.
+    The cotangents and tangents are drawn and rounded: the same numbers whatever dtype the inputs have.
+    `offsets` of "do" and of tangents ("tq", …) are how much their rows have in common, as in `with_offset`.
     """
     generator = torch.Generator().manual_seed(1)
 

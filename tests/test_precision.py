@@ -105,8 +105,7 @@ class TestPeakedSoftmax:
         check(call, backend, dtype)
 
 
-# options, and what has how many standard deviations in common: keys, and what is added to them in tangents; values;
-# queries, which make a softmax peaked; cotangents
+# Options, and what has how many standard deviations in common.
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "keys": (("plain",), {"k": 30.0}),
     "keys a little": (("plain",), {"k": 3.0}),
