@@ -1,8 +1,9 @@
 """What all keys share: weights whose sum is known cancel it, but not once they are rounded.
 
-Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave. The products' weights miss that: they
-are rounded, and D comes of an O whose weights were. What they lack is the weight of a mean of some keys that the
-row attends to; another key would bring in what is masked. Nothing is done for float32.
+Derivatives of scores sum to 0 over the keys, or to what dL and a sink leave; probabilities to 1, or
+to what a sink leaves. The products' weights miss that: they are rounded, and D comes of an O whose
+weights were. What they lack is the weight of a mean of some keys that the row attends to; another
+key would bring in what is masked. Nothing is done for float32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from metattn.kernels.call import absent
 
-from metattn.kernels import memory, products, row_tiles, scores
+from metattn.kernels import memory, products, row_tiles, scores, tiles
 
 
 @triton.jit
@@ -44,58 +45,118 @@ def known_sum_of_tangent(call, given, place, statistics):
 
 
 @triton.jit
-def counted(call, lack, weights, x):
-    """`lack` [rows] less the weights that x is multiplied by; plus what they lost, where a softcap hides their sum.
+def known_mass(call, at, statistics):
+    """Σ P of each row [*] over the keys: 1 − Ps with a sink."""
+    total = tl.where(statistics.reference == float("inf"), 0.0, 1.0)
+    if call.sinks is not None:
+        total -= tl.where(total == 0.0, 0.0, sink_probability(call, at, statistics))
+    return total
 
-    lack itself where there is no x, or x is float32.
+
+@triton.constexpr_function
+def has_two_bytes(x):
+    """Of a block (main, rest), or ()."""
+    return len(x) > 0 and x[0].dtype != tl.float32
+
+
+@triton.constexpr_function
+def is_view_of_two_bytes(view):
+    return view is not None and view.ptr.dtype.element_ty != tl.float32
+
+
+@triton.jit
+def counted(lack, weights, x, hidden):
+    """`lack` [rows] less the weights that x is multiplied by.
+
+    Plus what they lost, where an option (`hidden`, None without) leaves their sum unknown. lack itself where
+    there is no x, or x is float32.
     """
-    if absent(x) or x[0].dtype == tl.float32:
+    if not has_two_bytes(x):
         return lack
     else:
         multiplied = tl.sum(weights.to(x[0].dtype).to(tl.float32), 1)
-        if call.softcap is None:
+        if hidden is None:
             return lack - multiplied
         else:
             return lack + (tl.sum(weights, 1) - multiplied)
 
 
 @triton.jit
-def add_mean_key(acc, lack, known, block, view, factor, FORM: tl.constexpr):
-    """acc + factor·(lack + known)·(a mean key of each row): acc itself where there is no acc or no view.
+def part_mean(x, count):
+    if absent(x):
+        return ()
+    else:
+        mean = tl.sum(x.to(tl.float32), 0) / count
+        return tl.where(products.finite(mean), mean, 0.0)[None, :]
 
-    known is what counted weights should sum to; not used with a softcap. The mean is over one block of keys; rows
-    that attend to none of it have theirs in the first block that they do attend to.
+
+@triton.constexpr_function
+def shares_keys(call, causal):
+    """Whether position tells which keys all rows of a block attend to, and each block has such.
+
+    `causal`: even if these are few.
+    """
+    return call.mask is None and call.bias is None and call.left is None and (causal or call.right is None)
+
+
+@triton.jit
+def add_shared_key(acc, weight, block, view, WIDTH: tl.constexpr, KEYS: tl.constexpr):
+    """acc + weight·(the mean of the last keys that all rows of the block attend to)."""
+    call, place = block.call, block.place
+    high = place.m
+    if call.right is not None:
+        reach = tl.cast(place.offset, tl.int64) + call.right
+        # the rows before attend to nothing
+        high = tl.minimum(high, tl.maximum(block.first, -reach) + reach + 1)
+    start = tl.cast(tl.maximum(0, high - KEYS), tl.int32)
+    keys, count = tl.arange(0, KEYS), tl.maximum(high - start, 1).to(tl.float32)
+    x = memory.load_keys(view, tiles.moved(place, 0, start), keys, start + keys < high, WIDTH)
+    return products.minus(acc, -weight[:, None], (part_mean(x[0], count), part_mean(x[1], count)))
+
+
+@triton.jit
+def add_mean_key(
+    acc, lack, known, hidden, block, view, factor, WIDTH: tl.constexpr, FORM: tl.constexpr,
+    FEW: tl.constexpr = False,
+):  # fmt: skip
+    """acc + factor·(lack + known)·(a mean key, or value, of each row); acc itself where there is no view.
+
+    known is what the weights that `lack` counted should sum to, if that is not `hidden`. The mean is over
+    one block of keys; rows that attend to none of it have theirs in the first block that they do attend to.
+    FEW: under a causal mask the first queries share the mean of few keys, which takes fewer registers.
     """
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
-    HEAD: tl.constexpr = FORM[2]
     PRECISION: tl.constexpr = FORM[4]
-    if absent(acc) | (view is None) or view.ptr.dtype.element_ty == tl.float32:
+    if absent(acc) | (not is_view_of_two_bytes(view)):
         return acc
     else:
         call, span = block.call, block.span
-        if call.softcap is None:
+        if hidden is None:
             lack += known
         lack = tl.where(products.finite(lack), lack, 0.0)
-        rows = block.first + tl.arange(0, ROWS)
-        found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, HEAD)
-        # the nearest before a query's own place where that counts: the first key of all is often unlike the others
-        start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
-        following, missing = span.first, 1
-        while missing > 0:
-            keys = start + tl.arange(0, KEYS)
-            s, _ = scores.scores(
-                call, block.place, tl.zeros([ROWS, KEYS], tl.float32), rows[:, None], keys[None, :], True
-            )
-            s = tl.where(found[:, None] == 0.0, s, float("-inf"))
-            chosen = tl.where(s != float("-inf"), 1.0, 0.0)
-            x = row_tiles.keys_of(block, view, start, True, KEYS, HEAD)
-            mean = products.add_product(
-                mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION
-            )
-            found += tl.sum(chosen, 1)
-            missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
-            missing = tl.where(following < span.end, missing, 0)
-            start, following = following, following + KEYS
-        share = factor * lack / tl.maximum(found, 1.0)
-        return products.plus_finite(acc, share[:, None], mean)
+        if shares_keys(call, FEW):
+            return add_shared_key(acc, lack * factor, block, view, WIDTH, KEYS)
+        else:
+            rows = block.first + tl.arange(0, ROWS)
+            found, mean = tl.zeros([ROWS], tl.float32), products.zeros(ROWS, WIDTH)
+            # the nearest before a query's own place: the first key of all is often unlike the others
+            start = tl.where(span.full < span.tail, span.tail - KEYS, span.first)
+            following, missing = span.first, 1
+            while missing > 0:
+                keys = start + tl.arange(0, KEYS)
+                s, _ = scores.scores(
+                    call, block.place, tl.zeros([ROWS, KEYS], tl.float32), rows[:, None], keys[None, :], True
+                )
+                s = tl.where(found[:, None] == 0.0, s, float("-inf"))
+                chosen = tl.where(s != float("-inf"), 1.0, 0.0)
+                x = row_tiles.keys_of(block, view, start, True, KEYS, WIDTH)
+                mean = products.add_product(
+                    mean, chosen, products.without(x, scores.unseen_keys(call, s)), PRECISION
+                )
+                found += tl.sum(chosen, 1)
+                missing = tl.sum(((found == 0.0) & (lack != 0.0)).to(tl.int32), 0)
+                missing = tl.where(following < span.end, missing, 0)
+                start, following = following, following + KEYS
+            share = factor * lack / tl.maximum(found, 1.0)
+            return products.plus_finite(acc, share[:, None], mean)

@@ -147,7 +147,7 @@ WHOLE_FEATURES = 64
 ONE_SWEEP_FEATURES = {
     "sm80": (64, 0),
     "sm86": (64, 0),
-    "sm90": (64, 0),
+    "sm90": (32, 0),
     "sm100": (64, 0),
     "gfx9": (64, 0),
     "interpreter": (256, 256),

@@ -28,9 +28,11 @@ from metattn.kernels import common, memory, products, row_tiles, rowstats, score
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K, what the weights of these two and of B lack)."""
+    """Adds a block of keys to (τ − t, Ot, dQt / scale, (s1∘P)K, what the weights of K, of (s1∘P)K, B and C
+    lack).
+    """
     PRECISION: tl.constexpr = FORM[4]
-    excess, ot, dq, pk, lack, lack_p, lack_b = state
+    excess, ot, dq, pk, lack, lack_p, lack_b, lack_c = state
     call, guessed = block.call, rowstats.as_column(block.statistics)
     tile, k, b, v, c = row_tiles.all_of(block, start, MASKED, FORM)
     seen = tile.seen
@@ -44,9 +46,19 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     pk = products.add_product(pk, slope, k, PRECISION)
     # in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
     ot = products.add_product(ot, scores.times(pt, seen.z), v, PRECISION, True)
-    ot = products.add_product(ot, scores.times(seen.p, seen.z), products.without(c, unseen), PRECISION, True)
-    lack, lack_p = common.counted(call, lack, drt, k), common.counted(call, lack_p, slope, k)
-    return excess + tl.sum(pt, 1), ot, dq, pk, lack, lack_p, common.counted(call, lack_b, dr, b)
+    pz = scores.times(seen.p, seen.z)
+    ot = products.add_product(ot, pz, products.without(c, unseen), PRECISION)
+    lack, lack_p = common.counted(lack, drt, k, call.softcap), common.counted(lack_p, slope, k, call.softcap)
+    lack_b = common.counted(lack_b, dr, b, call.softcap)
+    if not as_of_keys(call):
+        lack_c = common.counted(lack_c, pz, c, call.rng)
+    return excess + tl.sum(pt, 1), ot, dq, pk, lack, lack_p, lack_b, lack_c
+
+
+@triton.constexpr_function
+def as_of_keys(call):
+    """Whether C has the weights of (s1∘P)K."""
+    return call.softcap is None and call.rng is None
 
 
 @triton.jit
@@ -107,8 +119,12 @@ def double_rows(
             statistics = Statistics(known.reference, known.log_total, known.d, t, u)
             block = Block(call, given, wanted, place, span, first, held, statistics)
             of_keys = products.zeros(ROWS, HEAD)
-            state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys, zero, zero, zero)
-            excess, ot, dq, pk, lack, lack_p, lack_b = tiles.sweep(visit, state, block, span, FORM)
+            state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys, zero, zero, zero, zero)
+            excess, ot, dq, pk, lack, lack_p, lack_b, lack_c = tiles.sweep(visit, state, block, span, FORM)
+            if as_of_keys(call):
+                lack_c = lack_p
+            mass = common.known_mass(call, at, known)
+            ot = common.add_mean_key(ot, lack_c, mass, call.rng, block, given.c, 1.0, VALUE, FORM, True)
             if call.sinks is not None:
                 sigma = 0.0
                 if given.sigma is not None:
@@ -134,8 +150,9 @@ def double_rows(
             sum_ds = common.known_sum(call, given, at, row_ids, inside, known)
             sum_dst = common.known_sum_of_tangent(call, given, place, found) + excess * sum_ds
             lack -= further * lack_p
-            dq = common.add_mean_key(dq, lack, sum_dst, block, call.k, call.scale, FORM)
-            dq = common.add_mean_key(dq, lack_b, sum_ds, block, given.b, call.scale, FORM)
+            bent = call.softcap
+            dq = common.add_mean_key(dq, lack, sum_dst, bent, block, call.k, call.scale, HEAD, FORM, True)
+            dq = common.add_mean_key(dq, lack_b, sum_ds, bent, block, given.b, call.scale, HEAD, FORM, True)
             dq = products.where_rows(seen == 0, 0.0, dq)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, 1.0, HEAD)
             rowstats.store_statistics(given.statistics, at, row_ids, inside, found)

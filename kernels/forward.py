@@ -11,7 +11,7 @@ from metattn.kernels import memory, products, rowstats, scores, tiles
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (top, total, total of the kept weights, and of these as they are multiplied, acc)."""
+    """Adds a block of keys to (top, total, total of the weights kept, and of these as multiplied, acc)."""
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
     HEAD: tl.constexpr = FORM[2]

@@ -1,7 +1,7 @@
 """jvp: the tangents of O and L in one pass over the keys: Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O for any t.
 
-t is the mean of T over one block of keys. Where a sharply peaked row has large T, the terms cancel still; a block
-with a row that lost more than CANCELLATION so is swept once more, with t = τ of the first sweep.
+t is the mean of T over one block of keys. Where a sharply peaked row has large T, the terms cancel still; a
+block with a row that lost more than CANCELLATION so is swept once more, with t = τ of the first sweep.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ CANCELLATION = tl.constexpr(16.0)
 
 @triton.jit
 def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (τ − t, Ot)."""
+    """Adds a block of keys to (τ − t, Ot, what the weights of C lack)."""
     KEYS: tl.constexpr = FORM[0]
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
-    excess, acc = state
+    excess, acc, lack = state
     call, given = block.call, block.given
     q, a = block.held
     seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
@@ -35,8 +35,9 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
         acc = products.add_product(acc, scores.times(pt, seen.z), v, PRECISION, True)
     if given.c is not None:
         c = products.without(row_tiles.keys_of(block, given.c, start, MASKED, KEYS, VALUE), unseen)
-        acc = products.add_product(acc, scores.times(seen.p, seen.z), c, PRECISION, True)
-    return excess, acc
+        pz = scores.times(seen.p, seen.z)
+        acc, lack = products.add_product(acc, pz, c, PRECISION), common.counted(lack, pz, c, call.rng)
+    return excess, acc, lack
 
 
 @triton.jit
@@ -121,8 +122,10 @@ def attempt(
     a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
     span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
     block = Block(call, given, wanted, place, span, first, (q, a), statistics)
-    state = (tl.zeros_like(reference), products.zeros(ROWS, VALUE))
-    excess, acc = tiles.sweep(visit, state, block, span, FORM)
+    zero = tl.zeros_like(reference)
+    excess, acc, lack = tiles.sweep(visit, (zero, products.zeros(ROWS, VALUE), zero), block, span, FORM)
+    known = common.known_mass(call, at, statistics)
+    acc = common.add_mean_key(acc, lack, known, call.rng, block, given.c, 1.0, VALUE, FORM)
     if call.sinks is not None:
         sigma = 0.0
         if given.sigma is not None:

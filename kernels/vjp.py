@@ -57,7 +57,7 @@ def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     ds, dr = first_order(block.call, seen, dp, block.statistics.d[:, None], MASKED)
     memory.store_entries(block.wanted.dbias, block.place, seen.i, seen.j, ds)
     k = products.without(k, scores.unseen_keys(block.call, seen.s))
-    return products.add_product(dq, dr, k, PRECISION), common.counted(block.call, lack, dr, k)
+    return products.add_product(dq, dr, k, PRECISION), common.counted(lack, dr, k, block.call.softcap)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def vjp_rows(
             state = (products.zeros_if(wanted.dq, ROWS, HEAD), tl.zeros_like(statistics.d))
             dq, lack = tiles.sweep(visit_keys, state, block, span, FORM)
             known = common.known_sum(call, given, at, row_ids, inside, statistics)
-            dq = common.add_mean_key(dq, lack, known, block, call.k, 1.0, FORM)
+            dq = common.add_mean_key(dq, lack, known, call.softcap, block, call.k, 1.0, HEAD, FORM)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 

@@ -41,8 +41,9 @@ def sink_share(call, given, place, statistics):
 
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (dQt / scale, what the weights of k and b lack), and stores the tangent of the bias'
-    gradient.
+    """Adds a block of keys to (dQt / scale, what the weights of k and b lack).
+
+    And stores the tangent of the bias' gradient.
     """
     PRECISION: tl.constexpr = FORM[4]
     call = block.call
@@ -55,7 +56,7 @@ def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     dq = products.add_product(dq, drt, products.without(k, unseen), PRECISION)
     # a product with no B leaves what it is added to
     dq = products.add_product(dq, dr, products.without(b, unseen), PRECISION)
-    return dq, common.counted(call, lack, drt, k), common.counted(call, lack_b, dr, b)
+    return dq, common.counted(lack, drt, k, call.softcap), common.counted(lack_b, dr, b, call.softcap)
 
 
 @triton.jit
@@ -96,8 +97,9 @@ def vjp_jvp_rows(
             dq, lack, lack_b = tiles.sweep(visit_keys, state, block, span, FORM)
             known_b = common.known_sum(call, given, at, row_ids, inside, statistics)
             known = common.known_sum_of_tangent(call, given, place, statistics)
-            dq = common.add_mean_key(dq, lack, known, block, call.k, 1.0, FORM)
-            dq = common.add_mean_key(dq, lack_b, known_b, block, given.b, 1.0, FORM)
+            bent = call.softcap
+            dq = common.add_mean_key(dq, lack, known, bent, block, call.k, 1.0, HEAD, FORM)
+            dq = common.add_mean_key(dq, lack_b, known_b, bent, block, given.b, 1.0, HEAD, FORM)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math as _math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -250,27 +250,37 @@ def finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
+def with_offset(x: Tensor, offset: float) -> Tensor:
+    """x [..., features] with so many standard deviations in one direction, the same in every row."""
+    if offset == 0.0:
+        return x
+    direction = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return x + offset * (direction / direction.square().mean().sqrt()).to(x.dtype)
+
+
 def both_orders(
     function: Callable[..., tuple[Tensor, Tensor]],
     inputs: dict[str, Tensor],
     rounding: torch.dtype = torch.float64,
+    offsets: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """o, lse; the gradients of ⟨do, o⟩ + ⟨dlse, lse⟩; and of ⟨those, t⟩, in the inputs, do and dlse.
 
     The cotangents and tangents are drawn and rounded: the same numbers whatever dtype the inputs have.
+    `offsets` of "do" and of tangents ("tq", …) are how much their rows have in common, as in `with_offset`.
     """
     generator = torch.Generator().manual_seed(1)
 
-    def draw_like(x: Tensor) -> Tensor:
+    def draw_like(x: Tensor, name: str = "") -> Tensor:
         drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(rounding).to(x.dtype)
+        return with_offset(drawn, (offsets or {}).get(name, 0.0)).to(rounding).to(x.dtype)
 
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     o, lse = function(*leaves.values())
     live = finite(lse)
-    do, dlse = (draw_like(x).requires_grad_() for x in (o, live))
+    do, dlse = draw_like(o, "do").requires_grad_(), draw_like(live).requires_grad_()
     first = torch.autograd.grad((o, live), tuple(leaves.values()), (do, dlse), create_graph=True)
-    tangents = [draw_like(x) for x in first]
+    tangents = [draw_like(x, f"t{name}") for name, x in zip(leaves, first, strict=True)]
     second = torch.autograd.grad(first, (*leaves.values(), do, dlse), tangents, materialize_grads=True)
     names = tuple(leaves)
     results = {"o": o, "lse": live}

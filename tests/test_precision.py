@@ -10,7 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, OPTIONS, Call, Shape, both_orders, check_errors, make_call, relative_error
+from helpers import (
+    FLOAT_DTYPES,
+    OPTIONS,
+    Call,
+    Shape,
+    both_orders,
+    check_errors,
+    make_call,
+    relative_error,
+    with_offset,
+)
+
+from metattn import _host
 
 SHAPE = Shape(
     batch=2,
@@ -91,6 +103,79 @@ class TestPeakedSoftmax:
         call = make_call((option,), replace(SHAPE, n=length, m=length + 2, d=8), dtype)
         call.constants["scale"] = scale
         check(call, backend, dtype)
+
+
+# Options, and what has how many standard deviations in common.
+SHARED: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
+    "keys": (("plain",), {"k": 30.0}),
+    "keys a little": (("plain",), {"k": 3.0}),
+    "tangents": (("plain",), {"tq": 30.0, "tk": 30.0, "tv": 30.0}),
+    "values": (("plain",), {"v": 30.0}),
+    "queries": (("plain",), {"q": 10.0}),
+    "cotangents": (("plain",), {"do": 30.0}),
+    "all": (("plain",), {"q": 1.0, "k": 3.0, "v": 3.0, "do": 3.0, "tq": 1.0, "tk": 3.0, "tv": 3.0}),
+    "keys causal": (("causal_bottom_right",), {"k": 30.0, "tk": 30.0, "v": 10.0}),
+    "keys window": (("window",), {"k": 30.0, "tk": 30.0, "v": 10.0}),
+    "keys masked": (("mask", "bias"), {"k": 30.0, "tk": 30.0, "v": 10.0}),
+    "keys sinks": (("sinks", "grouped"), {"k": 30.0, "tk": 30.0, "v": 10.0}),
+    "keys softcap": (("softcap",), {"k": 1.0, "tk": 30.0, "v": 10.0}),
+    "keys dropout": (("dropout",), {"k": 30.0, "tk": 30.0}),
+}
+
+
+class TestWhatRowsShare:
+    """Σⱼ dSᵢⱼ = 0 cancels what all keys have in common, and D what all values have.
+
+    More rows and keys than one block or one program of a backend holds, and than are summed in two parts.
+    """
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    @pytest.mark.parametrize("name", list(SHARED))
+    def test_offset(self, name: str, dtype: torch.dtype, backend: str) -> None:
+        options, offsets = SHARED[name]
+        call = make_call(options, Shape(batch=1, heads=1, n=131, m=147, d=16, dv=16, kv_heads=1), dtype)
+        check_offsets(call, offsets, backend, dtype)
+
+    @pytest.mark.parametrize("isa", _host.usable_isas())
+    @pytest.mark.parametrize("name", list(SHARED))
+    def test_every_instruction_set(self, name: str, isa: str) -> None:
+        """Several chunks of keys besides, whose parts of dq are summed."""
+        before = _host.isa()
+        _host.set_isa(isa)
+        try:
+            options, offsets = SHARED[name]
+            shape = Shape(batch=1, heads=1, n=200, m=300, d=24, dv=40, kv_heads=1)
+            check_offsets(make_call(options, shape, torch.bfloat16), offsets, "cpu", torch.bfloat16)
+        finally:
+            _host.set_isa(before)
+
+    def test_masked_keys_stay_out_of_it(self, backend: str) -> None:
+        """Keys that nobody attends to, 1e30 large, are in no mean; later keys are in no earlier row's."""
+        call = make_call(
+            ("causal",), Shape(batch=1, heads=1, n=140, m=140, d=8, dv=8, kv_heads=1), torch.bfloat16
+        )
+        changed = {name: x.clone() for name, x in call.inputs.items()}
+        for name in ("k", "v"):
+            changed[name][:, :, 100:] = 1e30
+        found = []
+        for inputs in (call.inputs, changed):
+            q, k, v = (x.clone().requires_grad_() for x in inputs.values())
+            o, _ = call.function(backend)(q, k, v)
+            do = torch.ones_like(o).cumsum(-1)
+            (dq,) = torch.autograd.grad(o, q, do, create_graph=True)
+            (ddo,) = torch.autograd.grad(dq[:, :, :100].square().sum(), q)
+            found.append((o[:, :, :100], dq[:, :, :100], ddo[:, :, :100]))
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def check_offsets(call: Call, offsets: dict[str, float], backend: str, dtype: torch.dtype) -> None:
+    inputs = {name: with_offset(x, offsets.get(name, 0.0)) for name, x in call.inputs.items()}
+    call = replace(call, inputs=inputs)
+    wide = call.to(torch.float64)
+    truth = both_orders(wide.math, wide.inputs, dtype, offsets)
+    baseline = both_orders(call.math, call.inputs, dtype, offsets)
+    ours = both_orders(call.function(backend), call.inputs, dtype, offsets)
+    check_errors(ours, baseline, truth, dtype)
 
 
 class TestTheRuleItself:

@@ -124,7 +124,7 @@ struct QueryTiles {
     block.end_group();
   }
   METATTN_DEVICE void round(const Block& block, int rows) const { round_tiles(block, rows, {q, a, d_o}); }
-  // Zeros for the NaN that idle rows may hold; each thread has waited for what it copied.
+  // Zeros for NaN in the idle rows; each thread has waited for what it copied.
   template <class T>
   METATTN_DEVICE void clear_idle(const Block& block, const Params& p, const Place& place, const Statistics<T>& known,
                                  int rows) const {

@@ -177,8 +177,8 @@ static METATTN_DEVICE T per_head(const View& view, const Place& place) {
   return load<T>(view, offset_of(view, place.seq, place.head, 0));
 }
 
-// Rows that attend to nothing, or with a sink all of whose weight lies there to the last digit: what their q and dO
-// hold is nobody's business.
+// Rows that attend to nothing, or with a sink all of whose weight lies there to the last digit: an infinity or a NaN in
+// their q and dO is nobody's business.
 template <class T>
 static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T reference, T log_total) {
   return reference == kInfinity<T> || (p.sinks && reference == per_head<T>(p.sinks, place) && log_total == 0);
