@@ -382,7 +382,8 @@ def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
     results = module.forward(problem, primals, constants)
     results_t = module.jvp(problem, primals, constants, results, moves)
     needs = tuple(primal is not None for primal in primals)
-    given = Given(primals, constants, results, Cotangents(*results[:2]), moves, results_t)
+    cotangents = Cotangents(results.o, results.lse[..., 1])
+    given = Given(primals, constants, results, cotangents, moves, results_t)
     return {
         name: operators.arguments_of(layout, problem, given, needs if layout.gives_gradients else None)
         for name, layout in MAPS.items()

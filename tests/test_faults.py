@@ -336,6 +336,8 @@ LENGTHS = [1, 31, 33, 127, 129, 257]
 def test_row9_lengths(backend: str, n: int, m: int) -> None:
     # of one key the weight is 1: what q and k get through o cancels, beside terms of size 1
     vanishing = ("dq", "dk", "second dq", "second dk") if m == 1 else ()
+    if n == 1:  # one number a head, a sum of terms of size 1 that is 0.006 in one
+        vanishing += ("second dlse",)
     check(backend, qkv(batch=1, n=n, m=m), vanishing=vanishing)
 
 
@@ -762,9 +764,11 @@ def test_row33_a_thousand_repeats_are_bit_equal(backend: str, request: pytest.Fi
         repeats = 50
     for repeat in range(repeats):
         out = module.forward(problem, primals, constants)
-        gradients = module.vjp(problem, primals, constants, out, out.o, out.lse, needs)
-        out_t = module.jvp(problem, primals, constants, out, tangents)
-        second = module.vjp_jvp(problem, primals, constants, out, out.o, out.lse, tangents, out_t, needs)
+        given = (problem, primals, constants, out)
+        cotangents = out.o, out.lse[..., 1]
+        gradients = module.vjp(*given, *cotangents, needs)
+        out_t = module.jvp(*given, tangents)
+        second = module.vjp_jvp(*given, *cotangents, tangents, out_t, needs)
         results = (*out[:2], *gradients, *out_t[:2], *second)
         first = first or results
         for index, (found, expected) in enumerate(zip(results, first, strict=True)):
