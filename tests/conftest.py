@@ -49,6 +49,17 @@ EXHAUSTIVE = (
     "test_scale[triton-*-200-*-float16]",
 )
 
+# Seconds each in the interpreter, and not in the emulation.
+SLOW_IN_TRITON = (
+    "test_offset[triton-*-float16]",
+    *(
+        f"test_offset[triton-{name}*"
+        for name in ("keys-", "keys a little", "values", "cotangents", "tangents")
+    ),
+    *(f"test_offset[triton-keys {name}*" for name in ("window", "softcap", "dropout", "sinks")),
+    "test_masked_keys_stay_out_of_it[triton]",
+)
+
 # The files that take longest begin, so that no worker is left with one of them when the others are done.
 FIRST = ("test_triton.py", "test_faults.py", "test_precision.py", "test_tuning.py", "test_packaging.py")
 
@@ -62,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
-    names = EXHAUSTIVE if triton.interpreted() else ()
+    names = EXHAUSTIVE + SLOW_IN_TRITON if triton.interpreted() else ()
     if emulation.installed():
         names += tuple(name.replace("[triton-", "[cuda-") for name in EXHAUSTIVE)
         names += ("test_row16_many_heads[cuda-*",)  # of a grid's limits, which the emulation has not

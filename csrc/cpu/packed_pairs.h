@@ -346,38 +346,36 @@ struct WeightedSums<Pairs> {
       if constexpr (how == Rounding::kLosses) lacking[r] += sum<float>(total - multiplied);
     }
   }
-  // kLosses: of each key's weights; whether none of them is 0.
+  // kLosses: of each key's weights; whether none of them is rounded to 0.
   template <Rounding how>
   bool round_pairs(const Tile& tile, const float* weights) const {
-    __mmask16 counted[kKeys / kPairTile], zeros = 0;
-    for (int64_t j = 0; how == Rounding::kLosses && j < tile.cols; j += kPairTile) {
-      counted[j / kPairTile] = first_lanes(tile.keys - j);
-      store(losses + j, Vec<float>{});
-    }
-    for (int64_t r = 0; r < tile.rows; r += 2) {
-      const float* row = weights + r * kKeys;
-      const bool both = r + 1 < tile.rows;
-      for (int64_t j = 0; j < tile.cols; j += kPairTile) {
-        const __m512 first = _mm512_loadu_ps(row + j);
-        const __m512 second = both ? _mm512_loadu_ps(row + kKeys + j) : _mm512_setzero_ps();
-        uint16_t* const target = rounded + j * kRows + r * kPairTile;
+    __mmask32 zeros = 0;
+    for (int64_t j = 0; j < tile.cols; j += kPairTile) {
+      const int64_t count = smaller(tile.keys - j, kPairTile);
+      const __mmask32 counted = static_cast<__mmask32>((uint64_t{1} << 2 * count) - 1);
+      uint16_t* const target = rounded + j * kRows;
+      Vec<float> low = {}, high = {};
+      for (int64_t r = 0; r < tile.rows; r += 2) {
+        const float* row = weights + r * kKeys + j;
+        const bool both = r + 1 < tile.rows;
+        const __m512 first = _mm512_loadu_ps(row), second = both ? _mm512_loadu_ps(row + kKeys) : _mm512_setzero_ps();
         if constexpr (how == Rounding::kTwoParts) {
-          put_two_parts<true>(first, second, target);
+          put_two_parts<true>(first, second, target + r * kPairTile);
         } else {
-          const __m512i bits = put_both<true>(first, second, target);
+          const __m512i bits = put_both<true>(first, second, target + r * kPairTile);
           if constexpr (how == Rounding::kLosses) {
-            const __mmask16 counts = counted[j / kPairTile];
-            zeros |= _mm512_mask_cmp_ps_mask(counts, first, _mm512_setzero_ps(), _CMP_EQ_OQ);
-            if (both) zeros |= _mm512_mask_cmp_ps_mask(counts, second, _mm512_setzero_ps(), _CMP_EQ_OQ);
-            store(losses + j, load(losses + j) + ((first - low_ones(bits)) + (second - high_ones(bits))));
+            constexpr __mmask32 kFirst = 0x55555555;
+            zeros |= _mm512_mask_testn_epi16_mask(both ? counted : counted & kFirst, bits, _mm512_set1_epi16(0x7fff));
+            low += first - low_ones(bits);
+            high += second - high_ones(bits);
           }
         }
       }
-    }
-    for (int64_t r = round_up(tile.rows, 2); r < tiles_deep(tile.rows); r += 2)
-      for (int64_t j = 0; j < tile.cols; j += kPairTile)
+      for (int64_t r = round_up(tile.rows, 2); r < tiles_deep(tile.rows); r += 2)
         for (int part = 0; part <= (how == Rounding::kTwoParts); ++part)
-          memset(rounded + part * kPart + j * kRows + r * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
+          memset(target + part * kPart + r * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
+      if constexpr (how == Rounding::kLosses) store(losses + j, finite_or_0(low + high));
+    }
     return zeros == 0;
   }
 
@@ -441,7 +439,7 @@ struct KeySums<Pairs> {
       twice = !by.round_pairs<Rounding::kLosses>(tile, weights);
       for (int64_t c = 0; !twice && c < width; ++c)
         for (int64_t j = 0; j < tile.cols; j += kPairTile)
-          store(target + c * kKeys + j, load(target + c * kKeys + j) + rows.mean[c] * finite_or_0(load(by.losses + j)));
+          store(target + c * kKeys + j, load(target + c * kKeys + j) + rows.mean[c] * load(by.losses + j));
     }
     if (twice) by.round_pairs<Rounding::kTwoParts>(tile, weights);
     for (int part = 0; part <= twice; ++part)
