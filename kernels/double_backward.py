@@ -55,6 +55,20 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     return excess + tl.sum(pt, 1), ot, dq, pk, lack, lack_p, lack_b, lack_c
 
 
+@triton.jit
+def add_mean_by_weights(call, dq, lack, known, lack_p, pk, block, HEAD: tl.constexpr, FORM: tl.constexpr):
+    """common.add_mean_key of dQt, with the mean by the row's own weights, (s1∘P)K over their sum.
+
+    So it takes off what an error of Dt has added, too. With a softcap the sum of s1∘P is not known.
+    """
+    if call.softcap is None and common.is_view_of_two_bytes(call.k):
+        lack += known
+        share = tl.where(products.finite(lack) & (lack_p < 0.0), -lack / tl.minimum(lack_p, -1e-30), 0.0)
+        return products.plus_finite(dq, (share * call.scale)[:, None], pk)
+    else:
+        return common.add_mean_key(dq, lack, known, call.softcap, block, call.k, call.scale, HEAD, FORM, True)
+
+
 @triton.constexpr_function
 def as_of_keys(call):
     """Whether C has the weights of (s1∘P)K."""
@@ -151,7 +165,7 @@ def double_rows(
             sum_dst = common.known_sum_of_tangent(call, given, place, found) + excess * sum_ds
             lack -= further * lack_p
             bent = call.softcap
-            dq = common.add_mean_key(dq, lack, sum_dst, bent, block, call.k, call.scale, HEAD, FORM, True)
+            dq = add_mean_by_weights(call, dq, lack, sum_dst, lack_p, pk, block, HEAD, FORM)
             dq = common.add_mean_key(dq, lack_b, sum_ds, bent, block, given.b, call.scale, HEAD, FORM, True)
             dq = products.where_rows(seen == 0, 0.0, dq)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, 1.0, HEAD)
