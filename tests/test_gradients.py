@@ -252,6 +252,8 @@ class Recorder:
         if name == "run_plain":  # the short way, which serves no call now: all take the maps' functions
             return lambda *_: None
         function = getattr(self.module, name)  # it has no more than the backend has
+        if name == "reuses_dq":  # a question, no product
+            return function  # type: ignore[no-any-return]
 
         def run(problem: object, *arguments: object) -> object:
             self.calls.append((name, arguments))
