@@ -89,7 +89,7 @@ struct Params {
   int64_t head_chunk;           // and query heads of it, of those that share a key head
   int64_t key_splits;           // forward: into how many the keys of a few rows are split; their sums are left to be added
   char* split_sums;             // then: compute type [key_splits, B, Hq, N, dv] (or of packed rows), P not divided by its sum,
-  double* split_weights;        // and [key_splits, B, Hq, N, 3]: the reference, the sum from there, the sum of rounded P
+  double* split_weights;        // and [key_splits, B, Hq, N, 3]: the reference element, the sum from there, the sum of rounded P
   int64_t key_chunk;            // key sweeps: keys of a unit, a multiple of the key block
   int64_t key_chunks;
   int64_t row_parts;            // key sweeps: parts of an owner's row tiles, or of its pairs of batch and key head

@@ -64,23 +64,28 @@ def inverse_or_0(x):
 
 
 @triton.jit
+def held_rows(call, given, place, first, statistics, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """(q, a) of the queries from `first` on: what a block of them holds."""
+    row_ids = tl.arange(0, ROWS)
+    at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
+    idle = scores.idle_rows(call, place, statistics)
+    q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
+    return q, memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+
+
+@triton.jit
 def first_base(
     call, given, wanted, place, first, reference, log_total, ROWS: tl.constexpr, FORM: tl.constexpr
 ):
     """t of the first sweep [rows]: O's weights were rounded, and (τ − t)·O brings that in."""
-    HEAD: tl.constexpr = FORM[2]
     base = tl.zeros_like(reference)
     if (call.q.ptr.dtype.element_ty == tl.float32) | (
         (given.a is None) & (given.b is None) & (given.beta is None)
     ):
         return base
     else:
-        row_ids = tl.arange(0, ROWS)
-        at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
         statistics = Statistics(reference, log_total, base, base, base)
-        idle = scores.idle_rows(call, place, statistics)
-        q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-        a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
+        q, a = held_rows(call, given, place, first, statistics, ROWS, FORM[2])
         span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, FORM[0])
         block = Block(call, given, wanted, place, span, first, (q, a), statistics)
         start = block_of_means(span)
@@ -111,17 +116,13 @@ def attempt(
     call, given, wanted, place, first, reference, log_total, base, ROWS: tl.constexpr, FORM: tl.constexpr
 ):
     """(τ − t, Ot, which rows [rows] lost too much) of a block of queries, by one sweep with t = base."""
-    KEYS: tl.constexpr = FORM[0]
-    HEAD: tl.constexpr = FORM[2]
     VALUE: tl.constexpr = FORM[3]
     row_ids = tl.arange(0, ROWS)
     at, inside = tiles.moved(place, first, 0), first + row_ids < place.n
     statistics = Statistics(reference, log_total, base, base, base)
-    idle = scores.idle_rows(call, place, statistics)
-    q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
-    a = memory.load_rows_if(given.a, at, row_ids, inside, idle, HEAD)
-    span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
-    block = Block(call, given, wanted, place, span, first, (q, a), statistics)
+    held = held_rows(call, given, place, first, statistics, ROWS, FORM[2])
+    span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, FORM[0])
+    block = Block(call, given, wanted, place, span, first, held, statistics)
     zero = tl.zeros_like(reference)
     excess, acc, lack = tiles.sweep(visit, (zero, products.zeros(ROWS, VALUE), zero), block, span, FORM)
     known = common.known_mass(call, at, statistics)

@@ -452,13 +452,12 @@ def _own_dq(problem: Problem, needs: Needs, tensors: Tensors, dq: Tensor | None)
 
     The gradient itself is its owner's: clipping, .data, numpy and collectives may change it, counted or not.
     """
-    if (
-        dq is None or internals.transformed()
-    ):  # a transform's double backward is an operator, which takes none
+    reuses = load(problem.backend).reuses_dq
+    # a transform's double backward is an operator, which takes none
+    if dq is None or reuses is None or internals.transformed():
         return None
     given = VJP.split(tensors)
-    reuses = load(problem.backend).reuses_dq(problem, given.primals, given.constants, needs)
-    return dq.detach().clone() if reuses else None
+    return dq.detach().clone() if reuses(problem, given.primals, given.constants, needs) else None
 
 
 def _double_backward(problem: Problem, given: Given, needs: Needs, dq: Tensor | None) -> tuple[Any, ...]:

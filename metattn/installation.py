@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shlex
 import sys
@@ -24,6 +26,15 @@ def record() -> dict[str, str | None]:
 def is_source_tree() -> bool:
     """Whether this is a clone or an editable installation, in which the extension is built in place."""
     return (FOLDER.parent / "setup.py").is_file() and (FOLDER.parent / "csrc").is_dir()
+
+
+@functools.cache
+def digest() -> str:
+    """Of this package's code and libraries: another release, and another state of a clone, has another."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in sorted([*FOLDER.rglob("*.py"), *FOLDER.glob("*.so")]):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def why_not_built() -> str:

@@ -214,11 +214,15 @@ def test_autograd_grad_inside(batched: bool) -> None:
 
 
 def test_another_process_finds_what_was_compiled(tmp_path: Path) -> None:
-    """By torch's cache on disk: the second process compiles nothing."""
+    """By torch's cache on disk: the second process compiles nothing, one of another release all."""
     script = """
-import torch, metattn
+import sys, torch, metattn
 from torch._dynamo.utils import counters
 from torch.func import grad
+from metattn import installation
+
+if sys.argv[1:]:
+    installation.digest = lambda: sys.argv[1]
 
 def energy(q):
     return metattn.attention(q, q, q).sin().sum()
@@ -234,10 +238,9 @@ print(found["autograd_cache_miss"], found["autograd_cache_hit"])
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
     }
 
-    def run() -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        )
+    def run(*release: str) -> str:
+        command = [sys.executable, "-c", script, *release]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert [run(), run()] == ["1 0", "0 1"]
+    assert [run(), run(), run("another"), run("another"), run()] == ["1 0", "0 1", "1 0", "0 1", "0 1"]

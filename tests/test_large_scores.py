@@ -2,17 +2,24 @@
 
 Scores are exact in the dtype, so that the plain formula of that dtype is right: a bias, a sink or products
 near an offset, and steps by which they differ. Above some offset a dtype's steps leave but equal scores.
+
+`python tests/test_large_scores.py` prints the table of docs/math.md, of the CPU's backend.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import Call, both_orders
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script too
+
+from helpers import Call, both_orders
 
 WIDE, NARROW = torch.float64, torch.float32
 DTYPES = {"cpu": (WIDE, NARROW), "cuda": (WIDE, NARROW), "reference": (WIDE, NARROW), "triton": (NARROW,)}
@@ -148,3 +155,26 @@ def test_a_row_that_only_a_sink_holds(backend: str) -> None:
                 found.append(torch.autograd.grad(o.square().sum() + lse.sum(), (x, k, v)))
             for clean, other in zip(*found, strict=True):
                 assert torch.equal(clean, other)
+
+
+def worst(call: Call) -> float:
+    """The CPU's largest ‖x − x*‖ / ‖x*‖ of o and both orders' derivatives; x* is the plain formula's."""
+    found, right = orders(call, call.function("cpu")), orders(call, call.math)
+    names = right.keys() - {"lse"}  # that it is large is no merit
+    return max(float((found[x] - right[x]).norm() / right[x].norm().clamp(min=1e-30)) for x in names)
+
+
+def table() -> str:
+    lines = ["| scores near | float64 | float32 |", "|---|---:|---:|"]
+    for offset in (*OFFSETS, None):
+        cells = []
+        for dtype in (WIDE, NARROW):
+            near = (torch.finfo(dtype).min,) if offset is None else (-offset, offset)
+            cells.append(max(worst(call_near(x, dtype, ("bias", "alibi", "mask"))) for x in near))
+        name = "the lowest number" if offset is None else f"±{offset:.0e}"
+        lines.append(f"| {name} | {cells[0]:.0e} | {cells[1]:.0e} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

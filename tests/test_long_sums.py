@@ -57,7 +57,7 @@ def test_gradients_of_a_bias_that_many_share(
     )
 
 
-@pytest.mark.parametrize(("n", "m"), [(3, 200_000), (200_000, 3)], ids=["keys", "rows"])
+@pytest.mark.parametrize(("n", "m"), [(2, 1_000_000), (1_000_000, 2)], ids=["keys", "rows"])
 def test_both_orders_of_long_sums(n: int, m: int) -> None:
     """Values and cotangents of one sign: what a running sum loses does not average out."""
     torch.manual_seed(0)

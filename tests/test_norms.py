@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 from torch.nn.utils import parametrizations
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script too
 
 import metattn
 import metattn.nn as exact

@@ -48,6 +48,7 @@ double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t 
 template <class T>
 void join_splits_of(const Params& p, int64_t begin, int64_t end) {
   const int64_t rows = split_rows(p);
+  const Exponents<T> exponents(p);
   std::vector<T> o(p.dv), scratch(p.dv);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t row = at % rows, head = at / rows % p.heads, seq = at / rows / p.heads;
@@ -59,12 +60,12 @@ void join_splits_of(const Params& p, int64_t begin, int64_t end) {
     const auto weights_of = [&](int64_t split) { return p.split_weights + 3 * split_row(p, split, seq, head, row); };
     for (int64_t split = 0; split < p.key_splits; ++split)
       if (weights_of(split)[1] != 0 && !(weights_of(split)[0] <= top)) top = weights_of(split)[0];
-    if (sink != -kInfinity<double>) total = weight = __builtin_exp(sink - top);
+    if (sink != -kInfinity<double>) total = weight = __builtin_exp(sink - top);  // with sinks, elements are scores
     for (T& x : o) x = 0;
     for (int64_t split = 0; split < p.key_splits; ++split) {
       const double* found = weights_of(split);
       if (found[1] == 0) continue;
-      const double decay = found[0] == top ? 1 : __builtin_exp(found[0] - top);
+      const double decay = found[0] == top ? 1 : __builtin_exp((found[0] - top) * exponents.natural);
       total += decay * found[1];
       weight += decay * found[2];
       const T* sums = reinterpret_cast<const T*>(p.split_sums) + split_row(p, split, seq, head, row) * p.dv;
@@ -72,9 +73,7 @@ void join_splits_of(const Params& p, int64_t begin, int64_t end) {
     }
     store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, seq, head, row), offset_of(p.out_o_lo, seq, head, row), p.dv,
                      static_cast<T>(total == 0 ? 1 : 1 / weight), o.data(), scratch.data());
-    double* const lse = double_at(p.out_lse, seq, head, row);
-    lse[0] = total == 0 ? 0 : top;
-    lse[p.out_lse.stride[3]] = __builtin_log(total);
+    store_lse<T>(p.out_lse, exponents, total == 0 ? 0 : top, __builtin_log(total), double_at(p.out_lse, seq, head, row));
   }
 }
 

@@ -138,7 +138,7 @@ struct Forward {
       const int64_t at = split_row(p, split, tile.seq, tile.head, tile.s.q0 + tile.row0 + r);
       const T total = sum<T>(load(totals + r * kLanes<T>));
       double* const found = p.split_weights + 3 * at;
-      found[0] = static_cast<double>(reference[r]) * exponents.natural;
+      found[0] = static_cast<double>(reference[r]);
       found[1] = total;
       found[2] = weight_of(r, total);
       memcpy(reinterpret_cast<T*>(p.split_sums) + at * p.dv, acc + r * wide_dv, sizeof(T) * p.dv);
@@ -250,13 +250,8 @@ struct Forward {
     }
     logarithms(log_total, tile.rows, normal);
     double* target = double_at(p.out_lse, tile.seq, tile.head, tile.s.q0 + tile.row0);
-    for (int64_t r = 0; r < tile.rows; ++r, target += p.out_lse.stride[2]) {
-      // counted from the element nearest to L, the log has few digits to lose in T
-      const double before = reference[r], sum = before + log_total[r] / exponents.natural;
-      const double nearest = log_total[r] > -kInfinity<double> ? static_cast<double>(static_cast<T>(sum)) : before;
-      target[0] = nearest * exponents.natural;
-      target[p.out_lse.stride[3]] = log_total[r] - (nearest - before) * exponents.natural;
-    }
+    for (int64_t r = 0; r < tile.rows; ++r, target += p.out_lse.stride[2])
+      store_lse<T>(p.out_lse, exponents, reference[r], log_total[r], target);
     return false;
   }
 };

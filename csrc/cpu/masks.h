@@ -34,10 +34,14 @@ static inline bool mask_keeps(const Params& p, int64_t seq, int64_t head, int64_
 }
 
 template <class T>
+static inline bool bias_keeps(const Params& p, int64_t seq, int64_t head, int64_t i, int64_t j) {
+  return !p.bias || load_scalar<T>(p.bias, offset_of(p.bias, seq, head, i) + j * p.bias.stride[3]) != -kInfinity<T>;
+}
+
+template <class T>
 static bool attends(const Params& p, const Sequence& s, int64_t seq, int64_t head, int64_t i, int64_t j) {
   const Range range = attended_keys(p, s, i);
-  return j >= range.lo && j < range.hi && mask_keeps(p, seq, head, i, j) &&
-         (!p.bias || load_scalar<T>(p.bias, offset_of(p.bias, seq, head, i) + j * p.bias.stride[3]) != -kInfinity<T>);
+  return j >= range.lo && j < range.hi && mask_keeps(p, seq, head, i, j) && bias_keeps<T>(p, seq, head, i, j);
 }
 
 // Whether a query attends to nothing. Asked for rows that hold an infinity or NaN and have a sink: without one, the
@@ -54,8 +58,9 @@ template <class T>
 static bool dead_key(const Params& p, int64_t seq, int64_t kv_head, const Sequence& s, int64_t j) {
   const int64_t group = p.heads / p.kv_heads;
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    // a mask of keys alone says at once that a key is padding
+    // a mask, or a bias, of keys alone says at once that a key is padding
     if (p.mask && p.mask.stride[2] == 0 && !mask_keeps(p, seq, head, 0, j)) continue;
+    if (p.bias && p.bias.stride[2] == 0 && !bias_keeps<T>(p, seq, head, 0, j)) continue;
     for (int64_t i = 0; i < s.n; ++i)
       if (attends<T>(p, s, seq, head, i, j)) return false;
   }

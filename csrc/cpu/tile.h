@@ -179,6 +179,16 @@ struct LogSumExp {
   }
 };
 
+// The same of a row that was counted from `before`, stored.
+template <class T>
+static inline void store_lse(const View& view, const Exponents<T>& exponents, double before, double log_total, double* target) {
+  // counted from the element nearest to L, the log has few digits to lose in T
+  const double sum = before + log_total / exponents.natural;
+  const double nearest = log_total > -kInfinity<double> ? static_cast<double>(static_cast<T>(sum)) : before;
+  target[0] = nearest * exponents.natural;
+  target[view.stride[3]] = log_total - (nearest - before) * exponents.natural;
+}
+
 // Elements of a row of a tensor that is kept in two parts, the first of which is in `row`: without the lost digits,
 // D = rowsum(dO∘O) would be off by as much as the dP − D of a sharply peaked row is large.
 template <class T>

@@ -3,7 +3,7 @@
 Each backend's module offers forward, vjp, jvp, vjp_jvp and double_backward, and says why it cannot serve:
 `unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call.
 `reuses_dq(problem, primals, constants, needs)` says whether its double_backward has a use for the gradient
-that vjp gave for q. All but the reference have OPERATORS.
+that vjp gave for q; None, that it never has. All but the reference have OPERATORS.
 """
 
 from __future__ import annotations

@@ -106,4 +106,5 @@ class Operators(operators.Operators):
 
 OPERATORS = Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
-double_backward, reuses_dq = OPERATORS.double_backward, OPERATORS.reuses_dq
+double_backward = OPERATORS.double_backward
+reuses_dq = None

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.compiler import config as compiler_config
 from torch.utils._pytree import tree_leaves
 
+from metattn import installation
 from metattn.backends import plain
 from metattn.layout import MAPS, Layout
 
@@ -36,6 +38,9 @@ def prepare(namespace: str, shorten: Shorten) -> None:
     Its table of lowerings is not public. Without it the operators are called themselves, and the results are
     the same. Replaced by: a lowering that torch.library registers.
     """
+    tag = f"metattn {installation.digest()};"
+    if tag not in compiler_config.cache_key_tag:
+        compiler_config.cache_key_tag += tag
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     if namespace in _prepared or not hasattr(lowering, "fallback_handler"):
         return

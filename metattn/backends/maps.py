@@ -19,10 +19,6 @@ class Maps:
         """What the map gives, flat, with None for what is not needed or not there."""
         raise NotImplementedError
 
-    def reuses_dq(self, problem: Problem, primals: Primals, constants: Constants, needs: Needs) -> bool:
-        """Whether a double backward has a use for the gradient that vjp gave for q."""
-        return False
-
     def forward(self, problem: Problem, primals: Primals, constants: Constants) -> Results:
         """o, lse, and what rounding o lost."""
         return Results(*self.run(FORWARD, problem, Given(primals, constants), None))

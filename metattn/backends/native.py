@@ -49,5 +49,6 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
 
 OPERATORS = operators.Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
-double_backward, reuses_dq = OPERATORS.double_backward, OPERATORS.reuses_dq
+double_backward = OPERATORS.double_backward
+reuses_dq = None
 run_plain = operators.run_plain

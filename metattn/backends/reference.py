@@ -34,8 +34,7 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     return None
 
 
-def reuses_dq(problem: Problem, primals: Primals, constants: Constants, needs: Needs) -> bool:
-    return False
+reuses_dq = None
 
 
 # Packed sequences.

@@ -21,7 +21,14 @@ Dims = tuple[int, ...]
 Statistics = tuple[Tensor, Tensor | None]  # running mean and variance
 
 
-class LayerNorm(nn.LayerNorm):
+class _Unscripted(nn.Module):
+    """What all of these share."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self, "restore_norms")
+
+
+class LayerNorm(_Unscripted, nn.LayerNorm):
     """torch.nn.LayerNorm with exact derivatives of any order, in reverse and forward mode and under vmap.
 
     torch's own is wrong, and says nothing, in the second derivative where reverse or forward mode goes over
@@ -47,11 +54,8 @@ class LayerNorm(nn.LayerNorm):
         normed: Tensor = Fused.apply(input, shape, self.weight, self.bias, self.eps)
         return normed
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self, "restore_norms")
 
-
-class _ByBatch(_BatchNorm):
+class _ByBatch(_Unscripted, _BatchNorm):
     """What the exact batch normalisations share."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,9 +79,6 @@ class _ByBatch(_BatchNorm):
                     momentum = 1 / float(self.num_batches_tracked)
         return batch_norm(input, weight, bias, statistics, momentum or 0.0, self.eps, exactly)
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self, "restore_norms")
-
 
 class BatchNorm1d(_ByBatch, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d with exact derivatives of any order, in reverse and forward mode and under vmap.
@@ -97,7 +98,7 @@ class BatchNorm3d(_ByBatch, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d with exact derivatives of any order: see :class:`BatchNorm1d`."""
 
 
-class _ByInstance(_InstanceNorm):
+class _ByInstance(_Unscripted, _InstanceNorm):
     """What the exact instance normalisations share."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -117,9 +118,6 @@ class _ByInstance(_InstanceNorm):
         check_channels(batch, channels, weight, bias, math.prod(batch.shape[2:]))
         normed = instance_norm(batch, weight, bias, statistics, self.momentum or 0.0, self.eps, exactly)
         return normed if batch is input else normed[0]
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self, "restore_norms")
 
 
 class InstanceNorm1d(_ByInstance, nn.InstanceNorm1d):
