@@ -136,7 +136,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
     """One call of a map on tensors without storage: every tangent, cotangent and gradient there."""
     from metattn.backends import triton as backend
     from metattn.kernels import configs
-    from metattn.problem import Constants, Primals, Problem, Results
+    from metattn.problem import NO_CONSTANTS, Constants, Primals, Problem, Results
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -145,13 +145,12 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
     if variant == "few-shot":
         n = configs.WHOLE_LENGTH[architecture][0 if dtype.itemsize == 2 else 1]
     q, lse = empty(b, h, n, features), empty(b, h, n, 2, dtype=torch.float64)
-    bias = sinks = None
-    constants = Constants(None, None, None, None, None)
+    primals, constants = Primals(q, q, q, None, None, None), NO_CONSTANTS
     if variant == "everything":
         bias, sinks = empty(b, h, n, n, dtype=torch.float32), empty(1, h, dtype=torch.float32)
-        mask, slopes = empty(b, 1, n, n, dtype=torch.bool), empty(1, h, dtype=torch.float32)
-        constants = Constants(mask, slopes, empty(b, 2, dtype=torch.int64), None, None)
-    primals = Primals(q, q, q, bias, sinks)
+        primals = Primals(q, q, q, bias, sinks, sinks)
+        mask = empty(b, 1, n, n, dtype=torch.bool)
+        constants = Constants(mask, empty(b, 2, dtype=torch.int64), None, None)
     problem = Problem(
         scale=features**-0.5,
         softcap=30.0 if variant == "everything" else None,
@@ -164,7 +163,7 @@ def call_map(map_: str, dtype: torch.dtype, features: int, variant: str, archite
     )
     low = empty(b, h, n, features, dtype=torch.bfloat16) if dtype in backend.ROUNDED else None
     results, results_t = Results(q, lse, low), Results(q, lse[..., 1], low)
-    needs = (True, True, True, bias is not None, sinks is not None)
+    needs: Any = tuple(primal is not None for primal in primals)
     if map_ == "forward":
         backend.forward(problem, primals, constants)
     elif map_ == "vjp":

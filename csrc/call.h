@@ -18,7 +18,7 @@ using metattn::DType;
 using metattn::Params;
 using metattn::View;
 using Results = std::array<Tensor, 3>;  // o, lse, o_lo; or their tangents
-using Gradients = std::array<Tensor, 5>;
+using Gradients = std::array<Tensor, 6>;
 
 #ifdef METATTN_ON_GPU
 thread_local int32_t gpu_of_call = 0;  // q's
@@ -65,7 +65,7 @@ View strided(const Tensor& x, DType dtype, bool broadcast, bool packed) {
 
 // What every operator is given first.
 struct Problem {
-  Tensor q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k;
+  Tensor q, k, v, bias, sinks, slopes, mask, rng, cu_q, cu_k;
   int64_t max_q = 0, max_k = 0;
   double scale = 1, softcap = 0;
   int64_t causal = 0, window_left = -1, window_right = -1;
@@ -73,7 +73,7 @@ struct Problem {
   bool plain = false;  // without options, and nothing is rounded
 };
 #define METATTN_PROBLEM_SCHEMA                                                                                  \
-  "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? slopes, Tensor? rng, "      \
+  "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? slopes, Tensor? mask, Tensor? rng, "      \
   "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
   "int window_right, float dropout_p"
 #define METATTN_PLAIN_SCHEMA "Tensor q, Tensor k, Tensor v, float scale, int causal"
@@ -81,7 +81,7 @@ Problem take_problem(Arguments& in) {
   Problem given;
   given.plain = in.plain();
   for (Tensor* x : {&given.q, &given.k, &given.v}) *x = in.tensor();
-  for (Tensor* x : {&given.bias, &given.sinks, &given.mask, &given.slopes, &given.rng, &given.cu_q, &given.cu_k})
+  for (Tensor* x : {&given.bias, &given.sinks, &given.slopes, &given.mask, &given.rng, &given.cu_q, &given.cu_k})
     *x = in.option();
   if (!given.plain) {
     given.max_q = in.integer();
@@ -149,7 +149,7 @@ struct Call {
 };
 
 // Leaves results on an operator's stack, tensors without elements for what there is not; where the next go. A plain call
-// gives none that only options have: o_lo, and the gradients of bias and sinks.
+// gives none that only options have: o_lo, and the gradients of bias, sinks and slopes.
 template <class Tensors>
 StableIValue* put(StableIValue* stack, const Call& call, Tensors results) {
   constexpr size_t kAll = std::tuple_size_v<Tensors>, kPlain = kAll == std::tuple_size_v<Results> ? 2 : 3;
@@ -190,7 +190,7 @@ Call make_call(const Problem& given) {
 #endif
   Call call{given};
   Params& p = call.p;
-  const auto& [q, k, v, bias, sinks, mask, slopes, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left,
+  const auto& [q, k, v, bias, sinks, slopes, mask, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left,
                window_right, dropout_p, plain] = given;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "metattn: q, k and v must have 4 dimensions");
   STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(),
@@ -294,9 +294,11 @@ void set_cotangents(Call& call, const Cotangents& given) {
 }
 
 struct Tangents {
-  Tensor q, k, v, bias, sinks;
+  Tensor q, k, v, bias, sinks, slopes;
 };
-Tangents take_tangents(Arguments& in) { return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option()}; }
+Tangents take_tangents(Arguments& in) {
+  return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option(), in.option()};
+}
 void set_tangents(Call& call, const Tangents& given) {
   if (given.q) call.p.t_q = call.query_like(given.q, "tq", call.p.d);
   if (given.k) call.p.t_k = call.key_like(given.k, "tk", call.p.d);
@@ -305,22 +307,33 @@ void set_tangents(Call& call, const Tangents& given) {
   if (given.bias) call.p.t_bias = call.bias_like(given.bias, "tbias");
   STD_TORCH_CHECK(!given.sinks || call.given.sinks, "metattn: tsinks without sinks");
   if (given.sinks) call.p.t_sinks = call.head_like(given.sinks, "tsinks");
+  STD_TORCH_CHECK(!given.slopes || call.given.slopes, "metattn: tslopes without slopes");
+  if (given.slopes) call.p.t_slopes = call.head_like(given.slopes, "tslopes");
 }
 
-// Allocates what is needed of dQ, dK and dV. The bias' and the sinks' are left.
+// Allocates the gradient of what each head has one of.
+Tensor head_gradient(const Call& call, const Tensor& given, const char* name, char*& data, int64_t& batch) {
+  STD_TORCH_CHECK(bool(given), "metattn: a gradient is asked for of ", name, " that were not given");
+  STD_TORCH_CHECK(given.dtype() == call.compute_type(), "metattn: ", name, " must have the compute dtype");
+  batch = given.size(0);
+  Tensor made = zeros(given, {batch, call.p.heads}, given.dtype());
+  data = made.data();
+  return made;
+}
+
+// Allocates what is needed of all but the bias' gradient.
 Gradients new_gradients(Call& call, int64_t needs) {
   Params& p = call.p;
   const Problem& given = call.given;
   STD_TORCH_CHECK(!(needs & metattn::kNeedBias) || given.bias, "metattn: a bias gradient is asked for without a bias");
-  STD_TORCH_CHECK(!(needs & metattn::kNeedSinks) || given.sinks, "metattn: a sinks gradient is asked for without sinks");
-  STD_TORCH_CHECK(!(needs & metattn::kNeedSinks) || given.sinks.dtype() == call.compute_type(),
-                  "metattn: sinks must have the compute dtype");
   p.needs = needs;
   Gradients made;
-  auto& [q, k, v, bias, sinks] = made;
+  auto& [q, k, v, bias, sinks, slopes] = made;
   if (needs & metattn::kNeedQ) p.grad_q = call.query_like(q = empty_like(given.q), "dq", p.d);
   if (needs & metattn::kNeedK) p.grad_k = call.key_like(k = empty_like(given.k), "dk", p.d);
   if (needs & metattn::kNeedV) p.grad_v = call.key_like(v = empty_like(given.v), "dv", p.dv);
+  if (needs & metattn::kNeedSinks) sinks = head_gradient(call, given.sinks, "sinks", p.grad_sinks, p.sinks_batch);
+  if (needs & metattn::kNeedSlopes) slopes = head_gradient(call, given.slopes, "slopes", p.grad_slopes, p.slopes_batch);
   return made;
 }
 
@@ -337,30 +350,22 @@ int64_t set_bias_gradient(Call& call) {
   return step;
 }
 
-void set_sinks_gradient(Call& call, Tensor& grad_sinks) {
-  Params& p = call.p;
-  p.sinks_batch = call.given.sinks.size(0);
-  grad_sinks = zeros(call.given.sinks, {p.sinks_batch, p.heads}, call.given.sinks.dtype());
-  p.grad_sinks = grad_sinks.data();
-}
-
 // tf32: whether float32 products may be taken in TF32; CPUs have none, and pass over it.
+#define METATTN_TANGENTS_SCHEMA \
+  "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor? tslopes"
 #define METATTN_DEFINE_OPERATORS(library)                                                                              \
   library.def("forward(" METATTN_PROBLEM_SCHEMA ", *, bool tf32=False) -> (Tensor o, Tensor lse, Tensor o_lo)");       \
   library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "        \
               "int needs, *, bool tf32=False) -> "                                                                     \
-              "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)");                                       \
-  library.def("jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? tq, Tensor? tk, "           \
-              "Tensor? tv, Tensor? tbias, Tensor? tsinks, *, bool tf32=False) -> "                                     \
-              "(Tensor ot, Tensor lt, Tensor ot_lo)");                                                                 \
+              "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks, Tensor dslopes)");                       \
+  library.def("jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, " METATTN_TANGENTS_SCHEMA           \
+              ", *, bool tf32=False) -> (Tensor ot, Tensor lt, Tensor ot_lo)");                                        \
   library.def("vjp_jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "    \
-              "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor ot, Tensor lt, "              \
-              "Tensor? ot_lo, int needs, *, bool tf32=False) -> "                                                      \
-              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)");                                         \
+              METATTN_TANGENTS_SCHEMA ", Tensor ot, Tensor lt, Tensor? ot_lo, int needs, *, bool tf32=False) -> "      \
+              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)");                        \
   library.def("double_backward(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "          \
-              "Tensor? dlse, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, int needs, *, "        \
-              "bool tf32=False) -> "                                                                                   \
-              "(Tensor ot, Tensor lt, Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst)")
+              "Tensor? dlse, " METATTN_TANGENTS_SCHEMA ", int needs, *, bool tf32=False) -> (Tensor ot, Tensor lt, "   \
+              "Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)")
 
 // The same for plain calls, of fewer arguments: to convert one from Python takes a tenth of a microsecond.
 #define METATTN_DEFINE_PLAIN_OPERATORS(library)                                                                        \

@@ -59,4 +59,12 @@ static METATTN_HD int64_t alibi_distance(const Sequence& s, int64_t i, int64_t j
   return delta < 0 ? -delta : delta;
 }
 
+// The least that position leaves to row i: sums of dS·distance are taken around it, for a row's dS sum to little.
+static METATTN_HD int64_t nearest_distance(const Params& p, const Sequence& s, int64_t i) {
+  const Range range = attended_keys(p, s, i);
+  const int64_t own = i + s.m - s.n;
+  if (range.lo >= range.hi) return 0;
+  return own < range.lo ? range.lo - own : own < range.hi ? 0 : own - (range.hi - 1);
+}
+
 }  // namespace metattn

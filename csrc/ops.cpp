@@ -121,7 +121,7 @@ Tensor set_bias_parts(Call& call, int64_t elements, Tensor& grad_bias) {
 Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   Params& p = call.p;
   Gradients made = new_gradients(call, needs);
-  Tensor q_parts, k_parts, v_parts, bias_parts;
+  Tensor q_parts, k_parts, v_parts, bias_parts, slope_sums;
   int64_t bias_elements = 0;
   if (needs & metattn::kNeedBias) {  // a broadcast bias has one owner for all that it is broadcast over
     p.all_batches = call.given.bias.size(0) == 1;
@@ -136,7 +136,10 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
   if (needs & metattn::kNeedK && cuts_rows) k_parts = set_key_parts(call, p.grad_k_parts, p.d);
   if (needs & metattn::kNeedV && cuts_rows) v_parts = set_key_parts(call, p.grad_v_parts, p.dv);
   if (needs & metattn::kNeedBias) bias_parts = set_bias_parts(call, bias_elements, made[3]);
-  if (needs & metattn::kNeedSinks) set_sinks_gradient(call, made[4]);
+  if (needs & metattn::kNeedSlopes) {
+    slope_sums = zeros(call.given.q, {p.key_chunks * p.row_parts, p.batch, p.heads}, codes.f64);
+    p.slope_sums = reinterpret_cast<double*>(slope_sums.data());
+  }
   run(map, call);
   return made;
 }

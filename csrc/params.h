@@ -25,7 +25,7 @@ struct View {
 };
 
 // Bits of `needs`, in the order of the differentiable inputs.
-enum Need : int64_t { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBias = 8, kNeedSinks = 16 };
+enum Need : int64_t { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBias = 8, kNeedSinks = 16, kNeedSlopes = 32 };
 
 struct Params {
   int64_t batch;     // sequences
@@ -52,8 +52,8 @@ struct Params {
   View v;       // [B, Hkv, M, dv]
   View bias;    // [B, Hq, N, M] by broadcast strides
   View sinks;   // [B, Hq]
-  View mask;    // bytes [B, Hq, N, M] by broadcast strides; dtype unused
   View slopes;  // [B, Hq]
+  View mask;    // bytes [B, Hq, N, M] by broadcast strides; dtype unused
 
   // Results of earlier maps and cotangents.
   View o;       // [B, Hq, N, dv]
@@ -61,7 +61,7 @@ struct Params {
   View lse;     // float64 [B, Hq, N, 2]: a reference score, and log Σ exp(S − reference), -inf where nothing is attended
   View d_o;     // cotangent of o
   View d_lse;   // float64 [B, Hq, N] cotangent of the log-sum-exp, the reference being a constant
-  View t_q, t_k, t_v, t_bias, t_sinks;  // tangents, shaped as their primals
+  View t_q, t_k, t_v, t_bias, t_sinks, t_slopes;  // tangents, shaped as their primals
   View o_t;     // [B, Hq, N, dv] tangent of o
   View o_t_lo;
   View lse_t;   // float64 [B, Hq, N] tangent of the log-sum-exp, likewise
@@ -82,6 +82,9 @@ struct Params {
   View grad_bias_out;                     // where the sum of the parts goes; absent where grad_bias is the result
   char* grad_sinks;                       // compute type [1|B, Hq] contiguous, zero-filled
   int64_t sinks_batch;                    // 1 or batch
+  char* grad_slopes;                      // likewise
+  int64_t slopes_batch;
+  double* slope_sums;                     // key sweeps: [key_chunks·row_parts, B, Hq], zero-filled: Σ dS·distance of each part
   int64_t needs;
 
   // Plan (plan.h): how the work is cut. A unit is what one thread does alone.
@@ -105,6 +108,6 @@ struct Params {
   bool twice;                   // weights are multiplied in two parts: few keys average no rounding out
 };
 
-enum Statistic : int { kReference, kLogTotal, kD, kTau, kDt, kSinkShare, kStatistics };
+enum Statistic : int { kReference, kLogTotal, kD, kTau, kDt, kSinkShare, kSlopeShare, kStatistics };
 
 }  // namespace metattn

@@ -42,8 +42,8 @@ class Call(NamedTuple):
     v: Any  # View [B, Hkv, M, dv]
     bias: Any  # View [B, Hq, N, M]
     sinks: Any  # View [B, Hq]
-    mask: Any  # View of bytes [B, Hq, N, M]
     slopes: Any  # View [B, Hq]
+    mask: Any  # View of bytes [B, Hq, N, M]
     rng: Any  # View int64 [B, 2] as batch and column
     cu_q: Any  # int32 [B + 1], with cu_k
     cu_k: Any
@@ -95,11 +95,12 @@ class Given(NamedTuple):
     lse: Any  # float64 [B, Hq, N] and, as columns, its two parts (problem.Results)
     do: Any  # cotangents of o and lse: every other row statistic between the maps is float64 [B, Hq, N]
     dlse: Any
-    a: Any  # tangents of q, k, v, bias, sinks
+    a: Any  # tangents of q, k, v, bias, sinks, slopes
     b: Any
     c: Any
     beta: Any
     sigma: Any
+    omega: Any
     o_t: Any  # tangents of o, o_lo, lse
     o_t_lo: Any
     lse_t: Any
@@ -121,6 +122,7 @@ class Wanted(NamedTuple):
     dv: Any
     dbias: Any  # of a bias that is nowhere broadcast
     dsinks: Any  # float32 [B, Hq, N]: each row's share
+    dslopes: Any  # likewise
     last: None = None
 
 

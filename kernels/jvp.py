@@ -26,7 +26,7 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     q, a = block.held
     seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
     unseen = scores.unseen_keys(call, seen.s)
-    if (not absent(a)) | (given.b is not None) | (given.beta is not None):
+    if scores.have_tangent(given, a):
         _, t, _ = row_tiles.tangent_of(block, seen, q, k, a, start, MASKED, FORM)
         pt = scores.shown(call, seen.s, seen.p * (t - block.statistics.tau[:, None]), MASKED)
         excess += tl.sum(pt, 1)
@@ -79,9 +79,7 @@ def first_base(
 ):
     """t of the first sweep [rows]: O's weights were rounded, and (τ − t)·O brings that in."""
     base = tl.zeros_like(reference)
-    if (call.q.ptr.dtype.element_ty == tl.float32) | (
-        (given.a is None) & (given.b is None) & (given.beta is None)
-    ):
+    if (call.q.ptr.dtype.element_ty == tl.float32) | (not scores.have_tangent(given, given.a)):
         return base
     else:
         statistics = Statistics(reference, log_total, base, base, base)

@@ -103,8 +103,7 @@ def scores(call, place, product, i, j, MASKED: tl.constexpr):
         bias = memory.load_entries(call.bias, place, i, j, exists).to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if call.slopes is not None:
-        distance = tl.abs(i + (place.m - place.n) - j).to(tl.float32)
-        s -= in_units(call, memory.load_per_head(call.slopes, place)) * distance
+        s -= in_units(call, memory.load_per_head(call.slopes, place)) * distance(place, i, j)
     if call.mask is not None:
         s = tl.where(memory.load_entries(call.mask, place, i, j, exists) != 0, s, float("-inf"))
     if MASKED:
@@ -115,6 +114,27 @@ def scores(call, place, product, i, j, MASKED: tl.constexpr):
             keep &= j - i >= place.offset - call.left
         s = tl.where(keep, s, float("-inf"))
     return s, bend
+
+
+@triton.jit
+def distance(place, i, j):
+    """ALiBi's |i + M − N − j|."""
+    return tl.abs(i + (place.m - place.n) - j).to(tl.float32)
+
+
+@triton.jit
+def nearest(call, place, i):
+    """The least that position leaves to each query i: sums of dS·distance are taken around it.
+
+    For a row's dS sum to little.
+    """
+    own, low, high = i + (place.m - place.n), 0, place.m
+    if call.left is not None:
+        low = tl.maximum(low, i + place.offset - call.left)
+    if call.right is not None:
+        high = tl.minimum(high, i + place.offset + call.right + 1)
+    gap = tl.maximum(tl.maximum(low - own, own - (high - 1)), 0)
+    return tl.where(low < high, gap, 0).to(tl.float32)
 
 
 @triton.jit
@@ -134,11 +154,19 @@ def probability(call, s, reference, log_total):
 
 @triton.jit
 def score_tangent(call, given, place, s, bend, tr, i, j, MASKED: tl.constexpr):
-    """T = s1∘TR + β, 0 where nothing is attended."""
+    """T = s1∘TR + β − ω·distance, 0 where nothing is attended."""
     t = slope_of(bend) * tr
     if given.beta is not None:
         t += tangent_entries(given.beta, place, i, j)
+    if given.omega is not None:
+        t -= memory.load_per_head(given.omega, place) * distance(place, i, j)
     return shown(call, s, t, MASKED)
+
+
+@triton.constexpr_function
+def have_tangent(given, a):
+    """Whether something moves the scores; a: the tangent of q, or ()."""
+    return not absent(a) or given.b is not None or given.beta is not None or given.omega is not None
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""Gradients of what many rows share: a bias that is broadcast somewhere, and sinks. No atomics: one program
-owns an entry, or one of `parts` of its sum, and adds in an order that shapes alone decide.
+"""Gradients of what many rows share: a bias that is broadcast somewhere, sinks, slopes. No atomics: one
+program owns an entry, or one of `parts` of its sum, and adds in an order that shapes alone decide.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def bias_sums(
 
 
 @triton.jit
-def sink_sums(call, shares, out, batches, STEP: tl.constexpr):
+def share_sums(call, shares, out, batches, STEP: tl.constexpr):
     """The sum of the rows' shares of one (batch, head), or of all batches: out float32 [1|B, Hq]."""
     index = tl.program_id(0)
     head = index % call.heads

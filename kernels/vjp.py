@@ -1,8 +1,8 @@
 """vjp, the first backward: dS = P∘(dP − D), with dP = Z∘(dO Vᵀ).
 
-A row pass gives dQ, the bias' gradient where each entry has its own, the sinks' shares, and the row
-statistics that the column pass needs, which gives dK and dV. Where one block holds all keys, the column pass
-gives everything.
+A row pass gives dQ, the bias' gradient where each entry has its own, the shares of sinks and slopes, and the
+row statistics that the column pass needs, which gives dK and dV. Where one block holds all keys, the column
+pass gives everything.
 """
 
 from __future__ import annotations
@@ -48,16 +48,40 @@ def row_statistics(call, given, at, row_ids, inside, VALUE: tl.constexpr):
 
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (dQ / scale, what its weights lack), and stores the bias' gradient."""
+    """Adds a block of keys to (dQ / scale, what its weights lack, Σ dS·distance), and stores the bias'
+    gradient.
+    """
     PRECISION: tl.constexpr = FORM[4]
-    dq, lack = state
+    dq, lack, far = state
     q, do = block.held
     seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
     dp, _ = row_tiles.cotangent_of(block, seen, do, block.call.v, start, MASKED, FORM)
     ds, dr = first_order(block.call, seen, dp, block.statistics.d[:, None], MASKED)
     memory.store_entries(block.wanted.dbias, block.place, seen.i, seen.j, ds)
+    far = add_distances(far, block, seen, ds)
     k = products.without(k, scores.unseen_keys(block.call, seen.s))
-    return products.add_product(dq, dr, k, PRECISION), common.counted(lack, dr, k, block.call.softcap)
+    return products.add_product(dq, dr, k, PRECISION), common.counted(lack, dr, k, block.call.softcap), far
+
+
+@triton.jit
+def add_distances(far, block, seen, ds):
+    """far [rows] + Σ ds·(distance − the nearest); far itself where no gradient of slopes is wanted."""
+    if block.wanted.dslopes is None:
+        return far
+    else:
+        call, place = block.call, block.place
+        beyond = scores.distance(place, seen.i, seen.j) - scores.nearest(call, place, seen.i)
+        return far + tl.sum(ds * beyond, 1)
+
+
+@triton.jit
+def store_slope_shares(call, wanted, place, first, far, known, ROWS: tl.constexpr):
+    """−Σ dS·distance of each row, where it is wanted; known: what dS sums to."""
+    if wanted.dslopes is not None:
+        row_ids = tl.arange(0, ROWS)
+        share = -(far + known * scores.nearest(call, place, first + row_ids))
+        at = tiles.moved(place, first, 0)
+        memory.store_statistic(wanted.dslopes, at, row_ids, first + row_ids < place.n, share)
 
 
 @triton.jit
@@ -65,7 +89,7 @@ def vjp_rows(
     call, given, wanted, blocks, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ, statistics, dbias and the sinks' shares of a block of queries."""
+    """dQ, statistics, dbias and the shares of sinks and slopes of a block of queries."""
     place, first = tiles.block_of_queries(call, blocks, ROWS)
     if first < place.n:
         row_ids = tl.arange(0, ROWS)
@@ -77,17 +101,27 @@ def vjp_rows(
         if wanted.dsinks is not None:
             dsinks = -common.sink_probability(call, place, statistics) * statistics.d
             memory.store_statistic(wanted.dsinks, at, row_ids, inside, dsinks)
-        if (wanted.dq is not None) | (wanted.dbias is not None):
+        if (wanted.dq is not None) | (wanted.dbias is not None) | (wanted.dslopes is not None):
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
             idle = scores.idle_rows(call, place, statistics)
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
             block = Block(call, given, wanted, place, span, first, (q, do), statistics)
             FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
-            state = (products.zeros_if(wanted.dq, ROWS, HEAD), tl.zeros_like(statistics.d))
-            dq, lack = tiles.sweep(visit_keys, state, block, span, FORM)
+            zero = tl.zeros_like(statistics.d)
+            state = (products.zeros_if(wanted.dq, ROWS, HEAD), zero, zero)
+            dq, lack, far = tiles.sweep(visit_keys, state, block, span, FORM)
             known = common.known_sum(call, given, at, row_ids, inside, statistics)
+            store_slope_shares(call, wanted, place, first, far, known, ROWS)
             dq = common.add_mean_key(dq, lack, known, call.softcap, block, call.k, 1.0, HEAD, FORM)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
+
+
+@triton.jit
+def store_slope_shares_of_all(wanted, place, at, i, j, row_ids, inside, ds):
+    """The same of a tile [all keys, queries]."""
+    if wanted.dslopes is not None:
+        share = -tl.sum(ds * scores.distance(place, i, j), 0)
+        memory.store_statistic(wanted.dslopes, at, row_ids, inside, share)
 
 
 @triton.jit
@@ -130,6 +164,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
         if wanted.dsinks is not None:
             dsinks = -common.sink_probability(call, place, statistics) * d
             memory.store_statistic(wanted.dsinks, at, row_ids, rows < place.n, dsinks)
+        store_slope_shares_of_all(wanted, place, at, i, j, row_ids, rows < place.n, ds)
     alone: tl.constexpr = given.statistics is None
     return (
         # in two parts: rows' cotangents may cancel what their queries share

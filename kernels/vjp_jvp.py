@@ -9,7 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from metattn.kernels.call import Block, Scores, Statistics, Tile, absent
-from metattn.kernels.vjp import d_of_all_keys, row_statistics
+from metattn.kernels.vjp import (
+    add_distances,
+    d_of_all_keys,
+    row_statistics,
+    store_slope_shares,
+    store_slope_shares_of_all,
+)
 
 from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
 
@@ -41,22 +47,23 @@ def sink_share(call, given, place, statistics):
 
 @triton.jit
 def visit_keys(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
-    """Adds a block of keys to (dQt / scale, what the weights of k and b lack).
+    """Adds a block of keys to (dQt / scale, what the weights of k and b lack, Σ dSt·distance).
 
     And stores the tangent of the bias' gradient.
     """
     PRECISION: tl.constexpr = FORM[4]
     call = block.call
-    dq, lack, lack_b = state
+    dq, lack, lack_b, far = state
     tile, k, b, _, _ = row_tiles.all_of(block, start, MASKED, FORM)
     seen, statistics = tile.seen, rowstats.as_column(block.statistics)
     dst, drt, dr = second_order(call, tile, seen.p * (tile.t - statistics.tau), statistics, MASKED)
     memory.store_entries(block.wanted.dbias, block.place, seen.i, seen.j, dst)
+    far = add_distances(far, block, seen, dst)
     unseen = scores.unseen_keys(call, seen.s)
     dq = products.add_product(dq, drt, products.without(k, unseen), PRECISION)
     # a product with no B leaves what it is added to
     dq = products.add_product(dq, dr, products.without(b, unseen), PRECISION)
-    return dq, common.counted(lack, drt, k, call.softcap), common.counted(lack_b, dr, b, call.softcap)
+    return dq, common.counted(lack, drt, k, call.softcap), common.counted(lack_b, dr, b, call.softcap), far
 
 
 @triton.jit
@@ -85,7 +92,7 @@ def vjp_jvp_rows(
         if wanted.dsinks is not None:
             dsinks = sink_share(call, given, place, statistics)
             memory.store_statistic(wanted.dsinks, at, row_ids, inside, dsinks)
-        if (wanted.dq is not None) | (wanted.dbias is not None):
+        if (wanted.dq is not None) | (wanted.dbias is not None) | (wanted.dslopes is not None):
             span = tiles.span(first, ROWS, place.n, place.offset, call.left, call.right, place.m, KEYS)
             idle = scores.idle_rows(call, place, statistics)
             q = memory.load_rows(call.q, at, row_ids, inside, idle, HEAD)
@@ -93,10 +100,11 @@ def vjp_jvp_rows(
             block = Block(call, given, wanted, place, span, first, (q, a, do), statistics)
             FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
             zero = tl.zeros_like(statistics.d)
-            state = (products.zeros_if(wanted.dq, ROWS, HEAD), zero, zero)
-            dq, lack, lack_b = tiles.sweep(visit_keys, state, block, span, FORM)
+            state = (products.zeros_if(wanted.dq, ROWS, HEAD), zero, zero, zero)
+            dq, lack, lack_b, far = tiles.sweep(visit_keys, state, block, span, FORM)
             known_b = common.known_sum(call, given, at, row_ids, inside, statistics)
             known = common.known_sum_of_tangent(call, given, place, statistics)
+            store_slope_shares(call, wanted, place, first, far, known, ROWS)
             bent = call.softcap
             dq = common.add_mean_key(dq, lack, known, bent, block, call.k, 1.0, HEAD, FORM)
             dq = common.add_mean_key(dq, lack_b, known_b, bent, block, given.b, 1.0, HEAD, FORM)
@@ -160,6 +168,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
             memory.store_rows(wanted.dq, at, row_ids, there, dq, call.scale, HEAD)
         if wanted.dsinks is not None:
             memory.store_statistic(wanted.dsinks, at, row_ids, there, sink_share(call, given, place, known))
+        store_slope_shares_of_all(wanted, place, at, i, j, row_ids, there, dst)
         if wanted.o is not None:
             ot = products.add_product(
                 products.zeros(ROWS, VALUE), ptz.T, products.without(v, unseen), PRECISION, True

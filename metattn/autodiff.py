@@ -151,23 +151,7 @@ def _keep(ctx: Any, problem: Problem, needs: Needs | None, tensors: Tensors, mor
 
 def _wanted(layout: Layout, ctx: Any) -> Any:
     """Which gradients are asked for, by group: bools in the tensors' places."""
-    wanted = layout.split(ctx.needs_input_grad[2:])
-    _refuse_constants(any(wanted.constants))
-    return wanted
-
-
-def _moved(layout: Layout, moves: Tensors) -> Given:
-    """The tangents that a jvp is given, by group."""
-    move = layout.split(moves)
-    _refuse_constants(_any(move.constants))
-    return move
-
-
-def _refuse_constants(differentiated: bool) -> None:
-    if differentiated:  # of the constants only slopes are floating
-        raise NotImplementedError(
-            "alibi_slopes: expected constants, got a differentiated tensor; detach it or use bias"
-        )
+    return layout.split(ctx.needs_input_grad[2:])
 
 
 def _of_tensors(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -199,7 +183,7 @@ class Forward(Function):
     def jvp(ctx: Any, _: None, __: None, *tangents: Any) -> Any:
         with internals.forward_mode():
             given = _still(_with_results(ctx))
-            given_t = given._replace(tangents=_moved(FORWARD, tangents).primals)
+            given_t = given._replace(tangents=FORWARD.split(tangents).primals)
             ot, lt, ot_lo = call_map(JVP, ctx.problem, given_t)
             return _lying_as(given.results, (ot, torch.nn.functional.pad(lt.unsqueeze(-1), (1, 0)), ot_lo))
 
@@ -247,7 +231,7 @@ class Vjp(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
-        problem, needs, move = ctx.problem, ctx.needs, _moved(VJP, moves)
+        problem, needs, move = ctx.problem, ctx.needs, VJP.split(moves)
         with internals.forward_mode():
             given = _still(VJP.split(ctx.saved_tensors))
             found: Tensors = NO_PRIMALS
@@ -286,7 +270,7 @@ class Jvp(Function):
         with internals.forward_mode():
             given = _still(JVP.split(ctx.saved_tensors[: JVP.size]))
             return _lying_as(
-                _tangents_lie_as(given.results), _moved_jvp(ctx.problem, given, _moved(JVP, moves))
+                _tangents_lie_as(given.results), _moved_jvp(ctx.problem, given, JVP.split(moves))
             )
 
 
@@ -311,7 +295,7 @@ class VjpJvp(Function):
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
             given = _still(VJP_JVP.split(ctx.saved_tensors))
-            found = _moved_vjp_jvp(ctx.problem, ctx.needs, given, _moved(VJP_JVP, moves))
+            found = _moved_vjp_jvp(ctx.problem, ctx.needs, given, VJP_JVP.split(moves))
             return _lying_as(_gradients_lie_as(given.primals), found)
 
 
@@ -340,7 +324,7 @@ class DoubleBackward(Function):
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *moves: Any) -> Any:
         with internals.forward_mode():
-            given, move = _still(DOUBLE_BACKWARD.split(ctx.saved_tensors)), _moved(DOUBLE_BACKWARD, moves)
+            given, move = _still(DOUBLE_BACKWARD.split(ctx.saved_tensors)), DOUBLE_BACKWARD.split(moves)
             results = _moved_jvp(ctx.problem, given, move)
             move = move._replace(results_t=Results(*results))  # type: ignore[arg-type]
             gradients = _moved_vjp_jvp(ctx.problem, ctx.needs, given, move)
@@ -498,7 +482,7 @@ def _by_reference(
 ) -> tuple[Primals, Cotangents]:
     """The gradients of ⟨cotangents, VjpJvp⟩ in the primals, do and dlse that are wanted."""
     flags = VJP_JVP.join(
-        Given(wanted.primals, Constants(*(False,) * 5), NO_RESULTS, wanted.cotangents)  # type: ignore[arg-type]
+        Given(wanted.primals, Constants(*(False,) * len(Constants._fields)), NO_RESULTS, wanted.cotangents)  # type: ignore[arg-type]
     )
     places = [place for place, flag in enumerate(flags) if flag]
     found: list[Tensor | None] = [None] * VJP_JVP.size
@@ -552,8 +536,8 @@ def _tangents_lie_as(results: Results) -> Results:
 
 
 def _gradients_lie_as(primals: Primals) -> Primals:
-    """The gradients of bias and sinks are contiguous."""
-    return primals._replace(bias=None, sinks=None)
+    """The gradients of bias, sinks and slopes are contiguous."""
+    return primals._replace(bias=None, sinks=None, slopes=None)
 
 
 def _still(given: Given) -> Given:

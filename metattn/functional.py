@@ -84,9 +84,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """O = (softmax(S)∘Z) V,  S = softcap·tanh(scale·QKᵀ/softcap) + bias + alibi, -inf where masked.
 
-    Differentiable in q, k, v, bias and sinks: twice by fused maps, to any order through the reference (with
-    one HigherOrderWarning), under torch.func's transforms too. A row that attends to nothing gives o = 0,
-    lse = -inf and no gradient.
+    Differentiable in q, k, v, bias, sinks and alibi_slopes: twice by fused maps, to any order through the
+    reference (with one HigherOrderWarning), under torch.func's transforms too. A row that attends to nothing
+    gives o = 0, lse = -inf and no gradient.
 
     Args:
         q: [B, Hq, N, d] float64, float32, bfloat16 or float16; under autocast, cast to its dtype.
@@ -98,7 +98,7 @@ def attention(
         window: (left, right), -1 = no limit: -left ≤ j - (i + offset) ≤ right, offset causal's, or M - N.
         scale: a number, or a tensor that holds one and is no input to a derivative; 1/sqrt(d) unless given.
         softcap: c > 0 bounds the scores to (-c, c) before bias is added.
-        alibi_slopes: [Hq] or [B, Hq], constants: adds -slope·|i + M - N - j|.
+        alibi_slopes: [Hq] or [B, Hq]: adds -slope·|i + M - N - j|.
         sinks: [Hq] or [B, Hq], a logit more in each row's softmax, that attends to nothing.
         dropout_p: probability of dropping a weight, always applied.
         dropout_seed: same seed, same mask, on every backend; None draws one from torch's generator.
@@ -110,8 +110,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or value; nothing was computed.
-        NotImplementedError: a layout that is not strided, nested tensors among them; alibi_slopes, scale,
-            softcap or dropout_p whose derivative is asked for; a named backend that cannot serve the call.
+        NotImplementedError: a layout that is not strided, nested tensors among them; scale, softcap or
+            dropout_p whose derivative is asked for; a named backend that cannot serve the call.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; docs/math.md has the formulas of the derivatives.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metattn.problem import Constants, Primals, Problem, Results
 
-Needs = tuple[bool, bool, bool, bool, bool]  # which primals' gradients are wanted
+Needs = tuple[bool, bool, bool, bool, bool, bool]  # which primals' gradients are wanted
 
 
 class Cotangents(NamedTuple):
@@ -23,7 +23,7 @@ class Cotangents(NamedTuple):
     dlse: Tensor | None  # [B, Hq, N] float64, of the log-sum-exp, one number a row
 
 
-NO_PRIMALS = Primals(None, None, None, None, None)  # type: ignore[arg-type]
+NO_PRIMALS = Primals(None, None, None, None, None, None)  # type: ignore[arg-type]
 NO_RESULTS = Results(None, None, None)  # type: ignore[arg-type]
 NO_COTANGENTS = Cotangents(None, None)
 

@@ -34,13 +34,13 @@ class Primals(NamedTuple):
     v: Tensor  # [B, Hkv, M, dv] same dtype and device as q
     bias: Tensor | None  # [1|B, 1|Hq, 1|N, 1|M], never expanded by us; its dtype may differ from q's
     sinks: Tensor | None  # [1|B, Hq] compute dtype (float64 for float64 inputs, else float32)
+    slopes: Tensor | None  # [1|B, Hq] ALiBi slopes, compute dtype
 
 
 class Constants(NamedTuple):
     """The tensors of a call that are never differentiated."""
 
     mask: Tensor | None  # bool [1|B, 1|Hq, 1|N, 1|M], True = attends
-    slopes: Tensor | None  # [1|B, Hq] ALiBi slopes, compute dtype
     rng: (
         Tensor | None
     )  # int64 [B, 2]: dropout seed and Philox batch index of each batch; None without dropout
@@ -48,7 +48,7 @@ class Constants(NamedTuple):
     cu_k: Tensor | None
 
 
-NO_CONSTANTS = Constants(None, None, None, None, None)
+NO_CONSTANTS = Constants(None, None, None, None)
 
 
 class Results(NamedTuple):
@@ -144,7 +144,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Call:
             f"length, got {_shapes(q, k, v)}"
         )
     check_head_groups(q_heads, kv_heads)
-    return _with_options(Primals(q, k, v, None, None), NO_CONSTANTS, options, (batch, q_heads, n, m))
+    return _with_options(Primals(q, k, v, None, None, None), NO_CONSTANTS, options, (batch, q_heads, n, m))
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Call:
@@ -175,8 +175,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) 
         )
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     full = (entries - 1, q_heads, max_q, max_k)
-    constants = Constants(None, None, None, cu_q, cu_k)
-    return _with_options(Primals(q, k, v, None, None), constants, options, full)
+    constants = Constants(None, None, cu_q, cu_k)
+    return _with_options(Primals(q, k, v, None, None, None), constants, options, full)
 
 
 def has_autocast(device: str) -> bool:
@@ -286,17 +286,16 @@ def _with_options(
         bias = _broadcastable("bias", bias, full)
     if slopes is not None:
         _check_option("alibi_slopes", slopes, q, FLOAT_DTYPES)
-        _check_constant("alibi_slopes", slopes)
         slopes = _per_head("alibi_slopes", slopes, q, full)
     if sinks is not None:
         _check_option("sinks", sinks, q, FLOAT_DTYPES)
         sinks = _per_head("sinks", sinks, q, full)
     max_q, max_k = (0, 0) if constants.cu_q is None else full[2:]
     rng = _rng(full[0], dropout_seed, q.device) if dropout_p > 0.0 else None
-    if bias is not None or sinks is not None:
-        primals = Primals(q, primals.k, primals.v, bias, sinks)
-    if mask is not None or slopes is not None or rng is not None:
-        constants = Constants(mask, slopes, rng, constants.cu_q, constants.cu_k)
+    if bias is not None or sinks is not None or slopes is not None:
+        primals = Primals(q, primals.k, primals.v, bias, sinks, slopes)
+    if mask is not None or rng is not None:
+        constants = Constants(mask, rng, constants.cu_q, constants.cu_k)
     return (
         problem_of(scale, softcap, alignment, sides, dropout_p, max_q, max_k, "reference"),
         primals,
@@ -442,14 +441,6 @@ def _check_option(name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ..
         raise TypeError(f"{name}: expected {names}, got {t.dtype}")
     if t.device != q.device:
         raise ValueError(f"{name}: expected a tensor on q's device, {q.device}, got one on {t.device}")
-
-
-def _check_constant(name: str, t: Tensor) -> None:
-    """Refuse a tensor whose derivative is asked for; a transform's asking is seen where it differentiates."""
-    if t.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{name}: expected constants, got a differentiated tensor; detach it or use bias"
-        )
 
 
 def _broadcastable(name: str, t: Tensor, full: tuple[int, int, int, int]) -> Tensor:

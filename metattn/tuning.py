@@ -29,7 +29,7 @@ from metattn.backends.plans import Launch
 from metattn.cli._measure import Timing, interleave
 from metattn.kernels import configs
 from metattn.kernels.configs import Config
-from metattn.problem import Constants, Primals, Problem
+from metattn.problem import NO_CONSTANTS, Constants, Primals, Problem
 
 MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
 WARPS = (4, 8)
@@ -370,8 +370,8 @@ class _Recorder(triton.Planner):
         tolerance = TF32_TOLERANCE if self.precision() == "tf32" else TOLERANCE[self.q.dtype]
         self.steps.setdefault(name, Step(name, self.map, shipped, replay, dict(new.values()), tolerance))
 
-    def sum_sinks(self, shares: Tensor, sinks: Tensor) -> Tensor:
-        return sinks  # there is nothing to sum yet
+    def sum_shares(self, shares: Tensor | None, primal: Tensor | None) -> Tensor | None:
+        return primal  # there is nothing to sum yet
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
@@ -395,7 +395,7 @@ class Workload:
         that one of `maps` has.
         """
         problem, primals, tangents, constants, do, dlse = self._call()
-        needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+        needs: Any = tuple(primal is not None for primal in primals)
         recorder = _Recorder(problem, primals, constants)
         given = (*primals, *tangents, *constants, do, dlse)
         recorder.known |= {t.data_ptr() for t in given if t is not None}
@@ -407,8 +407,8 @@ class Workload:
         moved = recorder.jvp(results, tangents)
         recorder.map = "vjp_jvp"
         recorder.vjp_jvp(results, do, dlse, tangents, moved, needs)
-        # a double backward that gives no bias its gradient may have kernels of its own
-        needs = (True, True, True, False, needs[4])
+        # a double backward that gives bias and slopes no gradients may have kernels of its own
+        needs = (True, True, True, False, needs[4], False)
         recorder.double_backward(results, do, dlse, tangents, needs, first.q)
         steps = list(recorder.steps.values())
         recorder.steps = {}  # the steps hold the recorder, which would hold them and all their memory
@@ -429,8 +429,9 @@ class Workload:
         def primals() -> Primals:
             q, k, v = (normal(batch, heads, n, self.features) for _ in range(3))
             if not self.everything:
-                return Primals(q, k, v, None, None)
-            return Primals(q, k, v, normal(batch, heads, n, n), normal(1, heads, dtype=torch.float32))
+                return Primals(q, k, v, None, None, None)
+            sinks, slopes = (normal(1, heads, dtype=torch.float32) for _ in range(2))
+            return Primals(q, k, v, normal(batch, heads, n, n), sinks, 0.01 * slopes)
 
         do, dlse = normal(batch, heads, n, self.features), normal(batch, heads, n, dtype=torch.float64)
         problem = Problem(
@@ -443,12 +444,11 @@ class Workload:
             max_k=0,
             backend="triton",
         )
-        constants = Constants(None, None, None, None, None)
+        constants = NO_CONSTANTS
         if self.everything:
             mask = torch.rand(batch, heads, n, n, generator=generator, device=device) < 0.9
-            slopes = torch.full((1, heads), 0.01, dtype=torch.float32, device=device)
             rng = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-            constants = Constants(mask, slopes, rng, None, None)
+            constants = Constants(mask, rng, None, None)
         return problem, primals(), primals(), constants, do, dlse
 
     def at_its_most(self) -> Workload:

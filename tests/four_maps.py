@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metattn.layout import Needs
 from metattn.problem import Constants, Primals, Problem
 
 Outputs = dict[str, Tensor | None]
@@ -46,6 +47,7 @@ ODD = {
 }
 # of a bias: which dimensions it has; the fully shared ones are cut into parts
 SHARED = [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 0, 1), (0, 0, 1, 1)]
+OF_QKV: Needs = (True, True, True, False, False, False)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -95,12 +97,12 @@ class Call:
                 normal(leading, kv_heads, keys, dv),
                 None if self.bias is None else normal(*shape_of(self.bias)),
                 normal(batch if batch > 1 else 1, heads, dtype=compute) if self.sinks else None,
+                normal(1 if self.sinks else batch, heads, dtype=compute).abs() if self.slopes else None,
             )
 
         rng = torch.stack([torch.full((batch,), -(2**40) - 3), torch.arange(batch)], 1)
         constants = Constants(
             None if self.mask is None else torch.rand(shape_of(self.mask), generator=generator) < 0.7,
-            normal(1, heads, dtype=compute).abs() if self.slopes else None,
             rng if self.dropout_p else None,
             cu_q,
             cu_k,
@@ -153,7 +155,7 @@ def four_maps(backend: Any, call: Call, wide: bool = False) -> Outputs:
             for x in (primals, tangents, constants)
         )
         do = do.double()
-    needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+    needs = tuple(primal is not None for primal in primals)
     results = backend.forward(problem, primals, constants)
     moved = backend.jvp(problem, primals, constants, results, tangents)
     first = backend.vjp(problem, primals, constants, results, do, dlse, needs)

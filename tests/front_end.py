@@ -21,7 +21,7 @@ from metattn.backends.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
 GPU = GPUTarget("cuda", 90, 32)
-ALL = (True,) * 5
+ALL = (True,) * len(Primals._fields)
 
 
 class Driver:
@@ -61,6 +61,7 @@ def call(
     do: bool = True,
     dlse: bool = False,
     everything: bool = False,
+    slopes: bool = False,
     packed: bool = False,
     causal: bool = False,
     maps: tuple[str, ...] = ("forward", "vjp", "second"),
@@ -71,12 +72,15 @@ def call(
     q, k = empty(leading, heads, n, d, dtype=dtype), empty(leading, 2, m, d, dtype=dtype)
     shape = (batch, heads, n, m) if bias is True else bias
     biases = empty(*shape, dtype=torch.float32) if shape else None
-    primals = Primals(q, k, k, biases, empty(1, heads, dtype=torch.float32) if sinks else None)
+    per_head = empty(1, heads, dtype=torch.float32)
+    primals = Primals(
+        q, k, k, biases, per_head if sinks else None, per_head if everything or slopes else None
+    )
     cu = empty(batch + 1, dtype=torch.int32) if packed else None
-    constants = Constants(None, None, None, cu, cu)
+    constants = Constants(None, None, cu, cu)
     if everything:
-        mask, slopes = empty(batch, 1, n, m, dtype=torch.bool), empty(1, heads, dtype=torch.float32)
-        constants = Constants(mask, slopes, empty(batch, 2, dtype=torch.int64), cu, cu)
+        mask = empty(batch, 1, n, m, dtype=torch.bool)
+        constants = Constants(mask, empty(batch, 2, dtype=torch.int64), cu, cu)
     problem = Problem(
         scale=1.0,
         softcap=3.0 if everything else None,
@@ -105,28 +109,20 @@ def call(
 
 
 def one(index: int) -> tuple[bool, ...]:
-    return tuple(i == index for i in range(5))
+    return tuple(i == index for i in range(len(Primals._fields)))
 
 
 def main() -> int:
     cases: dict[str, dict[str, Any]] = {"plain": {}, "causal": {"causal": True}, "dlse": {"dlse": True}}
     cases |= {"everything": {"everything": True, "bias": True, "sinks": True, "dlse": True}}
+    still = tuple(name != "slopes" for name in Primals._fields)  # so that one sweep serves
+    cases |= {"slopes held": cases["everything"] | {"needs": still}}
     cases |= {"packed": cases["everything"] | {"packed": True}, "float32": {"dtype": torch.float32}}
     cases |= {"lse alone": {"do": False, "dlse": True, "sinks": True}}
     for index, name in enumerate(Primals._fields):
-        sinks = name == "sinks"
-        cases[f"tangent of {name}"] = {
-            "tangents": one(index),
-            "bias": True,
-            "sinks": sinks,
-            "maps": ("second",),
-        }
-        cases[f"gradient of {name}"] = {
-            "needs": one(index),
-            "bias": True,
-            "sinks": sinks,
-            "maps": ("vjp", "second"),
-        }
+        own = {"bias": True, "sinks": name == "sinks", "slopes": name == "slopes"}
+        cases[f"tangent of {name}"] = {**own, "tangents": one(index), "maps": ("second",)}
+        cases[f"gradient of {name}"] = {**own, "needs": one(index), "maps": ("vjp", "second")}
     read, failed, label = 0, 0, ""
 
     def run(launch: Launch, *arguments: Any) -> None:

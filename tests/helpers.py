@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import metattn
 from metattn.backends import operators, reference
 from metattn.layout import MAPS, Cotangents, Given
-from metattn.problem import Options, Packing, Primals, Problem, dense
+from metattn.problem import Constants, Options, Packing, Primals, Problem, dense
 from metattn.problem import packed as packed_problem
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
@@ -73,7 +73,9 @@ OPTIONS: dict[str, Option] = {
     "window": lambda shape, draw: {"window": (1, 1)},
     "scale": lambda shape, draw: {"scale": -0.7},
     "softcap": lambda shape, draw: {"softcap": 1.5},
-    "alibi": lambda shape, draw: {"alibi_slopes": 2.0 ** -torch.arange(1.0, shape.heads + 1)},
+    "alibi": lambda shape, draw: {
+        "alibi_slopes": (2.0 ** -torch.arange(1.0, shape.heads + 1)).to(draw(0).dtype)
+    },
     "sinks": lambda shape, draw: {"sinks": draw(shape.heads)},
     "sinks_of_batch": lambda shape, draw: {"sinks": draw(shape.batch, shape.heads)},
     "dropout": lambda shape, draw: {"dropout_p": 0.3, "dropout_seed": 2**40 + 7},
@@ -123,6 +125,17 @@ class Call:
 
         return run
 
+    def canonical(self) -> tuple[Problem, Primals, Constants]:
+        """The call as the backends take it."""
+        x = dict(self.inputs)
+        q, k, v = (x.pop(name) for name in "qkv")
+        options = Options(**self.constants, **x)
+        if self.lengths is None:
+            return dense(q, k, v, options)
+        lengths_q, lengths_k = zip(*self.lengths, strict=True)
+        packing = Packing(cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k))
+        return packed_problem(q, k, v, packing, options)
+
     def math(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The same in plain PyTorch; as torch's math path does, half precisions are computed in float32."""
         x = dict(zip(self.inputs, tensors, strict=True))
@@ -141,8 +154,9 @@ class Call:
             }
             if "bias" in x:
                 sequence["bias"] = _of_sequence(x["bias"], s, n, m)
-            if "sinks" in x:
-                sequence["sinks"] = x["sinks"] if x["sinks"].ndim == 1 else x["sinks"][s]
+            for name in ("sinks", "alibi_slopes"):
+                if name in x:
+                    sequence[name] = x[name] if x[name].ndim == 1 else x[name][s]
             results.append(_math_dense(sequence, options))
         return torch.cat([o[0].transpose(0, 1) for o, _ in results]), torch.cat(
             [lse[0] for _, lse in results], 1
@@ -190,7 +204,7 @@ def make_call(
     for name in names:
         options |= OPTIONS[name](shape, draw)
     inputs = {"q": q, "k": k, "v": v} | {
-        name: options.pop(name) for name in ("bias", "sinks") if name in options
+        name: options.pop(name) for name in ("bias", "sinks", "alibi_slopes") if name in options
     }
     return Call(inputs, options, shape.lengths if packed else None)
 
@@ -209,8 +223,8 @@ def _math_dense(x: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, 
     i, j = torch.arange(n)[:, None], torch.arange(m)[None]
     if "bias" in x:
         scores = scores + x["bias"].to(compute)
-    if "alibi_slopes" in options:
-        slopes = options["alibi_slopes"].to(compute)
+    if "alibi_slopes" in x or "alibi_slopes" in options:
+        slopes = (x["alibi_slopes"] if "alibi_slopes" in x else options["alibi_slopes"]).to(compute)
         scores = scores - slopes[..., None, None] * (i + m - n - j).abs()
     causal, (left, right) = options.get("causal", False), options.get("window", (-1, -1))
     offset = 0 if causal == "top-left" else m - n
@@ -368,16 +382,7 @@ class RecordedMaps(TorchDispatchMode):
 def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
     """What each of torch.ops.metattn receives for a call, its forward and both orders."""
     module = metattn.backends.load("cpu")
-    x = call.inputs
-    options = Options(**call.constants, **{name: x[name] for name in ("bias", "sinks") if name in x})
-    problem: Problem
-    if call.lengths is None:
-        problem, primals, constants = dense(x["q"], x["k"], x["v"], options)
-    else:
-        lengths_q, lengths_k = zip(*call.lengths, strict=True)
-        cu = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
-        lengths = Packing(*cu, max(lengths_q), max(lengths_k))
-        problem, primals, constants = packed_problem(x["q"], x["k"], x["v"], lengths, options)
+    problem, primals, constants = call.canonical()
     moves = Primals(*[None if primal is None else primal.nan_to_num(neginf=0.0) for primal in primals])
     results = module.forward(problem, primals, constants)
     results_t = module.jvp(problem, primals, constants, results, moves)

@@ -96,7 +96,7 @@ class TestDualNumbersIntoCompiledCode:
 
 
 class TestSlopesAreNeverLost:
-    """They are constants: their derivative, on whatever level it is asked for, is an error."""
+    """Their derivative, on whatever level it is asked for."""
 
     CASES: ClassVar[dict[str, Any]] = {
         "grad of vmap": lambda a, s: grad(lambda s: vmap(a)(s).square().sum())(torch.stack([s, s])),
@@ -111,15 +111,24 @@ class TestSlopesAreNeverLost:
     }
 
     @pytest.mark.parametrize("case", CASES)
-    def test_refused(self, case: str) -> None:
+    def test_as_the_formulas(self, case: str) -> None:
         q, k, v = tensors(3)
+        position = torch.arange(q.shape[2])
+        distance = (position[:, None] - position).abs()
 
-        def attend(slopes: Tensor, factor: Tensor | float = 1.0) -> Tensor:
-            scaled = q * (factor.sum() if isinstance(factor, Tensor) else factor)
-            return metattn.attention(scaled, k, v, alibi_slopes=slopes, backend="cpu")
+        def formula(q: Tensor, slopes: Tensor) -> Tensor:
+            return (q @ k.mT / q.shape[3] ** 0.5 - slopes[:, None, None] * distance).softmax(-1) @ v
 
-        with pytest.raises(Exception, match="alibi_slopes"):
-            self.CASES[case](attend, torch.tensor([0.5, 0.25], dtype=torch.float64))
+        def ours(q: Tensor, slopes: Tensor) -> Tensor:
+            return metattn.attention(q, k, v, alibi_slopes=slopes, backend="cpu")
+
+        def found(attend: Any) -> Any:
+            def function(slopes: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+                return attend(q * (factor.sum() if isinstance(factor, Tensor) else factor), slopes)
+
+            return tree_leaves(self.CASES[case](function, torch.tensor([0.5, 0.25], dtype=torch.float64)))
+
+        assert largest_difference(found(ours), found(formula)) < 1e-12
 
     def test_mapped_slopes_beside_forward_mode(self, backend: str) -> None:
         q, k, v, move = tensors(4)

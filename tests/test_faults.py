@@ -560,13 +560,13 @@ def dropout_masks(backend: str, seed: int, p: float = 0.3) -> list[Tensor]:
     q, do, k, values, narrow, tangent_q, tangent_k = (
         t.to(DEVICES[backend]) for t in (q, do, k, values, narrow, tangent_q, tangent_k)
     )
-    module, wanted = backends.load(backend), (False, False, True, False, False)
+    module, wanted = backends.load(backend), (False, False, True, False, False, False)
     problem, primals, constants = dense(q, k, values, options)
     of_values = module.forward(problem.on(backend), primals, constants)
-    ot = module.jvp(problem, primals, constants, of_values, Primals(None, None, values, None, None)).o
+    ot = module.jvp(problem, primals, constants, of_values, Primals(None, None, values, None, None, None)).o
     # the tangent of equal scores has to come from k, with queries of ones
     problem, primals, constants = dense(tangent_q, k, narrow, options)
-    tangents = Primals(None, tangent_k, None, None, None)
+    tangents = Primals(None, tangent_k, None, None, None, None)
     results = module.forward(problem, primals, constants)
     dv = module.vjp(problem, primals, constants, results, do, None, wanted).v
     results_t = module.jvp(problem, primals, constants, results, tangents)
@@ -749,14 +749,16 @@ def test_row31_autocast_around_both_orders(backend: str) -> None:
 
 def test_row33_a_thousand_repeats_are_bit_equal(backend: str, request: pytest.FixtureRequest) -> None:
     """Each map by itself, on two threads, with sums over heads, rows and blocks."""
-    shapes = ((1, 2, 70, 8), (1, 1, 67, 8), (1, 1, 67, 8), (70, 67), (2,))
-    q, k, v, bias, sinks = (
+    shapes = ((1, 2, 70, 8), (1, 1, 67, 8), (1, 1, 67, 8), (70, 67), (2,), (2,))
+    q, k, v, bias, sinks, slopes = (
         randn(*shape, seed=i).to(DEVICES[backend], torch.float32) for i, shape in enumerate(shapes)
     )
-    options = Options(bias=bias, sinks=sinks, causal="bottom-right", dropout_p=0.1, dropout_seed=1)
+    options = Options(
+        bias=bias, sinks=sinks, alibi_slopes=slopes, causal="bottom-right", dropout_p=0.1, dropout_seed=1
+    )
     problem, primals, constants = dense(q, k, v, options)
     problem, module = problem.on(backend), backends.load(backend)
-    needs, tangents = (True,) * 5, Primals(*(t.cos() for t in primals if t is not None))
+    needs, tangents = (True,) * 6, Primals(*(t.cos() for t in primals if t is not None))
     torch.set_num_threads(2 if backend == "cpu" else 1)
     first: tuple[Tensor, ...] = ()
     repeats = 3 if in_interpreter(backend) else 1000

@@ -30,7 +30,7 @@ import metattn
 from metattn import autodiff
 from metattn.autodiff import HigherOrderWarning
 from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Cotangents, Given
-from metattn.problem import Options, Primals, Results, dense
+from metattn.problem import Primals, Results
 
 SMALL = Shape(batch=1, heads=2, n=3, m=3, d=2, dv=1, lengths=((2, 2), (1, 0)))
 TINY = Shape(batch=1, heads=1, n=2, m=2, d=2, dv=1, kv_heads=1, lengths=((1, 2), (1, 0)))
@@ -90,27 +90,31 @@ class TestEachFunction:
         self, backend: str, names: tuple[str, ...]
     ) -> dict[str, tuple[Callable[..., object], Primals]]:
         call = make_call(names, Shape(batch=1, heads=1, n=2, m=3, d=2, dv=2, kv_heads=1))
-        x = call.inputs
-        options = Options(**call.constants, **{name: x[name] for name in ("bias", "sinks") if name in x})
-        problem, primals, constants = dense(x["q"], x["k"], x["v"], options)
+        problem, primals, constants = call.canonical()
         problem = problem.on(backend)
         needs = tuple(t is not None for t in primals)
 
+        count = len(primals)
+
         def given(*p: Tensor) -> Given:
-            start = Given(Primals(*p[:5]), constants)
+            start = Given(Primals(*p[:count]), constants)
             return start._replace(results=Results(*autodiff.call_map(FORWARD, problem, start)))
 
         def vjp(*p: Tensor) -> tuple[Tensor, ...]:
-            return autodiff.call_map(VJP, problem, given(*p)._replace(cotangents=Cotangents(*p[5:])), needs)
+            return autodiff.call_map(
+                VJP, problem, given(*p)._replace(cotangents=Cotangents(*p[count:])), needs
+            )
 
         def jvp(*p: Tensor) -> tuple[Any, ...]:
-            return autodiff.call_map(JVP, problem, given(*p)._replace(tangents=Primals(*p[5:])))
+            return autodiff.call_map(JVP, problem, given(*p)._replace(tangents=Primals(*p[count:])))
 
         def second(*p: Tensor) -> Given:
-            return given(*p)._replace(cotangents=Cotangents(*p[5:7]), tangents=Primals(*p[7:]))
+            return given(*p)._replace(
+                cotangents=Cotangents(*p[count : count + 2]), tangents=Primals(*p[count + 2 :])
+            )
 
         def vjp_jvp(*p: Tensor) -> tuple[Tensor, ...]:
-            results_t = Results(*jvp(*p[:5], *p[7:]))
+            results_t = Results(*jvp(*p[:count], *p[count + 2 :]))
             return autodiff.call_map(VJP_JVP, problem, second(*p)._replace(results_t=results_t), needs)
 
         def double_backward(*p: Tensor) -> tuple[Tensor, ...]:
@@ -128,7 +132,9 @@ class TestEachFunction:
         }
 
     @pytest.mark.parametrize("name", ["Vjp", "Jvp", "VjpJvp", "DoubleBackward"])
-    @pytest.mark.parametrize("names", [("bias", "sinks", "softcap", "dropout", "causal")], ids="+".join)
+    @pytest.mark.parametrize(
+        "names", [("bias", "sinks", "alibi", "softcap", "dropout", "causal")], ids="+".join
+    )
     def test_derivatives(self, name: str, names: tuple[str, ...], backend: str) -> None:
         function, x = self.functions(backend, names)[name]
         x = tuple(t.detach().requires_grad_() for t in x)
@@ -139,8 +145,8 @@ class TestEachFunction:
     @pytest.mark.parametrize("name", ["Jvp", "VjpJvp", "DoubleBackward"])
     def test_derivatives_in_the_tangents_are_fused(self, name: str, backend: str) -> None:
         """All are linear in the tangents: no warning, and no N×M matrices, in reverse and in forward mode."""
-        function, x = self.functions(backend, ("bias", "sinks"))[name]
-        fixed, tangents = x[:-5], x[-5:]
+        function, x = self.functions(backend, ("bias", "sinks", "alibi"))[name]
+        fixed, tangents = x[:-6], x[-6:]
         with warnings.catch_warnings():
             warnings.simplefilter("error", HigherOrderWarning)
             assert gradcheck(
@@ -151,12 +157,12 @@ class TestEachFunction:
 
     @pytest.mark.parametrize("name", ["Vjp", "VjpJvp"])
     def test_forward_mode_in_the_cotangents_is_fused(self, name: str, backend: str) -> None:
-        function, x = self.functions(backend, ("bias", "sinks"))[name]
-        cotangents = tuple(t.detach().requires_grad_() for t in x[5:7])
+        function, x = self.functions(backend, ("bias", "sinks", "alibi"))[name]
+        cotangents = tuple(t.detach().requires_grad_() for t in x[6:8])
         with warnings.catch_warnings():
             warnings.simplefilter("error", HigherOrderWarning)
             assert gradcheck(
-                lambda *c: function(*x[:5], *c, *x[7:]),
+                lambda *c: function(*x[:6], *c, *x[8:]),
                 cotangents,
                 check_forward_ad=True,
                 check_backward_ad=False,
@@ -274,14 +280,14 @@ def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 class TestNoWastedProducts:
-    @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks"])
+    @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks", "alibi_slopes"])
     def test_only_one_input_requires_grad(self, wanted: str, backend: str, recorder: Recorder) -> None:
-        call = make_call(("bias", "sinks"))
+        call = make_call(("bias", "sinks", "alibi"))
         x = dict(call.inputs)
         x[wanted] = x[wanted].requires_grad_()
         o, lse = call.function(backend)(*x.values())
         (first,) = torch.autograd.grad((o, lse), x[wanted], (o.detach(), lse.detach()), create_graph=True)
-        needs = tuple(name == wanted for name in ("q", "k", "v", "bias", "sinks"))
+        needs = tuple(name == wanted for name in x)
         assert recorder.names == ["forward", "vjp"]
         assert recorder.calls[1][1][-1] == needs
         (second,) = torch.autograd.grad(first, x[wanted], first.detach(), materialize_grads=True)

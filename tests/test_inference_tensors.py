@@ -31,7 +31,7 @@ def of_inference(x: Tensor) -> Tensor:
 def pair(names: tuple[str, ...]) -> tuple[Call, dict[str, Tensor]]:
     """A call, and those of its tensors that no gradient is asked of, as made in inference mode."""
     call = make_call(names)
-    given = {name: of_inference(call.inputs[name]) for name in ("bias", "sinks") if name in call.inputs}
+    given = {name: of_inference(x) for name, x in call.inputs.items() if name not in ("q", "k", "v")}
     given |= {name: of_inference(x) for name, x in call.constants.items() if isinstance(x, Tensor)}
     return call, given
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from four_maps import OPTIONS, SHORT_LENGTHS, Call, Outputs, assert_close, four_maps
+from four_maps import OF_QKV, OPTIONS, SHORT_LENGTHS, Call, Outputs, assert_close, four_maps
 from torch import Tensor
 
 import metattn
 from metattn.backends import native, reference
-from metattn.problem import Constants, Primals, Problem, Results
+from metattn.problem import NO_CONSTANTS, Primals, Problem, Results
 
 if native.unavailable_reason() is not None:
     pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)
@@ -152,7 +152,7 @@ def test_double_backward_is_jvp_and_vjp_jvp(isa: str, name: str, given: str) -> 
         call = replace(DOUBLE[name], dtype=dtype)
         problem, primals, tangents, constants, do, dlse = call.make()
         cotangents = do if given != "dlse" else None, dlse if given != "do" else None
-        needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+        needs = tuple(primal is not None for primal in primals)
         results = native.forward(problem, primals, constants)
         moved, found = native.double_backward(
             problem, primals, constants, results, *cotangents, tangents, needs
@@ -161,7 +161,7 @@ def test_double_backward_is_jvp_and_vjp_jvp(isa: str, name: str, given: str) -> 
         right = native.vjp_jvp(
             problem, primals, constants, results, *cotangents, tangents, right_moved, needs
         )
-        names = ("ot", "lt", *("dqt", "dkt", "dvt", "dbt", "dst"))
+        names = ("ot", "lt", *(f"d{name}t" for name in Primals._fields))
         assert_close(
             dict(zip(names, (*moved[:2], *found), strict=True)),
             dict(zip(names, (*right_moved[:2], *right), strict=True)),
@@ -174,9 +174,9 @@ def test_double_backward_leaves_out_what_is_not_asked_for() -> None:
     problem, primals, tangents, constants, do, _ = Call((1, 2, 2, 20, 30, 8, 8)).make()
     results = native.forward(problem, primals, constants)
     given = problem, primals, constants, results, do, None
-    _, whole = native.double_backward(*given, tangents, (True, True, True, False, False))
+    _, whole = native.double_backward(*given, tangents, OF_QKV)
     for index in range(3):
-        needs = tuple(i == index for i in range(5))
+        needs = tuple(i == index for i in range(6))
         _, found = native.double_backward(*given, tangents, needs)
         assert [g is not None for g in found] == list(needs)
         assert torch.equal(found[index], whole[index])
@@ -186,7 +186,7 @@ def test_double_backward_leaves_out_what_is_not_asked_for() -> None:
         zeros = Primals(
             *(t if i == index or t is None else torch.zeros_like(t) for i, t in enumerate(tangents))
         )
-        needs = (True, True, True, False, False)
+        needs = OF_QKV
         moved, found = native.double_backward(*given, alone, needs)
         right_moved, right = native.double_backward(*given, zeros, needs)
         for mine, other in zip((*moved[:2], *found[:3]), (*right_moved[:2], *right[:3]), strict=True):
@@ -284,9 +284,9 @@ def test_exponentials_are_as_exact_as_stated(isa: str) -> None:
     """2^z to 1.7e-7 (docs/backends.md), beside the rounding of z and of the two products that show it."""
     score = -torch.linspace(0, 20, 64)
     shape = (1, 1, 64, 1)
-    primals = Primals(torch.ones(1, 1, 1, 1), score.view(shape), torch.eye(64)[None, None], None, None)
+    primals = Primals(torch.ones(1, 1, 1, 1), score.view(shape), torch.eye(64)[None, None], None, None, None)
     problem = replace(Call().make()[0], scale=1.0)
-    o = native.forward(problem, primals, Constants(None, None, None, None, None)).o.flatten().double()
+    o = native.forward(problem, primals, NO_CONSTANTS).o.flatten().double()
     error = (o / o[0] / score.double().exp() - 1).abs()
     ulp = torch.finfo(torch.float32).eps / 2
     assert (error <= 2 * 1.7e-7 + ulp * (4 - 3 * score.double())).all()
@@ -299,7 +299,7 @@ def test_probabilities_keep_their_digits_where_scores_are_large(offset: float) -
     call = Call((1, 1, 1, 5, 70, 8, 8), dtype=torch.float32, bias=(0, 0, 0, 0))
     problem, primals, _, constants, do, _ = call.make()
     primals = primals._replace(bias=torch.full_like(primals.bias, -offset))
-    needs = (True, True, True, False, False)
+    needs = OF_QKV
     found, exact = [], []
     for backend, results, cast in ((native, found, Tensor.float), (reference, exact, Tensor.double)):
         p = Primals(*(None if t is None else cast(t) for t in primals))
@@ -318,14 +318,14 @@ def test_maps_round_large_products_alike(size: float, isa: str) -> None:
         call = Call((1, 2, 1, 50, m, d, 1), dtype=dtype, causal="top-left")
         problem, primals, _, constants, do, _ = call.make()
         q, k = (x * size**0.5 for x in primals[:2])
-        primals = Primals(q, k, torch.ones_like(primals.v), None, None)
-        of_v = Primals(None, None, torch.ones_like(primals.v), None, None)
+        primals = Primals(q, k, torch.ones_like(primals.v), None, None, None)
+        of_v = Primals(None, None, torch.ones_like(primals.v), None, None, None)
         results = native.forward(problem, primals, constants)
         moved = native.jvp(problem, primals, constants, results, of_v)
-        first = native.vjp(problem, primals, constants, results, do, None, (False, False, True, False, False))
-        both = native.double_backward(
-            problem, primals, constants, results, do, None, of_v, (True, True, True, False, False)
-        )[0]
+        first = native.vjp(
+            problem, primals, constants, results, do, None, (False, False, True, False, False, False)
+        )
+        both = native.double_backward(problem, primals, constants, results, do, None, of_v, OF_QKV)[0]
         for sums in (results.o, moved.o, both.o):
             torch.testing.assert_close(sums, torch.ones_like(sums))
         torch.testing.assert_close(first.v.sum(), do.sum(), rtol=1e-4, atol=1e-4)
@@ -342,7 +342,7 @@ def test_finite_masks_of_several_levels(levels: tuple[float, float], dtype: torc
     bias = torch.full_like(primals.bias, levels[1])
     bias[0, 0, 0, :2] = bias[0, 0, 1, 5:] = levels[0]
     primals = primals._replace(bias=bias)
-    needs = (True, True, True, True, False)
+    needs = (True, True, True, True, False, False)
 
     def both_orders(backend: Any) -> list[Tensor | None]:
         results = backend.forward(problem, primals, constants)
@@ -367,7 +367,13 @@ def test_empty_blocks_are_skipped() -> None:
             start = time.process_time()
             o, lse = native.forward(problem, primals, constants)[:2]
             native.vjp(
-                problem, primals, constants, Results(o, lse), do, None, (True, True, True, False, False)
+                problem,
+                primals,
+                constants,
+                Results(o, lse),
+                do,
+                None,
+                OF_QKV,
             )
             best = min(best, time.process_time() - start)
         return best
@@ -381,7 +387,7 @@ def test_a_dead_row_with_a_sink_leaks_nothing() -> None:
     call = Call((1, 2, 1, 4, 5, 4, 4), sinks=True, mask=(0, 0, 1, 1))
     problem, primals, tangents, constants, do, _ = call.make()
     constants.mask[:, :, 1] = False
-    needs = (True, True, True, False, True)
+    needs = (True, True, True, False, True, False)
 
     def both_orders() -> Outputs:
         results = native.forward(problem, primals, constants)
@@ -403,7 +409,7 @@ def test_an_infinite_query_under_a_softcap(isa: str, dtype: torch.dtype) -> None
     problem, primals, tangents, constants, do, _ = call.make()
     primals.k.abs_().clamp_(min=0.5)  # no product is NaN
     primals.q[0, 0, 0] = torch.inf
-    needs = (True, True, True, False, False)
+    needs = OF_QKV
     tangents = tangents._replace(k=None)
     results = native.forward(problem, primals, constants)
     first = native.vjp(problem, primals, constants, results, do, None, needs)
@@ -421,7 +427,7 @@ def test_a_tangent_under_a_mask_is_nobodys_business() -> None:
     for value in (1.0, torch.inf, torch.nan):
         tangents.bias[..., 2] = value
         moved = native.jvp(problem, primals, constants, results, tangents)
-        needs = (True, True, True, True, False)
+        needs = (True, True, True, True, False, False)
         second = native.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
         outputs.append({"ot": moved.o, "lt": moved.lse, **second._asdict()})
     for other in outputs[1:]:
@@ -432,7 +438,7 @@ def test_an_output_beyond_float16_leaves_finite_gradients() -> None:
     call = Call((1, 2, 2, 8, 8, 8, 4), dtype=torch.float16, dropout_p=0.5)
     problem, primals, _, constants, do, _ = call.make()
     primals = primals._replace(v=torch.full_like(primals.v, 5e4))
-    needs = (True, True, True, False, False)
+    needs = OF_QKV
     results = native.forward(problem, primals, constants)
     assert torch.isinf(results.o).any()
     found = native.vjp(problem, primals, constants, results, do * 1e-4, None, needs)
@@ -452,19 +458,21 @@ def test_a_generous_bound_of_packed_lengths_costs_nothing() -> None:
 def test_outputs_keep_the_layout_of_their_inputs() -> None:
     q = torch.randn(2, 7, 3, 8).transpose(1, 2)
     problem, _, _, constants, _, _ = Call().make()
-    o, lse = native.forward(problem, Primals(q, q, q, None, None), constants)[:2]
+    o, lse = native.forward(problem, Primals(q, q, q, None, None, None), constants)[:2]
     assert o.stride() == q.stride()
-    needs = (True, True, True, False, False)
-    gradients = native.vjp(problem, Primals(q, q, q, None, None), constants, Results(o, lse), o, None, needs)
+    needs = OF_QKV
+    gradients = native.vjp(
+        problem, Primals(q, q, q, None, None, None), constants, Results(o, lse), o, None, needs
+    )
     assert all(gradient.stride() == q.stride() for gradient in gradients[:3])
 
 
 def test_absent_cotangents_and_tangents_are_zeros() -> None:
     problem, primals, tangents, constants, do, dlse = CALLS["everything"].make()
-    needs = (True,) * 5
+    needs = (True,) * 6
     o, lse = native.forward(problem, primals, constants)[:2]
     zero = Primals(*(torch.zeros_like(t) for t in tangents))
-    for chosen in itertools.product((False, True), repeat=5):
+    for chosen in itertools.product((False, True), repeat=6):
         some = Primals(*(t if one else None for t, one in zip(tangents, chosen, strict=True)))
         full = Primals(*(t if one else z for t, z, one in zip(tangents, zero, chosen, strict=True)))
         results = []
@@ -490,12 +498,12 @@ def test_only_needed_gradients_come_back() -> None:
     problem, primals, tangents, constants, do, dlse = CALLS["everything"].make()
     o, lse = native.forward(problem, primals, constants)[:2]
     ot, lt = native.jvp(problem, primals, constants, Results(o, lse), tangents)[:2]
-    every = (True,) * 5
+    every = (True,) * 6
     first = native.vjp(problem, primals, constants, Results(o, lse), do, dlse, every)
     second = native.vjp_jvp(
         problem, primals, constants, Results(o, lse), do, dlse, tangents, Results(ot, lt), every
     )
-    for needs in itertools.product((False, True), repeat=5):
+    for needs in itertools.product((False, True), repeat=6):
         some_first = native.vjp(problem, primals, constants, Results(o, lse), do, dlse, needs)
         some_second = native.vjp_jvp(
             problem, primals, constants, Results(o, lse), do, dlse, tangents, Results(ot, lt), needs
@@ -524,10 +532,16 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
     o, lse = native.forward(problem, primals, constants)[:2]
     with pytest.raises(RuntimeError, match="lse must be float64"):
         native.vjp(
-            problem, primals, constants, Results(o, lse.float()), o, None, (True, True, True, False, False)
+            problem,
+            primals,
+            constants,
+            Results(o, lse.float()),
+            o,
+            None,
+            OF_QKV,
         )
     cu = torch.tensor([0, 40, 35], dtype=torch.int32)
-    packed = Primals(q[:1], k[:1, :, :35], v[:1, :, :35], None, None)
+    packed = Primals(q[:1], k[:1, :, :35], v[:1, :, :35], None, None, None)
     with pytest.raises(RuntimeError, match="must not decrease"):
         native.forward(
             Problem(1.0, None, None, (-1, -1), 0.0, 40, 40, "cpu"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from four_maps import OF_QKV
 from helpers import OPTIONS, RecordedMaps, Shape, make_call, operator_arguments
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -51,7 +52,7 @@ def given_of(tensors: list[Tensor], causal: bool | str) -> tuple[Problem, Given]
     problem, primals, constants = dense(*tensors, Options(causal=causal))
     backend = metattn.backends.load("cpu")
     o, lse, o_lo = backend.forward(problem, primals, constants)
-    tangents = Primals(*[x.cos() for x in primals[:3]], None, None)
+    tangents = Primals(*[x.cos() for x in primals[:3]], None, None, None)
     results_t = backend.jvp(problem, primals, constants, Results(o, lse, o_lo), tangents)
     return problem, Given(
         primals, constants, Results(o, lse, o_lo), Cotangents(o.sin(), None), tangents, results_t
@@ -63,7 +64,7 @@ def twins(layout: Layout) -> tuple[Any, Any]:
     return tuple(getattr(torch.ops.metattn_bare, name).default for name in names)  # type: ignore[return-value]
 
 
-NEEDS: list[Needs] = [(True, True, True, False, False), (False, True, False, False, False)]
+NEEDS: list[Needs] = [OF_QKV, (False, True, False, False, False, False)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

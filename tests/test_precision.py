@@ -183,6 +183,18 @@ def check_offsets(call: Call, offsets: dict[str, float], backend: str, dtype: to
     check_errors(ours, baseline, truth, dtype)
 
 
+class TestFarKeys:
+    """Rows whose keys all are some hundred places away."""
+
+    @dtypes
+    @pytest.mark.parametrize(("names", "factor"), [(("alibi",), 1.0), (("alibi", "sinks"), 0.01)])
+    def test_slopes(self, names: tuple[str, ...], factor: float, dtype: torch.dtype, backend: str) -> None:
+        shape = Shape(batch=2, heads=2, n=20, m=150, d=8, dv=8)
+        call = make_call((*names, "causal"), shape, dtype)
+        call.inputs["alibi_slopes"] *= factor
+        check(call, backend, dtype)
+
+
 class TestTheRuleItself:
     def test_whole_and_worst_head(self) -> None:
         truth = torch.ones(1, 2, 4, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,11 +114,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"alibi_slopes": torch.ones(HQ, dtype=torch.int64)},
         TypeError,
         r"alibi_slopes: .*int64",
-    ),
-    "slopes-differentiated": (
-        {"alibi_slopes": of_shape(HQ).requires_grad_()},
-        NotImplementedError,
-        r"alibi_slopes: expected constants",
     ),
     "row25-dropout-negative": ({"dropout_p": -0.1}, ValueError, r"dropout_p: .*between 0 and 1, got -0.1"),
     "row25-dropout-above-1": ({"dropout_p": 1.1}, ValueError, r"dropout_p: .*got 1.1"),
@@ -475,8 +469,8 @@ class TestCanonical:
     ) -> None:
         options = Options(sinks=torch.ones(shape, dtype=dtype), alibi_slopes=torch.ones(shape, dtype=dtype))
         for inputs, compute in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
-            _, primals, constants = dense(*qkv(inputs), options)
-            for t in (primals.sinks, constants.slopes):
+            _, primals, _ = dense(*qkv(inputs), options)
+            for t in (primals.sinks, primals.slopes):
                 assert t is not None
                 assert t.dtype == compute
                 assert t.shape == (shape if len(shape) == 2 else (1, HQ))
@@ -571,19 +565,3 @@ class TestAutocast:
     def test_other_devices_are_left_alone(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert metattn.attention(*qkv(device="meta")).dtype == torch.float32
-
-
-def test_constants_refuse_a_tangent() -> None:
-    def f(slopes: Tensor) -> Tensor:
-        return metattn.attention(Q, K, V, alibi_slopes=slopes)
-
-    slopes = torch.ones(HQ)
-    refused: list[Callable[[], Any]] = [
-        lambda: torch.func.jvp(f, (slopes,), (slopes,)),
-        lambda: torch.func.jacrev(f)(slopes),
-    ]
-    for transform in refused:
-        with pytest.raises(NotImplementedError, match="alibi_slopes: expected constants"):
-            transform()
-    with torch.no_grad():
-        f(slopes.clone().requires_grad_())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from four_maps import OF_QKV
 from helpers import OPTIONS, Call, Shape, both_orders, finite, largest_difference, make_call, pairs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,16 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import metattn
 from metattn.autodiff import HigherOrderWarning
 from metattn.backends import reference
-from metattn.problem import Constants, Options, Primals, Problem, Results, dense
+from metattn.problem import Primals, Results
 
-ALL = (True,) * 5
-Canonical = tuple[Problem, Primals, Constants]
-
-
-def canonical(call: Call) -> Canonical:
-    x = call.inputs
-    options = Options(**call.constants, **{name: x[name] for name in ("bias", "sinks") if name in x})
-    return dense(x["q"], x["k"], x["v"], options)
+ALL = (True,) * len(Primals._fields)
 
 
 def like(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -39,7 +33,7 @@ class TestAgainstMaths:
     def test_each_map(self, name: str) -> None:
         """forward, vjp, jvp and vjp_jvp as functions of their own, against torch.func on the maths."""
         call = make_call((name,))
-        problem, primals, constants = canonical(call)
+        problem, primals, constants = call.canonical()
         names, x = tuple(call.inputs), call.tensors
         generator = torch.Generator().manual_seed(3)
 
@@ -52,8 +46,11 @@ class TestAgainstMaths:
 
         def to_primals(tensors: tuple[Tensor, ...]) -> Primals:
             by_name = dict(zip(names, tensors, strict=True))
-            if "sinks" in by_name and by_name["sinks"].ndim == 1:
-                by_name["sinks"] = by_name["sinks"][None]
+            if "alibi_slopes" in by_name:
+                by_name["slopes"] = by_name.pop("alibi_slopes")
+            for each in ("sinks", "slopes"):
+                if each in by_name and by_name[each].ndim == 1:
+                    by_name[each] = by_name[each][None]
             return Primals(*(by_name.get(field) for field in Primals._fields))
 
         moves = tuple(like(t, generator) for t in x)
@@ -95,7 +92,7 @@ class TestAbsentTerms:
 
     @pytest.mark.parametrize("absent", [(True, False), (False, True)], ids=["no do", "no dlse"])
     def test_cotangents(self, absent: tuple[bool, bool]) -> None:
-        problem, primals, constants = canonical(make_call(("bias", "sinks", "softcap")))
+        problem, primals, constants = make_call(("bias", "sinks", "softcap")).canonical()
         o, lse = reference.forward(problem, primals, constants)[:2]
         ones = torch.ones_like(o), torch.ones_like(lse[..., 1])
         given = [None if missing else x for missing, x in zip(absent, ones, strict=True)]
@@ -111,8 +108,8 @@ class TestAbsentTerms:
 
     @pytest.mark.parametrize("field", Primals._fields)
     def test_tangents(self, field: str) -> None:
-        problem, primals, constants = canonical(make_call(("bias", "sinks", "softcap")))
-        alone = Primals(None, None, None, None, None)._replace(**{field: getattr(primals, field)})
+        problem, primals, constants = make_call(("bias", "sinks", "softcap", "alibi")).canonical()
+        alone = Primals(None, None, None, None, None, None)._replace(**{field: getattr(primals, field)})
         filled = Primals(*(torch.zeros_like(x) for x in primals))._replace(**{field: getattr(primals, field)})
         arguments = (problem, primals, constants, reference.forward(problem, primals, constants))
         tangents = reference.jvp(*arguments, alone)
@@ -124,10 +121,10 @@ class TestAbsentTerms:
         assert largest_difference(ours, expected) < 1e-14
 
     def test_what_is_not_needed(self) -> None:
-        problem, primals, constants = canonical(make_call(("bias", "sinks")))
+        problem, primals, constants = make_call(("bias", "sinks", "alibi")).canonical()
         o, lse = reference.forward(problem, primals, constants)[:2]
-        for wanted in range(5):
-            needs = tuple(i == wanted for i in range(5))
+        for wanted in range(len(primals)):
+            needs = tuple(i == wanted for i in range(len(primals)))
             given = (problem, primals, constants, Results(o, lse), o, lse[..., 1])
             first = reference.vjp(*given, needs)
             second = reference.vjp_jvp(*given, primals, Results(o, lse[..., 1]), needs)
@@ -155,18 +152,14 @@ class TestMaskedAway:
         assert largest_difference(dirty.values(), clean.values()) == 0
 
     def test_cotangents_of_dead_rows_do_not_matter(self) -> None:
-        problem, primals, constants = canonical(make_call(("mask",)))
+        problem, primals, constants = make_call(("mask",)).canonical()
         o, lse = reference.forward(problem, primals, constants)[:2]
         dead = lse[..., 1] == -torch.inf
         assert dead.any()
         do, dlse = torch.ones_like(o), torch.ones_like(lse[..., 1])
-        clean = reference.vjp(
-            problem, primals, constants, Results(o, lse), do, dlse, (True, True, True, False, False)
-        )
+        clean = reference.vjp(problem, primals, constants, Results(o, lse), do, dlse, OF_QKV)
         do[dead], dlse[dead] = torch.nan, torch.inf
-        dirty = reference.vjp(
-            problem, primals, constants, Results(o, lse), do, dlse, (True, True, True, False, False)
-        )
+        dirty = reference.vjp(problem, primals, constants, Results(o, lse), do, dlse, OF_QKV)
         assert largest_difference(dirty, clean) == 0
 
     def test_every_row_dead(self) -> None:
@@ -229,7 +222,7 @@ class TestShapesAndTypes:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_dtypes(self, dtype: torch.dtype) -> None:
         """Results in the inputs' dtypes, statistics in float64, whatever the bias's dtype."""
-        problem, primals, constants = canonical(make_call(("bias", "sinks"), dtype=dtype))
+        problem, primals, constants = make_call(("bias", "sinks"), dtype=dtype).canonical()
         primals = primals._replace(bias=primals.bias.to(torch.bfloat16))
         o, lse = reference.forward(problem, primals, constants)[:2]
         ot, lt = reference.jvp(problem, primals, constants, Results(o, lse), primals)[:2]
@@ -290,7 +283,7 @@ class TestShapesAndTypes:
 
     def test_autocast_does_not_touch_it(self) -> None:
         call = make_call(("bias",), dtype=torch.float32)
-        problem, primals, constants = canonical(call)
+        problem, primals, constants = call.canonical()
         o, lse = reference.forward(problem, primals, constants)[:2]
         given = (problem, primals, constants, Results(o, lse), o, lse[..., 1])
         plain = reference.vjp(*given, ALL)

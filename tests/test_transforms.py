@@ -159,7 +159,7 @@ class TestJacobiansAndHessians:
         assert largest_difference(ours, jacobian(lambda *x: call.math(*x)[0], args)(*call.tensors)) < 1e-12
 
     @pytest.mark.parametrize(
-        "names", [("plain",), ("bias", "sinks"), ("dropout",), ("packed",)], ids="+".join
+        "names", [("plain",), ("bias", "sinks", "alibi"), ("dropout",), ("packed",)], ids="+".join
     )
     @pytest.mark.parametrize(
         "second",

@@ -21,6 +21,7 @@ from four_maps import (
     LENGTHS,
     LONG,
     ODD,
+    OF_QKV,
     OPTIONS,
     SHARED,
     SHORT,
@@ -113,7 +114,7 @@ def test_double_backward_is_jvp_and_vjp_jvp(sizes: tuple[int, ...]) -> None:
 def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
     """Kernels that a double backward launched, its outputs, and the same in float64."""
     problem, primals, tangents, constants, do, dlse = call.make()
-    needs = (True, True, True, primals.bias is not None, primals.sinks is not None)
+    needs = tuple(primal is not None for primal in primals)
     ours, launched = ON_DEVICE, []
     results = ours.forward(problem, primals, constants)
     first = ours.vjp(problem, primals, constants, results, do, dlse, needs)
@@ -260,7 +261,7 @@ def test_one_sweep_where_terms_cancel(what: str) -> None:
         tangents = Primals(*(None if t is None else (t + shift).bfloat16() for t in tangents))  # type: ignore[arg-type]
     else:
         problem = replace(problem, scale=4.0)
-    needs = (True, True, True, False, False)
+    needs = OF_QKV
 
     def errors(backend: Any, wide: bool = False) -> Any:
         p, t, y = primals, tangents, do
@@ -333,7 +334,7 @@ def test_dropout_mask_is_the_references() -> None:
     call = replace(Call((1, 2, 2, n, m, 4, m), torch.float32), dropout_p=p)
     problem, _, _, constants, _, _ = call.make()
     v = torch.eye(m).expand(1, 2, m, m).contiguous()
-    o = triton.forward(problem, Primals(q, k, v, None, None), constants).o
+    o = triton.forward(problem, Primals(q, k, v, None, None, None), constants).o
     assert constants.rng is not None
     kept = reference.dropout_keep(constants.rng, p, 2, n, m)
     assert torch.equal(o > 0, kept)

@@ -290,6 +290,8 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
                       {p.bias_size[0], p.bias_size[1], p.bias_size[2], p.bias_size[3]}};
     parallel(threads, rows, 16, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
   }
+  for (int64_t slot = 0; p.grad_slopes != nullptr && slot < p.slopes_batch * p.heads; ++slot)
+    slope_gradient(p, is_double, slot);
 }
 
 }  // namespace
@@ -310,7 +312,7 @@ Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) 
   std::vector<int64_t> first_unit;
   int64_t units;
   if (key_sweep) {
-    const bool wanted = map == kDoubleBackward || p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias);
+    const bool wanted = map == kDoubleBackward || p.needs & (kNeedQ | kNeedK | kNeedV | kNeedBias | kNeedSlopes);
     units = p.kv_heads > 0 && wanted ? owners_of(p) * p.key_chunks * p.row_parts : 0;
   } else {
     units = plan_row_sweep(p, map, threads.count, first_unit);

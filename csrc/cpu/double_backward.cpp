@@ -132,7 +132,7 @@ struct DoubleBackward : SecondOrder<A> {
         this->template differentiate<Capped>(at, j, load(tangents + at + j) - row_tau, this->D[r], Dt[r]);
         store(this->e + at + j, weight_kept);
       }
-      if (this->results.want_bias) this->results.add_bias(tiles[i], r, this->d_s_t);
+      if (this->results.want_scores) this->results.add_scores(tiles[i], r, this->d_s_t);
     }
   }
   template <bool Capped>
@@ -216,7 +216,8 @@ struct DoubleBackward : SecondOrder<A> {
       if (this->c) this->results.sums.over_keys(tiles[i], this->e, this->c, selected, acc);
       this->add(tiles[i], selected, in_two_parts);
     }
-    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds));
+    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds),
+                           nullptr);
     this->results.sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;

@@ -77,6 +77,11 @@ void join_splits_of(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
+void store_slot(char* target, bool is_double, int64_t slot, double value) {
+  if (is_double) reinterpret_cast<double*>(target)[slot] = value;
+  else reinterpret_cast<float*>(target)[slot] = static_cast<float>(value);
+}
+
 }  // namespace
 
 void join_splits(const Params& p, bool is_double, int64_t begin, int64_t end) {
@@ -117,8 +122,15 @@ void sink_gradient(const Params& p, bool is_double, bool second, int64_t slot) {
       }
     }
   }
-  if (is_double) reinterpret_cast<double*>(p.grad_sinks)[slot] = total;
-  else reinterpret_cast<float*>(p.grad_sinks)[slot] = static_cast<float>(total);
+  store_slot(p.grad_sinks, is_double, slot, total);
+}
+
+void slope_gradient(const Params& p, bool is_double, int64_t slot) {
+  double total = 0;
+  for (int64_t part = 0; part < p.key_chunks * p.row_parts; ++part)
+    for (int64_t seq = slot / p.heads; seq < p.batch; seq += p.slopes_batch)
+      total += p.slope_sums[(part * p.batch + seq) * p.heads + slot % p.heads];
+  store_slot(p.grad_slopes, is_double, slot, -total);
 }
 
 }  // namespace metattn

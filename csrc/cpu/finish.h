@@ -1,4 +1,4 @@
-// What remains after the sweeps: sums over the parts that units left behind, and the gradient of the sinks.
+// What remains after the sweeps: sums over the parts that units left behind, and the gradients of sinks and slopes.
 #pragma once
 
 #include "params.h"
@@ -23,5 +23,8 @@ void join_splits(const Params& p, bool is_double, int64_t begin, int64_t end);
 // Slot (batch, head) of the sinks' gradient: Σ −Ps∘D over its rows, and with `second` the tangent of that,
 // Σ −Pts∘D − Ps∘Dt.
 void sink_gradient(const Params& p, bool is_double, bool second, int64_t slot);
+
+// Slot (batch, head) of the slopes' gradient, −Σ dS·distance, from what the units left.
+void slope_gradient(const Params& p, bool is_double, int64_t slot);
 
 }  // namespace metattn

@@ -1,4 +1,4 @@
-// jvp: the tangents of O and L for tangents A, B, C, β, σ of Q, K, V, bias and sinks, in one pass over the keys:
+// jvp: the tangents of O and L for tangents A, B, C, β, σ, ω of Q, K, V, bias, sinks and slopes, in one pass over the keys:
 // Ot = (P∘(T − t)∘Z)V + (P∘Z)C − (τ − t)·O for any t. With t = 0 the terms cancel where a sharply peaked row has large
 // T; rows that lost more than kCancellation so are walked once more, with t = τ of the first pass. Where weights are
 // rounded, O's were: t is then the mean of T over the first keys of a row, and of O's errors little comes in.
@@ -47,7 +47,7 @@ struct Jvp {
         wide_dv(padded<T>(params.dv)),
         in_registers(fits_registers<A>(params, exponents)) {
     const int64_t blocks = row_sweep_blocks(p);
-    has_scores = p.t_q || p.t_k || p.t_bias;
+    has_scores = p.t_q || p.t_k || moves_addend(p);
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
     q = PackedRows<A>::take(arena, p.q, p.d, false);
     a = PackedRows<A>::take(arena, p.t_q, p.d, false);
@@ -124,7 +124,7 @@ struct Jvp {
       const Vec<T> u = load(tanh_tile + r * kKeys + j);
       tangent *= 1 - u * u;
     }
-    return p.t_bias ? tangent + load(row + j) : tangent;
+    return moves_addend(p) ? tangent + load(row + j) : tangent;
   }
   // base = the mean of T by the weights of these keys, the first that have any.
   template <bool Capped>
@@ -194,7 +194,7 @@ struct Jvp {
     if (b) multiply_scores(tile, q, b, block, t, bool(a));
     if (has_scores && !a && !b) memset(t, 0, sizeof(T) * kRows * kKeys);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      if (p.t_bias) load_bias_tangent(p, tile, r, s + r * kKeys, row);
+      if (moves_addend(p)) load_addend_tangent(p, tile, r, s + r * kKeys, row);
       if (p.softcap != 0) weigh_row<true>(tile, r);
       else weigh_row<false>(tile, r);
     }

@@ -12,7 +12,7 @@ struct SecondOrder : GradientSweep<A> {
   PackedRows<A> a;
   PackedKeys<A> b, c;
   T *t_r, *e;       // tiles
-  T *beta, *d_s_t;  // [kKeys] a row of the bias' tangent, and of dSt
+  T *beta, *d_s_t;  // [kKeys] a row of the tangent of bias and ALiBi, and of dSt
 
   // sums_values: products sum over the keys of v and its tangent too.
   SecondOrder(const Params& params, char* scratch, bool sums_values, int64_t rows, int64_t tiles)
@@ -48,7 +48,7 @@ struct SecondOrder : GradientSweep<A> {
   }
   // s = P in a row, and its beta.
   void begin_row(const Tile& tile, int64_t r) {
-    if (this->p.t_bias) load_bias_tangent(this->p, tile, r, this->s + r * kKeys, beta);
+    if (moves_addend(this->p)) load_addend_tangent(this->p, tile, r, this->s + r * kKeys, beta);
     this->probabilities(tile, r);
   }
 
@@ -64,11 +64,11 @@ struct SecondOrder : GradientSweep<A> {
       const Vec<T> u = load(this->tanh_tile + at + j);
       t *= 1 - u * u;
     }
-    if (this->p.t_bias) t += load(beta + j);
+    if (moves_addend(this->p)) t += load(beta + j);
     return t;
   }
 
-  // s = dRt, t_r = dR, d_p = Pt∘Z; d_s_t = dSt, where the bias gradient is wanted. excess: T − τ.
+  // s = dRt, t_r = dR, d_p = Pt∘Z; d_s_t = dSt, where it is wanted. excess: T − τ.
   template <bool Capped>
   void differentiate(int64_t at, int64_t j, Vec<T> excess, T d, T d_t) {
     T* const s = this->s + at + j;
@@ -77,7 +77,7 @@ struct SecondOrder : GradientSweep<A> {
     const Vec<T> weight_t = weight * excess;
     const Vec<T> d_s = weight * gain;
     const Vec<T> dst = weight_t * gain + weight * (e_kept(at, j) - d_t);
-    if (this->results.want_bias) store(d_s_t + j, dst);
+    if (this->results.want_scores) store(d_s_t + j, dst);
     if constexpr (Capped) {
       const Vec<T> u = load(this->tanh_tile + at + j);
       const Vec<T> slope = 1 - u * u, bend = u * slope * static_cast<T>(-2 / this->p.softcap);

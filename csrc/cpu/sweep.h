@@ -219,12 +219,13 @@ static void key_sweep(const Params& p, int64_t unit, Map& map) {
   }
 }
 
-// What both key sweeps accumulate: dK, dV of the unit's keys, dQ of a row block, and the bias gradient.
+// What both key sweeps accumulate: dK, dV of the unit's keys, dQ of a row block, and the gradients of bias and slopes.
 template <class A>
 struct KeySweepResults {
   using T = Compute<A>;
   const Params& p;
-  bool want_q, want_k, want_v, want_bias;
+  bool want_q, want_k, want_v, want_bias, want_slopes;
+  bool want_scores;  // gradients are sums of entries of dS
   WeightedSums<A> sums;
   KeySums<A> grad_k, grad_v;
   CommonKeys<A> common_k, common_b;  // of the keys and their tangents
@@ -242,6 +243,8 @@ struct KeySweepResults {
         want_k(params.needs & kNeedK),
         want_v(params.needs & kNeedV),
         want_bias(params.needs & kNeedBias),
+        want_slopes(params.needs & kNeedSlopes),
+        want_scores(want_bias || want_slopes),
         sums(WeightedSums<A>::take(arena, params)),
         grad_k(KeySums<A>::take(arena, want_k, key_sweep_blocks(params), params.d, rows_of_sums(params))),
         grad_v(KeySums<A>::take(arena, want_v, key_sweep_blocks(params), params.dv, rows_of_sums(params))),
@@ -273,9 +276,21 @@ struct KeySweepResults {
   void add_v(const Tile& tile, const T* weights, const PackedRows<A>& d_o, int64_t block) {
     if (want_v) grad_v.add(tile, weights, sums, d_o, block, false);
   }
-  void add_bias(const Tile& tile, int64_t r, const T* d_scores) {
-    if (p.bias_in_double) add_bias_to<double>(tile, r, d_scores);
-    else add_bias_to<T>(tile, r, d_scores);
+  // A row of dS.
+  void add_scores(const Tile& tile, int64_t r, const T* d_scores) {
+    if (want_bias && p.bias_in_double) add_bias_to<double>(tile, r, d_scores);
+    else if (want_bias) add_bias_to<T>(tile, r, d_scores);
+    if (want_slopes) add_slopes(tile, r, d_scores);
+  }
+  void add_slopes(const Tile& tile, int64_t r, const T* d_scores) {
+    const int64_t i = tile.row0 + r, nearest = nearest_distance(p, tile.s, i);
+    double total = 0;
+    for (int64_t j = 0; j < tile.keys; ++j)
+      total += static_cast<double>(d_scores[j]) * static_cast<double>(alibi_distance(tile.s, i, tile.key0 + j) - nearest);
+    *slope_sum(tile, tile.key0 / p.key_chunk) += total;
+  }
+  double* slope_sum(const Tile& tile, int64_t chunk) const {
+    return p.slope_sums + ((chunk * p.row_parts + row_part) * p.batch + tile.seq) * p.heads + tile.head;
   }
   template <class Sum>
   void add_bias_to(const Tile& tile, int64_t r, const T* d_scores) {
@@ -292,16 +307,20 @@ struct KeySweepResults {
     }
   }
   // known_k, known_b [kRows]: what the weights of k and its tangent sum to over all keys; null: what they lack was found.
-  void end_rows(const Tile& tile, const KeySpan& span, bool visited, const T* known_k, const T* known_b) {
+  // scores [kRows]: what dS, or dSt, sums to; null: to 0.
+  void end_rows(const Tile& tile, const KeySpan& span, bool visited, const T* known_k, const T* known_b, const T* scores) {
     if (want_k) grad_k.gained(tile.rows, span.keys);
     if (want_v) grad_v.gained(tile.rows, span.keys);
+    // of all spans that of the first key adds what is known of a row
+    const int64_t first = attended_keys(p, tile.s, tile.row0).lo;
+    const bool adds = visited && first >= span.key0 && first < span.key0 + span.keys;
+    if (want_slopes && adds && scores != nullptr)
+      for (int64_t r = 0; r < tile.rows; ++r)
+        *slope_sum(tile, span.chunk) += static_cast<double>(scores[r]) * static_cast<double>(nearest_distance(p, tile.s, tile.row0 + r));
     if (!want_q || (!visited && !span.first)) return;
     if (!visited) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
     sums.finish_over_keys(grad_q, tile.rows, p.d);
     if (visited) {
-      // of all spans that of the first key adds them
-      const int64_t first = attended_keys(p, tile.s, tile.row0).lo;
-      const bool adds = first >= span.key0 && first < span.key0 + span.keys;
       common_k.finish(tile.rows, adds ? known_k : nullptr, grad_q);
       common_b.finish(tile.rows, adds ? known_b : nullptr, grad_q);
     }
@@ -364,7 +383,7 @@ struct GradientSweep {
   T* scratch_row;
   LogSumExp<T> lse;
   T D[kRows];
-  T sums_of_ds[kRows];  // where weights are rounded: what dS sums to over the keys
+  T sums_of_ds[kRows];  // what dS sums to over the keys, where somebody asks
 
   // sums_values: products sum over the keys of v too. A tile has up to `rows`;
   // `tiles` are kept at a time, one after the other in memory.
@@ -375,7 +394,7 @@ struct GradientSweep {
         results(params, arena),
         rows_of_tile(rows),
         in_registers(fits_registers<A>(params, exponents)),
-        gains((results.want_q || results.want_k || results.want_bias) && params.d_o) {
+        gains((results.want_q || results.want_k || results.want_scores) && params.d_o) {
     const int64_t blocks = key_sweep_blocks(p);
     row = arena.take<T>(larger(padded<T>(larger(p.d, p.dv)), kKeys));
     q = PackedRows<A>::take(arena, p.q, p.d, results.want_k);
@@ -397,9 +416,10 @@ struct GradientSweep {
     q.pack(p, p.q, tile, lse.dead, row);
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
-    if constexpr (WeightedSums<A>::kRounds) find_sums(tile);
+    if (asks_sums()) find_sums(tile);
     results.begin_rows(tile, lse.dead, row);
   }
+  bool asks_sums() const { return WeightedSums<A>::kRounds || results.want_slopes; }
   // Σ dS = Σ P∘dP − D·Σ P, with Σ P∘dP = D + dL, and Σ P = 1 − Ps.
   void find_sums(const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {

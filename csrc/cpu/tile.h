@@ -20,10 +20,22 @@ static void load_bias_row(const View& bias, const Tile& tile, int64_t r, T* row)
   for (int64_t j = tile.keys; j < tile.cols; ++j) row[j] = 0;
 }
 
-// The same of the bias' tangent; where nothing is attended, what stands in it is nobody's business.
+// row −= slope·distance.
 template <class T>
-static void load_bias_tangent(const Params& p, const Tile& tile, int64_t r, const T* s_row, T* row) {
-  load_bias_row(p.t_bias, tile, r, row);
+static void subtract_alibi(const View& slopes, const Tile& tile, int64_t r, T* row) {
+  const T slope = load_scalar<T>(slopes, offset_of(slopes, tile.seq, tile.head, 0));
+  for (int64_t j = 0; j < tile.keys; ++j)
+    row[j] -= slope * static_cast<T>(alibi_distance(tile.s, tile.row0 + r, tile.key0 + j));
+}
+
+// The tangent of what is added to a row's products, of bias and ALiBi; where nothing is attended, what stands in the bias'
+// is nobody's business.
+static inline bool moves_addend(const Params& p) { return p.t_bias || p.t_slopes; }
+template <class T>
+static void load_addend_tangent(const Params& p, const Tile& tile, int64_t r, const T* s_row, T* row) {
+  if (p.t_bias) load_bias_row(p.t_bias, tile, r, row);
+  else memset(row, 0, sizeof(T) * tile.cols);
+  if (p.t_slopes) subtract_alibi(p.t_slopes, tile, r, row);
   for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
     store(row + j, load(s_row + j) > -kInfinity<T> ? load(row + j) : Vec<T>{});
 }
@@ -88,7 +100,6 @@ static void scores(const Params& p, const Exponents<T>& exponents, const Tile& t
                    const PackedKeys<A>& k, int64_t block, T* s, T* tanh_tile, T* row) {
   multiply_scores(tile, q, k, block, s, false);
   if (!exponents.scales() && !p.mask && !tile.partial && tile.cols == tile.keys) return;
-  const T slope = p.slopes ? load_scalar<T>(p.slopes, tile.seq * p.slopes.stride[0] + tile.head * p.slopes.stride[1]) : 0;
   for (int64_t r = 0; r < tile.rows; ++r) {
     T* s_row = s + r * kKeys;
     const int64_t i = tile.row0 + r;
@@ -99,9 +110,7 @@ static void scores(const Params& p, const Exponents<T>& exponents, const Tile& t
       // a select, not a sum, where the bias is −inf: it must hide NaN as a mask does
       for (int64_t j = 0; j < tile.keys; ++j) s_row[j] = row[j] == -kInfinity<T> ? row[j] : s_row[j] + row[j];
     }
-    if (p.slopes)
-      for (int64_t j = 0; j < tile.keys; ++j)
-        s_row[j] -= slope * static_cast<T>(alibi_distance(tile.s, i, tile.key0 + j));
+    if (p.slopes) subtract_alibi(p.slopes, tile, r, s_row);
     if (p.mask) {
       const char* keep = p.mask.data + offset_of(p.mask, tile.seq, tile.head, i) + tile.key0 * p.mask.stride[3];
       if (p.mask.stride[3] == 1) {

@@ -16,7 +16,7 @@ struct Vjp : GradientSweep<A> {
     pack_key_block<A, 2>(p, seq, kv_head, at, key0, keys, block, {&this->k, &this->v}, {&p.k, &p.v}, this->row);
   }
 
-  // s = dR, d_p = P∘Z; returns dS in `row`, where the bias gradient is wanted.
+  // s = dR, d_p = P∘Z; returns dS in `row`, where it is wanted.
   template <bool Capped>
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
@@ -25,7 +25,7 @@ struct Vjp : GradientSweep<A> {
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
       const Vec<T> weight = load(s_row + j), keep = this->kept(at, j);
       Vec<T> d_s = weight * (this->d_p_kept(at, j) - this->D[r]);
-      if (this->results.want_bias) store(this->row + j, d_s);
+      if (this->results.want_scores) store(this->row + j, d_s);
       if constexpr (Capped) {
         const Vec<T> u = load(this->tanh_tile + at + j);
         d_s *= 1 - u * u;
@@ -65,7 +65,7 @@ struct Vjp : GradientSweep<A> {
       for (int64_t r = 0; r < tile.rows; ++r) {
         if (this->p.softcap != 0) differentiate_row<true>(tile, r);
         else differentiate_row<false>(tile, r);
-        if (results.want_bias) results.add_bias(tile, r, this->row);
+        if (results.want_scores) results.add_scores(tile, r, this->row);
       }
     }
     results.add_q(tile, this->s, results.sums, this->k, block, results.common_k);
@@ -74,7 +74,7 @@ struct Vjp : GradientSweep<A> {
   }
 
   void end(const Tile& tile, const KeySpan& span, bool visited) {
-    this->results.end_rows(tile, span, visited, this->known(this->results.sums, this->sums_of_ds), nullptr);
+    this->results.end_rows(tile, span, visited, this->known(this->results.sums, this->sums_of_ds), nullptr, this->sums_of_ds);
   }
 };
 

@@ -20,7 +20,7 @@ struct VjpJvp : SecondOrder<A> {
     row_dots(p.o_t, p.o_t_lo, View{}, tile, this->d_o, lse.dead, p.dv, this->row, this->scratch_row, Dt);
     for (int64_t r = 0; r < tile.rows; ++r)
       tau[r] = lse.dead[r] ? 0 : static_cast<T>(*double_at(p.lse_t, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
-    if constexpr (WeightedSums<A>::kRounds) find_tangents_of_sums(tile);
+    if (this->asks_sums()) find_tangents_of_sums(tile);
   }
   // The tangent of D·Ps: Dt·Ps + D·Pst, with Pst = Ps·(σ − τ).
   void find_tangents_of_sums(const Tile& tile) {
@@ -73,7 +73,7 @@ struct VjpJvp : SecondOrder<A> {
       this->begin_row(tile, r);
       if (this->p.softcap != 0) differentiate_row<true>(tile, r);
       else differentiate_row<false>(tile, r);
-      if (this->results.want_bias) this->results.add_bias(tile, r, this->d_s_t);
+      if (this->results.want_scores) this->results.add_scores(tile, r, this->d_s_t);
     }
   }
 
@@ -90,7 +90,7 @@ struct VjpJvp : SecondOrder<A> {
 
   void end(const Tile& tile, const KeySpan& span, bool visited) {
     const WeightedSums<A>& by = this->results.sums;
-    this->results.end_rows(tile, span, visited, this->known(by, sums_of_dst), this->known(by, this->sums_of_ds));
+    this->results.end_rows(tile, span, visited, this->known(by, sums_of_dst), this->known(by, this->sums_of_ds), sums_of_dst);
   }
 };
 

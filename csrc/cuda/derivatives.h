@@ -15,7 +15,7 @@ static METATTN_DEVICE void apply_dropout(const Params& p, const Kept<Tiles>& kep
   });
 }
 
-// T = s1∘TR + β, of one entry; raw is the sum of products, without scale.
+// T = s1∘TR + β − ω·distance, of one entry; raw is the sum of products, without scale.
 template <bool Full, bool Turned, class T>
 static METATTN_DEVICE T score_tangent(const Window<Turned>& window, T score, T raw, T bend, int r, int c) {
   const Params& p = window.p;
@@ -24,6 +24,9 @@ static METATTN_DEVICE T score_tangent(const Window<Turned>& window, T score, T r
     if (p.softcap != 0) tangent *= 1 - bend * bend;
     // where nothing is attended, what stands in the bias' tangent is nobody's business
     if (p.t_bias && score != -kInfinity<T>) tangent += bias_tangent<Turned, T>(window, r, c);
+    if (p.t_slopes)
+      tangent -= per_head<T>(p.t_slopes, window.place) *
+                 static_cast<T>(alibi_distance(window.place.s, window.query(r, c), window.key(r, c)));
   }
   return tangent;
 }

@@ -11,7 +11,7 @@ const char* run_f64(Map map, const Params& p, const Gpu& gpu) {
 #ifdef __CUDACC__
 bool has_code() {
   cudaFuncAttributes attributes;
-  cudaFuncGetAttributes(&attributes, sum_sinks_kernel<double>);
+  cudaFuncGetAttributes(&attributes, sum_shares_kernel<double>);
   return last_error() == nullptr;
 }
 #endif

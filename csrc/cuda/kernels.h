@@ -72,8 +72,8 @@ __global__ void sum_parts_kernel(const __grid_constant__ Params p) {
                static_cast<int64_t>(gridDim.x) * blockDim.x);
 }
 template <class T>
-__global__ void sum_sinks_kernel(const __grid_constant__ Params p) {
-  sum_sinks<T>(p, blockIdx.x);
+__global__ void sum_shares_kernel(const __grid_constant__ Params p, Statistic field) {
+  sum_shares<T>(p, field, blockIdx.x);
 }
 
 const char* last_error() {
@@ -100,8 +100,8 @@ const char* start_sum_parts(const Params& p, const Gpu& gpu) {
   return last_error();
 }
 template <class T>
-const char* start_sum_sinks(const Params& p, const Gpu& gpu, int64_t slots) {
-  sum_sinks_kernel<T><<<static_cast<unsigned>(slots), kLanes, 0, static_cast<cudaStream_t>(gpu.stream)>>>(p);
+const char* start_sum_shares(const Params& p, Statistic field, const Gpu& gpu, int64_t slots) {
+  sum_shares_kernel<T><<<static_cast<unsigned>(slots), kLanes, 0, static_cast<cudaStream_t>(gpu.stream)>>>(p, field);
   return last_error();
 }
 
@@ -138,8 +138,8 @@ const char* start_sum_parts(const Params& p, const Gpu&) {
   return nullptr;
 }
 template <class T>
-const char* start_sum_sinks(const Params& p, const Gpu&, int64_t slots) {
-  for (int64_t slot = 0; slot < slots; ++slot) sum_sinks<T>(p, slot);
+const char* start_sum_shares(const Params& p, Statistic field, const Gpu&, int64_t slots) {
+  for (int64_t slot = 0; slot < slots; ++slot) sum_shares<T>(p, field, slot);
   return nullptr;
 }
 
@@ -197,7 +197,7 @@ static bool is_full(const Params& p) {
   return p.softcap != 0 || p.bias || p.slopes || p.mask || p.rng != nullptr;
 }
 
-// What follows a map's passes: sums over what a bias is broadcast over, and over rows for the sinks.
+// What follows a map's passes: sums over what a bias is broadcast over, and over rows for sinks and slopes.
 template <class S, int Tiles>
 const char* start_sums(Map map, const Params& p, const Gpu& gpu) {
   const char* error = nullptr;
@@ -205,7 +205,9 @@ const char* start_sums(Map map, const Params& p, const Gpu& gpu) {
   if (p.grad_bias != nullptr && !p.own_bias)
     error = map == Map::vjp ? start_bias_sums<S, Tiles, false>(p, gpu) : start_bias_sums<S, Tiles, true>(p, gpu);
   if (error == nullptr && p.grad_sinks != nullptr && p.sinks_batch * p.heads > 0)
-    error = start_sum_sinks<Compute<S>>(p, gpu, p.sinks_batch * p.heads);
+    error = start_sum_shares<Compute<S>>(p, kSinkShare, gpu, p.sinks_batch * p.heads);
+  if (error == nullptr && p.grad_slopes != nullptr && p.slopes_batch * p.heads > 0)
+    error = start_sum_shares<Compute<S>>(p, kSlopeShare, gpu, p.slopes_batch * p.heads);
   return error;
 }
 

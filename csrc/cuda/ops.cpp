@@ -152,7 +152,6 @@ Gradients run_gradients(Map map, Call& call, int64_t needs, bool tf32) {
   p.statistics_stride[0] = call.leading * p.heads * call.rows;
   Tensor parts;
   if (needs & metattn::kNeedBias) parts = set_bias_parts(call, made[3]);
-  if (needs & metattn::kNeedSinks) set_sinks_gradient(call, made[4]);
   run(map, call, tf32);
   return made;
 }

@@ -1,5 +1,5 @@
 // Row passes: a block owns queries and visits the keys that they attend to. forward, jvp, and of the gradients dQ, the
-// entries of a bias' own gradient, the sinks' shares and the row statistics.
+// entries of a bias' own gradient, the shares of sinks and slopes, and the row statistics.
 #pragma once
 
 #include "cuda/derivatives.h"
@@ -157,8 +157,7 @@ static METATTN_DEVICE void count_weights(const Params& p, Rows<T>& lack, const F
 // What rows' dS or, tangent, dSt sum to: dL + D·Ps, and Dt·Ps + D·Pst with Pst = Ps·(σ − τ).
 template <class T>
 static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, const Statistics<T>& known, int warp_row,
-                                          int64_t mine, bool tangent, Rows<T>& lack) {
-  if (p.softcap != 0) return;
+                                          int64_t mine, bool tangent, Rows<T>& sums) {
   METATTN_EACH_LANE(slot, lane)
     METATTN_UNROLL for (int h = 0; h < 2; ++h) {
       const int r = warp_row + lane / 4 + 8 * h;
@@ -171,7 +170,7 @@ static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, c
         sum += sink_probability(p, place, known.reference[r], known.log_total[r]) *
                (tangent ? known.dt[r] + known.d[r] * moved : known.d[r]);
       }
-      lack.x[slot][h] += sum;
+      sums.x[slot][h] += sum;
     }
 }
 
@@ -362,7 +361,7 @@ struct JvpRows {
     queries.round(block, rows);
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
-    const bool has_scores = p.t_q || p.t_k || p.t_bias;
+    const bool has_scores = p.t_q || p.t_k || p.t_bias || p.t_slopes;
     const int first = 8 * Columns * block.chunk();
     const int64_t mine = row0 + warp_row;
     Rows<T> base = Rows<T>::filled(0), based = Rows<T>::filled(!kRounds<S>);
@@ -514,14 +513,15 @@ struct GradientRows {
     const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
     const int64_t mine = row0 + warp_row;
     find_statistics<S>(p, place, known, warp_row, mine, Second, block.chunk() == 0);
-    if (!p.grad_q && !p.own_bias) return;
+    if (!p.grad_q && !p.own_bias && p.grad_slopes == nullptr) return;
     queries.start(block, p, place, row0, rows);
     block.template wait<0>();
     queries.round(block, rows);
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
     Fragment<T, Columns> acc;
-    Rows<T> lack = Rows<T>::filled(0), lack_b = Rows<T>::filled(0);
+    Rows<T> lack = Rows<T>::filled(0), lack_b = Rows<T>::filled(0), far = Rows<T>::filled(0);
+    const bool shares = Full && p.grad_slopes != nullptr && block.chunk() == 0;
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
     const Range range = keys_of_rows(p, place, row0, rows);
@@ -537,24 +537,52 @@ struct GradientRows {
       }
       differentiate<Full, Second>(at, window, known, warp_row);
       if (p.own_bias && block.chunk() == 0) store_bias(p, place, mine, key0, at.ds);
+      if (shares) add_distances(p, place, mine, key0, at.ds, far);
       if (!p.grad_q) return;
       add_weighted(acc, at.outer, tiles.k, first, p.twice);
       count_weights<S>(p, lack, at.outer);
       if constexpr (Second) add_weighted(acc, at.inner, tiles.b, first, p.twice);
       if (Second && p.t_k) count_weights<S>(p, lack_b, at.inner);
     });
+    if (shares) store_shares(p, place, warp_row, mine, far);
     if (!p.grad_q) return;
     if constexpr (kRounds<S>) {
       using Keys = KeyTiles<S, kTiles>;
-      add_known_sums(p, place, known, warp_row, mine, Second, lack);
+      const bool is_known = p.softcap == 0;
+      if (is_known) add_known_sums(p, place, known, warp_row, mine, Second, lack);
       add_mean_key<S, Full>(p, block, place, keys, &Keys::k, range, row0, first, lack, acc);
       if (Second && p.t_k) {
-        add_known_sums(p, place, known, warp_row, mine, false, lack_b);
+        if (is_known) add_known_sums(p, place, known, warp_row, mine, false, lack_b);
         add_mean_key<S, Full>(p, block, place, keys, &Keys::b, range, row0, first, lack_b, acc);
       }
     }
     store_rows<S>(p.grad_q, offset_of(p.grad_q, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.d,
                static_cast<T>(p.scale), acc);
+  }
+
+  // far += Σ dS·(distance − the nearest).
+  static METATTN_DEVICE void add_distances(const Params& p, const Place& place, int64_t row0, int64_t key0,
+                                           const Fragment<T, kTiles>& ds, Rows<T>& far) {
+    Fragment<T, kTiles> terms = ds;
+    terms.each([&](T& value, int r, int c, int, int, int) {
+      const int64_t i = row0 + r;
+      value *= static_cast<T>(alibi_distance(place.s, i, key0 + c) - nearest_distance(p, place.s, i));
+    });
+    const Rows<T> sums = terms.row_sums();
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h) far.x[slot][h] += sums.x[slot][h];
+  }
+  // Each row's −Σ dS·distance.
+  METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine, const Rows<T>& far) const {
+    Rows<T> sums = Rows<T>::filled(0);
+    add_known_sums(p, place, known, warp_row, mine, Second, sums);
+    METATTN_EACH_LANE(slot, lane)
+      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        const int64_t i = mine + lane / 4 + 8 * h;
+        if (lane % 4 != 0 || i >= place.s.n) continue;
+        *statistic_at<T>(p, kSlopeShare, place, i) =
+            -(far.x[slot][h] + sums.x[slot][h] * static_cast<T>(nearest_distance(p, place.s, i)));
+      }
   }
 
   static METATTN_DEVICE void store_bias(const Params& p, const Place& place, int64_t row0, int64_t key0,

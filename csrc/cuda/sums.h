@@ -1,4 +1,4 @@
-// Gradients of what many rows share: a bias that is broadcast somewhere, and sinks. No atomics on floats: a block owns
+// Gradients of what many rows share: a bias that is broadcast somewhere, sinks, slopes. No atomics on floats: a block owns
 // a tile of the sum, or one of its parts, and adds in an order that shapes alone decide.
 #pragma once
 
@@ -121,20 +121,21 @@ static METATTN_DEVICE void sum_parts(const Params& p, int64_t first, int64_t ste
   }
 }
 
-// The gradient of one (batch, head) of the sinks, or of a head over all batches, from the rows' shares: a warp's work.
+// The gradient of one (batch, head) of sinks or slopes, or of a head over all batches, from the rows' shares: a warp's work.
 template <class T>
-static METATTN_DEVICE void sum_sinks(const Params& p, int64_t slot) {
+static METATTN_DEVICE void sum_shares(const Params& p, Statistic field, int64_t slot) {
   Place place{};
   place.head = slot % p.heads;
-  const bool shared = p.sinks_batch == 1;
+  const bool shared = (field == kSinkShare ? p.sinks_batch : p.slopes_batch) == 1;
   double total = 0;
   for (place.seq = shared ? 0 : slot / p.heads; place.seq < (shared ? p.batch : slot / p.heads + 1); ++place.seq) {
     place.s = sequence(p, place.seq);
     for (int64_t i = first_lane(); i < place.s.n; i += lane_step())
-      total += static_cast<double>(*statistic_at<T>(p, kSinkShare, place, i));
+      total += static_cast<double>(*statistic_at<T>(p, field, place, i));
   }
   total = lane_sum(total);
-  if (first_lane() == 0) reinterpret_cast<T*>(p.grad_sinks)[slot] = static_cast<T>(total);
+  char* const target = field == kSinkShare ? p.grad_sinks : p.grad_slopes;
+  if (first_lane() == 0) reinterpret_cast<T*>(target)[slot] = static_cast<T>(total);
 }
 
 }  // namespace metattn::cuda

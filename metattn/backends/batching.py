@@ -15,7 +15,7 @@ from torch import Tensor
 from metattn.layout import Cotangents, Given, Layout, Needs
 from metattn.problem import Constants, Primals, Results
 
-PER_HEAD = ("bias", "sinks")  # these have a batch dimension of 1 where one serves all
+PER_HEAD = ("bias", "sinks", "slopes")  # these have a batch dimension of 1 where one serves all
 
 
 class Fold:
@@ -44,12 +44,13 @@ class Fold:
         self.primals = Primals(*shapes)  # of one example
         cu_q = given.constants.cu_q
         self.batch: Any = self.primals.q[0] if cu_q is None else cu_q.shape[0] - 1
-        self.needs = dict(zip(Primals._fields, needs or (False,) * 5, strict=True))
+        self.needs = dict(zip(Primals._fields, needs or (False,) * len(Primals._fields), strict=True))
         self.given = self._folded(given)
 
     def _folded(self, given: Given) -> Given:
         dims = self.dims
-        # one bias or row of sinks stays one where it serves all; a gradient or a tangent needs each its own
+        # one bias, or row of sinks or slopes, stays one where it serves all; a gradient or a tangent needs
+        # each its own
         alone = {
             name: not self.needs[name]
             and all(
@@ -80,10 +81,9 @@ class Fold:
         )
 
     def _constants(self, constants: Constants, dims: Any) -> Constants:
-        mask, slopes, rng, cu_q, cu_k = constants
+        mask, rng, cu_q, cu_k = constants
         return Constants(
             self._shared(mask, dims.mask, _serves_all(mask, dims.mask)),
-            self._shared(slopes, dims.slopes, _serves_all(slopes, dims.slopes)),
             self._shared(rng, dims.rng, False),
             self._sequences(cu_q, self.primals.q),
             self._sequences(cu_k, self.primals.k),
@@ -102,7 +102,7 @@ class Fold:
         return _merged(tokens_first.expand(self.size, *tokens_first.shape), 0).movedim(0, self.axis)
 
     def _shared(self, x: Tensor | None, dim: int | None, alone: bool) -> Tensor | None:
-        """bias, sinks, mask, slopes, rng: the first dimension is the batch or 1."""
+        """bias, sinks, slopes, mask, rng: the first dimension is the batch or 1."""
         if x is None or alone:
             return x
         x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)

@@ -33,11 +33,11 @@ SETTINGS = (
     "float dropout_p"
 )
 GROUPS = {
-    "primals": "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks",
-    "constants": "Tensor? mask, Tensor? slopes, Tensor? rng, Tensor? cu_q, Tensor? cu_k",
+    "primals": "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? slopes",
+    "constants": "Tensor? mask, Tensor? rng, Tensor? cu_q, Tensor? cu_k",
     "results": "Tensor o, Tensor lse, Tensor? o_lo",
     "cotangents": "Tensor? do_, Tensor? dlse",
-    "tangents": "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks",
+    "tangents": "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor? tslopes",
     "results_t": "Tensor ot, Tensor lt, Tensor? ot_lo",
 }
 FIRST = 10  # primals and constants come first, then the settings

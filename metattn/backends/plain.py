@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from metattn.layout import MAPS, Layout
+from metattn.problem import Primals
 
 NAMESPACE = "metattn"  # the operators that have plain twins, and how those are called
 PREFIX = "plain_"
@@ -69,9 +70,10 @@ def spread(layout: Layout, found: Sequence[Any]) -> tuple[Any, ...]:
 def fake(layout: Layout, full: Callable[..., Sequence[Any]]) -> Callable[..., tuple[Any, ...]]:
     """The shapes of a plain operator's results, by the full one's."""
     first = MEMBERS["primals"]
+    absent = (None,) * (len(Primals._fields) - first)
 
     def shapes(*arguments: Any) -> tuple[Any, ...]:
-        found = full(*arguments[:first], None, None, *arguments[first:])
+        found = full(*arguments[:first], *absent, *arguments[first:])
         return tuple([found[place] for place in PLACES[layout.name]])
 
     return shapes

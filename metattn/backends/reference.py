@@ -119,6 +119,7 @@ class State(NamedTuple):
     s1: Term  # [B, Hq, N, M] the softcap's first derivative, or 1
     s2: Term  # [B, Hq, N, M] its second, or 0
     lse: Tensor  # [B, Hq, N, 2] float64: peak, and the log of the total over it
+    alibi: Tensor  # [N, M] or [S, 1, N, M], what slopes are multiplied by
     alive: Tensor | None  # [1|B, 1|Hq, 1|N, 1|M] the entries that are attended to; None: all
     rows: Packing | None
     keys: Packing | None
@@ -162,6 +163,7 @@ def _state(problem: Problem, primals: Primals, constants: Constants) -> State:
     i = torch.arange(n, device=primals.q.device).unsqueeze(1)
     j = torch.arange(m, device=primals.q.device)
     shift = m - n if rows is None or keys is None else keys.length - rows.length
+    alibi = (i + shift - j).abs()
     distance = j - i - (0 if problem.causal == "top-left" else shift)
     left, right = problem.window
     conditions = [] if constants.mask is None else [constants.mask]
@@ -192,8 +194,8 @@ def _state(problem: Problem, primals: Primals, constants: Constants) -> State:
         s2 = bent * s1 * (-2 / problem.softcap)
     if bias is not None:
         scores = scores + bias
-    if constants.slopes is not None:
-        scores = scores - constants.slopes.to(dtype)[:, :, None, None] * (i + shift - j).abs()
+    if primals.slopes is not None:
+        scores = scores - primals.slopes.to(dtype)[:, :, None, None] * alibi
     if alive is not None:
         scores = torch.where(alive, scores, -torch.inf)
 
@@ -227,6 +229,7 @@ def _state(problem: Problem, primals: Primals, constants: Constants) -> State:
         s1=s1,
         s2=s2,
         lse=torch.cat([peak.double(), torch.where(dead, -torch.inf, log_total.double())], -1),
+        alibi=alibi,
         alive=alive,
         rows=rows,
         keys=keys,
@@ -300,6 +303,7 @@ def vjp(
         v=_matmul((state.p * state.z).mT, d_o) if needs[2] else None,
         bias=ds if needs[3] else None,
         sinks=-state.p_sink * d if needs[4] else None,
+        slopes=-ds * state.alibi if needs[5] else None,
     )
 
 
@@ -347,6 +351,7 @@ def vjp_jvp(
         v=_matmul((pt * z).mT, d_o) if needs[2] else None,
         bias=dst if needs[3] else None,
         sinks=-pt_sink * d - state.p_sink * dt if needs[4] else None,
+        slopes=-dst * state.alibi if needs[5] else None,
     )
 
 
@@ -381,6 +386,8 @@ def _score_tangent(problem: Problem, state: State, tangents: Primals) -> tuple[T
     if tangents.bias is not None:
         beta = tangents.bias.to(state.p.dtype)
         t = t + (beta if state.alive is None else torch.where(state.alive, beta, 0.0))
+    if tangents.slopes is not None:
+        t = t - tangents.slopes.to(state.p.dtype)[:, :, None, None] * state.alibi
     sigma = 0.0 if tangents.sinks is None else tangents.sinks.to(state.p.dtype)[:, :, None, None]
     tau = _rowsum(state.p * t) + state.p_sink * sigma
     return tr, state.p * (t - tau), state.p_sink * (sigma - tau), tau
@@ -395,6 +402,7 @@ def _gradients(
     v: Term | None,
     bias: Tensor | None,
     sinks: Term | None,
+    slopes: Tensor | None,
 ) -> Primals:
     """Padded gradients of each head → gradients in the shapes and dtypes of the primals."""
 
@@ -416,4 +424,5 @@ def _gradients(
         grouped(v, primals.v),  # type: ignore[arg-type]
         summed(bias, primals.bias),
         summed(sinks.sum(-2).squeeze(-1) if isinstance(sinks, Tensor) else None, primals.sinks),
+        summed(None if slopes is None else slopes.sum((-2, -1)), primals.slopes),
     )

@@ -33,7 +33,7 @@ try:
     from metattn.kernels.double_backward import double_rows
     from metattn.kernels.forward import forward_rows
     from metattn.kernels.jvp import jvp_rows
-    from metattn.kernels.shared import Parts, bias_sums, sink_sums
+    from metattn.kernels.shared import Parts, bias_sums, share_sums
     from metattn.kernels.vjp import vjp_keys, vjp_rows
     from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
 
@@ -216,8 +216,8 @@ class Planner:
             v=self.rows(v),
             bias=_view(primals.bias, broadcast=True),
             sinks=_view(primals.sinks, broadcast=True),
+            slopes=_view(primals.slopes, broadcast=True),
             mask=_view(constants.mask, broadcast=True),
-            slopes=_view(constants.slopes, broadcast=True),
             rng=None if rng is None else View(rng, rng.stride(0), 0, 0, rng.stride(1), ()),
             cu_q=constants.cu_q,
             cu_k=constants.cu_k,
@@ -261,6 +261,7 @@ class Planner:
             o=rows(o), o_lo=rows(o_lo), lse=rows(lse), do=rows(do), dlse=rows(dlse),
             a=rows(tangents.q), b=rows(tangents.k), c=rows(tangents.v),
             beta=_view(tangents.bias, broadcast=True), sigma=_view(tangents.sinks, broadcast=True),
+            omega=_view(tangents.slopes, broadcast=True),
             o_t=rows(o_t), o_t_lo=rows(o_t_lo), lse_t=rows(lse_t), dq=rows(dq), statistics=table,
         )  # fmt: skip
 
@@ -352,10 +353,10 @@ class Planner:
 
     def takes_one_sweep(self, needs: Needs) -> bool:
         """Whether one row pass shall serve jvp and vjp_jvp: dQt is asked for, and no entry of dSt by itself,
-        which needs τ and Dt at once.
+        nor slopes' sums of them, which need τ and Dt at once.
         """
         fits = configs.in_one_sweep(self.here.architecture, self.features, self.q.element_size())
-        return fits and needs[0] and not (needs[3] and self.own_entries)
+        return fits and needs[0] and not (needs[3] and self.own_entries) and not needs[5]
 
     def reuses_dq(self, needs: Needs) -> bool:
         """Whether a double backward with these needs takes what vjp gave for q."""
@@ -374,23 +375,22 @@ class Planner:
         given: Callable[[Tensor | None], Given],
         results_t: Results | None = None,
     ) -> Primals:
-        """Launches a row and a column pass, or a whole one, and the sums for a shared bias and sinks, as
-        needed.
+        """Launches a row and a column pass, or a whole one, and the sums for a shared bias, sinks and
+        slopes, as needed.
 
         `given` makes the views for a table of statistics. results_t: room for what jvp gives, of a pass that
         gives that too.
         """
-        q, k, v, bias, sinks = self.primals
+        q, k, v, bias, sinks, slopes = self.primals
         dq = self.empty_like(q) if needs[0] else None
         dk = self.empty_like(k) if needs[1] else None
         dv = self.empty_like(v) if needs[2] else None
-        dbias = shares = dsinks = None
+        dbias = None
         if needs[3] and bias is not None and self.own_entries:
             # blocks that position leaves out are never visited
             dbias = self.zeros(bias.shape, bias.dtype)
-        if needs[4]:
-            shares = self.empty(*q.shape[:3], dtype=torch.float32)
-        of_rows = {"dq": dq, "dbias": dbias, "dsinks": shares}
+        shares = [self.empty(*q.shape[:3], dtype=torch.float32) if need else None for need in needs[4:]]
+        of_rows = {"dq": dq, "dbias": dbias, "dsinks": shares[0], "dslopes": shares[1]}
         if results_t is not None:
             of_rows |= results_t._asdict()
         if self.is_whole(needs):
@@ -404,9 +404,8 @@ class Planner:
                 self.launch(kernels[1], statistics, self.wanted(dk=dk, dv=dv), of_keys=True)
             if needs[3] and bias is not None and not self.own_entries:
                 dbias = self.sum_bias(statistics, bias)
-        if needs[4] and sinks is not None and shares is not None:
-            dsinks = self.sum_sinks(shares, sinks)
-        return Primals(dq, dk, dv, dbias, dsinks)  # type: ignore[arg-type]
+        of_heads = map(self.sum_shares, shares, (sinks, slopes))
+        return Primals(dq, dk, dv, dbias, *of_heads)  # type: ignore[arg-type]
 
     def sum_bias(self, given: Given, bias: Tensor) -> Tensor:
         """The gradient of a bias that is broadcast in some dimension."""
@@ -434,12 +433,15 @@ class Planner:
         )
         return self.make(out, functools.partial(_sum_of_parts, dtype=bias.dtype))
 
-    def sum_sinks(self, shares: Tensor, sinks: Tensor) -> Tensor:
-        out = self.zeros(sinks.shape, torch.float32)
-        batches = self.batch if sinks.shape[0] != self.batch else 1
-        launch = Launch(sink_sums, out.numel(), {"STEP": 256})
+    def sum_shares(self, shares: Tensor | None, primal: Tensor | None) -> Tensor | None:
+        """The gradient of sinks or slopes from each row's share, None where it is not wanted."""
+        if shares is None or primal is None:
+            return None
+        out = self.zeros(primal.shape, torch.float32)
+        batches = self.batch if primal.shape[0] != self.batch else 1
+        launch = Launch(share_sums, out.numel(), {"STEP": 256})
         self.add(launch, self.call, self.rows(shares), out, batches)
-        return self.make(out, functools.partial(_rounded, dtype=sinks.dtype))
+        return self.make(out, functools.partial(_rounded, dtype=primal.dtype))
 
     # The four maps.
 

@@ -52,11 +52,11 @@ def raw_vjp_jvp(backend: str, call: Call, do: Tensor, tangents: tuple[Tensor, ..
     Everything in a call's canonical form, [B, H, N, d]; tangents of q, k, v and, with a bias, the bias.
     """
     module = backends.load(backend)
-    problem, (q, k, v, bias, sinks), constants = call[0].on(backend), call[1], call[2]
-    primals = Primals(q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach(), sinks)
-    padded = Primals(*tangents, *(None,) * (5 - len(tangents)))
+    problem, given, constants = call[0].on(backend), call[1], call[2]
+    primals = Primals(*(None if x is None else x.detach() for x in given))  # type: ignore[arg-type]
+    padded = Primals(*tangents, *(None,) * (len(primals) - len(tangents)))  # type: ignore[arg-type]
     cotangent = do.detach()
-    needs = (True, True, True, bias is not None, False)
+    needs = (True, True, True, primals.bias is not None, False, False)
     with torch.no_grad():
         results = module.forward(problem, primals, constants)
         results_t = module.jvp(problem, primals, constants, results, padded)
