@@ -87,7 +87,7 @@ struct Params {
   double* slope_sums;                     // key sweeps: [key_chunks·row_parts, B, Hq], zero-filled: Σ dS·distance of each part
   int64_t needs;
 
-  // Plan (plan.h): how the work is cut. A unit is what one thread does alone.
+  // Plan (cpu/dispatch.cpp): how the work is cut. A unit is what one thread does alone.
   int64_t row_chunk;            // row sweeps: rows of a unit
   int64_t head_chunk;           // and query heads of it, of those that share a key head
   int64_t key_splits;           // forward: into how many the keys of a few rows are split; their sums are left to be added

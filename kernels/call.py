@@ -111,6 +111,13 @@ class Given(NamedTuple):
     last: None = None
 
 
+class Room(NamedTuple):
+    """Float32 memory that a program has for itself, `size` elements each."""
+
+    ptr: Any
+    size: Any
+
+
 class Wanted(NamedTuple):
     """Views of what a map gives; None where it is not wanted."""
 
@@ -123,6 +130,7 @@ class Wanted(NamedTuple):
     dbias: Any  # of a bias that is nowhere broadcast
     dsinks: Any  # float32 [B, Hq, N]: each row's share
     dslopes: Any  # likewise
+    room: Any  # Room, where a sweep is so long that its sums are put aside (spans.py)
     last: None = None
 
 

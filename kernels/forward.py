@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from metattn.kernels.call import Block
 
-from metattn.kernels import memory, products, rowstats, scores, tiles
+from metattn.kernels import memory, products, rowstats, scores, spans, tiles
 
 
 @triton.jit
@@ -43,6 +43,23 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
+def fresh(state):
+    """No keys."""
+    zero, acc = tl.zeros_like(state[0]), state[4]
+    return zero - float("inf"), zero, zero, zero, (spans.zeros_of_part(acc[0]), spans.zeros_of_part(acc[1]))
+
+
+@triton.jit
+def joined(call, x, y):
+    """The states of two sets of keys as one."""
+    top = tl.maximum(x[0], y[0])
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    a, b = tl.exp2(scores.exponents(call, x[0], shift)), tl.exp2(scores.exponents(call, y[0], shift))
+    acc = spans.added(call, (products.scaled(x[4], a[:, None]),), (products.scaled(y[4], b[:, None]),))
+    return top, x[1] * a + y[1] * b, x[2] * a + y[2] * b, x[3] * a + y[3] * b, acc[0]
+
+
+@triton.jit
 def forward_rows(
     call, given, wanted, blocks, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, PRECISION: tl.constexpr,
@@ -64,7 +81,7 @@ def forward_rows(
         zero = tl.zeros([ROWS], tl.float32)
         state = (top, total, zero, zero, products.zeros(ROWS, VALUE))
         FORM: tl.constexpr = (KEYS, ROWS, HEAD, VALUE, PRECISION)
-        top, total, kept, multiplied, acc = tiles.sweep(visit, state, block, span, FORM)
+        top, total, kept, multiplied, acc = tiles.sweep(visit, state, block, span, FORM, fresh, joined)
         # a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see
         dead = total == 0.0
         # O is a mean by the weights as they were multiplied: a row's errors then weigh V − O, not V

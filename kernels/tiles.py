@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from metattn.kernels.call import Place, Span
+from metattn.kernels.spans import SPAN
+
+from metattn.kernels import spans
 
 
 @triton.jit
@@ -106,17 +109,52 @@ def span_of_keys(call, given, place, first, KEYS: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def sweep(body: tl.constexpr, state, context, span, FORM: tl.constexpr):
-    """Applies `body` to the state for every partner block of a span: the unmasked ones, then the others."""
-    STEP: tl.constexpr = FORM[0]
-    for start in range(span.full, span.tail, STEP):
+def sweep_full(body: tl.constexpr, state, context, first, end, FORM: tl.constexpr):
+    """Applies `body` to the state for every partner block from `first` to `end`, unmasked."""
+    for start in range(first, end, FORM[0]):
         state = body(state, context, start, False, FORM)
-    # one loop for those before and those behind: each copy of a body costs time to compile
-    before = (span.full - span.first + STEP - 1) // STEP
-    for index in range(0, before + (span.end - span.tail + STEP - 1) // STEP):
+    return state
+
+
+@triton.jit
+def sweep_masked(body: tl.constexpr, state, context, span, before, first, end, FORM: tl.constexpr):
+    """The same of the blocks beside the unmasked ones, `before` of them in front; counted from 0."""
+    STEP: tl.constexpr = FORM[0]
+    for index in range(first, end):
         start = tl.where(index < before, span.first + index * STEP, span.tail + (index - before) * STEP)
         state = body(state, context, start, True, FORM)
     return state
+
+
+@triton.jit
+def sweep(
+    body: tl.constexpr, state, context, span, FORM: tl.constexpr,
+    FRESH: tl.constexpr = spans.zeros_of, JOINED: tl.constexpr = spans.added,
+):  # fmt: skip
+    """Applies `body` to the state for every partner block of a span: the unmasked ones, then the others.
+
+    Where there is room to put sums aside, by spans of blocks: FRESH begins one, JOINED takes two as one.
+    """
+    STEP: tl.constexpr = FORM[0]
+    # one loop for those before and those behind: each copy of a body costs time to compile
+    before = (span.full - span.first + STEP - 1) // STEP
+    masked = before + (span.end - span.tail + STEP - 1) // STEP
+    room = context.wanted.room
+    if room is None:
+        state = sweep_full(body, state, context, span.full, span.tail, FORM)
+        return sweep_masked(body, state, context, span, before, 0, masked, FORM)
+    else:
+        own = room.ptr + tl.cast(tl.program_id(0), tl.int64) * room.size
+        spans.put(own, state)
+        for first in range(span.full, span.tail, STEP * SPAN):
+            end = tl.minimum(first + STEP * SPAN, span.tail)
+            part = sweep_full(body, FRESH(state), context, first, end, FORM)
+            spans.put(own, JOINED(context.call, spans.got(own, part), part))
+        for first in range(0, masked, SPAN):
+            end = tl.minimum(first + SPAN, masked)
+            part = sweep_masked(body, FRESH(state), context, span, before, first, end, FORM)
+            spans.put(own, JOINED(context.call, spans.got(own, part), part))
+        return spans.got(own, state)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from metattn.autodiff import HigherOrderWarning
-from metattn.backends import available_backends, use_backend
+from metattn.backends import available_backends, inductor, use_backend
 from metattn.functional import attention, explain, scaled_dot_product_attention, varlen_attention
 from metattn.integrations.sdpa import sdpa_override
 
@@ -34,6 +34,9 @@ __all__ = [
     "use_backend",
     "varlen_attention",
 ]
+
+
+inductor.tag_caches()
 
 
 def __getattr__(name: str) -> Any:

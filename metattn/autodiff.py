@@ -441,6 +441,8 @@ def _own_dq(problem: Problem, needs: Needs, tensors: Tensors, dq: Tensor | None)
     if dq is None or reuses is None or internals.transformed():
         return None
     given = VJP.split(tensors)
+    if given.cotangents.do is None:  # of lse alone
+        return None
     return dq.detach().clone() if reuses(problem, given.primals, given.constants, needs) else None
 
 

@@ -32,7 +32,9 @@ def is_source_tree() -> bool:
 def digest() -> str:
     """Of this package's code and libraries: another release, and another state of a clone, has another."""
     found = hashlib.blake2b(digest_size=8)
-    for file in sorted([*FOLDER.rglob("*.py"), *FOLDER.glob("*.so")]):
+    folders = [FOLDER, FOLDER.parent / "kernels"] if is_source_tree() else [FOLDER]
+    files = [file for folder in folders for kind in ("*.py", "*.so") for file in folder.rglob(kind)]
+    for file in sorted(files):
         found.update(file.read_bytes())
     return found.hexdigest()
 
@@ -56,13 +58,15 @@ def how_to_mend() -> list[str]:
     if is_source_tree():
         folder = shlex.quote(str(FOLDER.parent))
         command = f"cd {folder} && METATTN_BUILD_EXT=1 {python} setup.py build_ext --inplace"
-        needs = "pip install torch setuptools ninja pybind11"
+        needs = f"{python} -m pip install torch 'setuptools>=77' ninja pybind11"
         return [*([first] if first else []), needs, command]
     # pip keeps the wheel without the extension, and would install it again
     command = f"METATTN_BUILD_EXT=1 {python} -m pip install --no-deps --force-reinstall --no-cache-dir"
     installed = distribution()
-    origin = shlex.quote((_origin(installed) if installed else "") or "metattn")
-    return [*([first] if first else []), f"{command} {origin}"]
+    origin = (_origin(installed) if installed else "") or "metattn"
+    if origin.endswith(".whl"):  # which has none, however often it is installed
+        return [*([first] if first else []), f"cd FOLDER_OF_THE_SOURCES && {command} ."]
+    return [*([first] if first else []), f"{command} {shlex.quote(origin)}"]
 
 
 def distribution() -> metadata.Distribution | None:
@@ -84,7 +88,11 @@ def _folder(distribution: metadata.Distribution) -> Path:
 
 
 def _origin(distribution: metadata.Distribution) -> str:
-    """The folder, file or address that it was installed from, if pip has noted one."""
-    url = str(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    """The folder, file or address that it was installed from, as pip takes it, if pip has noted one."""
+    noted = json.loads(distribution.read_text("direct_url.json") or "{}")
+    url, version_control = str(noted.get("url", "")), noted.get("vcs_info")
+    if version_control:
+        inside = f"#subdirectory={noted['subdirectory']}" if noted.get("subdirectory") else ""
+        return f"{version_control['vcs']}+{url}@{version_control['commit_id']}{inside}"
     parts = urlsplit(url)
     return unquote(parts.path) if parts.scheme == "file" else url

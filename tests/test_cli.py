@@ -182,6 +182,37 @@ def test_doctor_where_nothing_was_built(tmp_path: Path, monkeypatch: pytest.Monk
         assert f"  not built: {why}\n  to have it: " in doctor.text(report)
 
 
+@pytest.mark.usefixtures("unbuilt")
+@pytest.mark.parametrize(
+    ("noted", "last"),
+    [
+        ({"url": "file:///a/clone", "dir_info": {}}, "/a/clone"),
+        ({"url": "file:///dist/metattn-0.1.0-py3-none-any.whl", "archive_info": {}}, "."),
+        (
+            {
+                "url": "https://host/a.git",
+                "subdirectory": "b",
+                "vcs_info": {"vcs": "git", "commit_id": "c0ffee"},
+            },
+            "'git+https://host/a.git@c0ffee#subdirectory=b'",
+        ),
+    ],
+    ids=["folder", "wheel", "git"],
+)
+def test_doctors_command_takes_what_was_installed(
+    noted: dict[str, object], last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str:
+            return json.dumps(noted)
+
+    monkeypatch.setattr(installation, "FOLDER", tmp_path)
+    monkeypatch.setattr(installation, "distribution", Installed)
+    command = installation.how_to_mend()[-1]
+    assert command.split(" -m pip install ")[1].split()[-1] == last
+    assert command.startswith("cd FOLDER_OF_THE_SOURCES && ") == (last == ".")
+
+
 def test_doctor_on_a_torch_too_old(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

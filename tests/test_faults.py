@@ -288,14 +288,27 @@ def test_row4_other_sequences_do_not_leak(backend: str) -> None:
     assert o[3:].isnan().all()
 
 
-def test_row5_nan_in_a_live_query_stays_in_its_row(backend: str) -> None:
-    leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(n=40).items()}
+@pytest.mark.parametrize(("n", "m"), [(40, 7), (40, 1100), (3, 9000)])
+def test_row5_nan_in_a_live_query_stays_in_its_row(n: int, m: int, backend: str) -> None:
+    """Keys that come by spans and by splits too."""
+    leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(n=n, m=m).items()}
     clean = metattn.attention(**leaves, backend=backend)
-    leaves["q"][0, 1, 33, 2] = math.nan
-    o = metattn.attention(**leaves, backend=backend)
-    assert o[0, 1, 33].isnan().all()
-    o[0, 1, 33] = clean[0, 1, 33]
+    leaves["q"][0, 1, n - 2, 2] = math.nan
+    o, lse = metattn.attention(**leaves, backend=backend, return_lse=True)
+    assert o[0, 1, n - 2].isnan().all()
+    assert lse[0, 1, n - 2].isnan()
+    o[0, 1, n - 2] = clean[0, 1, n - 2]
     assert torch.equal(o, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row5_nan_in_the_first_keys_reaches_all_rows(dtype: torch.dtype, backend: str) -> None:
+    """A thousand of them have no largest score."""
+    leaves = {name: t.to(DEVICES[backend], dtype) for name, t in qkv(m=2100).items()}
+    leaves["k"][:, :, :1024] = math.nan
+    o, lse = metattn.attention(**leaves, backend=backend, return_lse=True)
+    assert o.isnan().all()
+    assert lse.isnan().all()
 
 
 def test_row6_float16_scores_beyond_65504(backend: str) -> None:

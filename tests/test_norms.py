@@ -304,6 +304,26 @@ def test_wherever_torchs_goes(name: str) -> None:
                 call(wrong[None] if call not in (ours, theirs) else wrong.clone())
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("LayerNorm", (0, C)),
+        ("BatchNorm1d", (0, C)),
+        ("BatchNorm1d", (2, C, 0)),
+        ("BatchNorm2d", (0, C, 2, 2)),
+        ("InstanceNorm1d", (0, C, 3)),
+        ("InstanceNorm2d", (2, C, 5, 0)),
+    ],
+)
+def test_nothing_to_normalise(name: str, shape: tuple[int, ...]) -> None:
+    for module in (getattr(exact, name)(C), getattr(nn, name)(C)):
+        x = torch.randn(shape, requires_grad=True)
+        y = module(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        assert y.shape == gradient.shape == second.shape == shape
+
+
 def test_inner_loops_leave_running_statistics_alone() -> None:
     """As with torch's own in metattn.meta: a converted model learns there as one that is not."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,14 @@ from metattn.problem import Constants, Primals, Problem, Results
 if available_backends()["triton"] is not None:
     pytest.skip(f"backend triton: {available_backends()['triton']}", allow_module_level=True)
 
-from metattn.kernels import configs
+import triton.language as tl
+
+from metattn.kernels import configs, tiles
 
 ON_DEVICE = Moved(triton, "cpu" if triton.interpreted() else "cuda")
+
+
+interpreted = pytest.mark.skipif(not triton.interpreted(), reason="it compares CPU tensors")
 
 
 def check(call: Call, terms: int = 1) -> None:
@@ -90,12 +95,39 @@ def test_low_precision(name: str, sizes: tuple[int, ...], dtype: torch.dtype) ->
     check(Call(sizes, dtype, **OPTIONS[name]))
 
 
+@pytest.fixture
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sums that are put aside after two blocks."""
+    monkeypatch.setattr(tiles, "SPAN", tl.constexpr(2))
+    monkeypatch.setattr(triton, "LONG", 3)
+    triton._plan.cache_clear()
+    yield
+    triton._plan.cache_clear()
+
+
+@interpreted
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 2, 70, 330, 8, 12), (1, 2, 2, 330, 70, 80, 8)], ids=["keys", "rows"]
+)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_by_spans(name: str, sizes: tuple[int, ...]) -> None:
+    check(Call(sizes, torch.float32, **OPTIONS[name]))
+
+
+@interpreted
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("name", ["plain", "bottom-right", "sinks-masked"])
+def test_one_sweep_by_spans(name: str) -> None:
+    call = Call((1, 2, 1, 70, 330, 8, 12), torch.float32, **OPTIONS[name])
+    launched, found, exact = one_sweep(call)
+    assert "double_rows" in launched
+    assert_close(found, exact, TOLERANCE[call.dtype])
+
+
 def made(call: Call) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor, Results]:
     problem, primals, tangents, constants, do, dlse = call.make()
     return problem, primals, tangents, constants, do, dlse, triton.forward(problem, primals, constants)
-
-
-interpreted = pytest.mark.skipif(not triton.interpreted(), reason="it compares CPU tensors")
 
 
 @interpreted

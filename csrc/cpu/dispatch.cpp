@@ -35,7 +35,8 @@ constexpr int64_t kLongSweepUnits = 64, kKeysOfLong = 2048;
 constexpr double kWorthAPart = 1 << 21;
 constexpr int64_t kLeastRows = 16;  // of a unit of a row sweep
 // Where rows and heads are too few for so many units, the keys of a forward are split: into at least so many.
-constexpr int64_t kRowSweepUnits = 16, kKeysOfSplit = 4096;
+constexpr int kRowSweepUnits = 16;
+constexpr int64_t kKeysOfSplit = 4096;
 
 struct Isa {
   const char* name;
@@ -121,6 +122,8 @@ int worth_of(const Params& p, int threads) {
 // units of their own count, which `first_unit` receives.
 int64_t plan_row_sweep(Params& p, MapName map, int threads, std::vector<int64_t>& first_unit) {
   const int64_t pairs = p.batch * p.kv_heads, group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
+  // spans of keys are counted from the first that a unit's rows see: then the number of threads must not cut the rows
+  if (p.window_left >= 0 && p.m > kSpan) threads = kRowSweepUnits;
   const int64_t pieces = pairs > 0 ? ceil_div(4 * threads, pairs) : 1;
   p.row_chunk = larger(2 * kRowBlock, ceil_div(ceil_div(p.n, pieces), kRowBlock) * kRowBlock);
   p.head_chunk = larger(1, group);

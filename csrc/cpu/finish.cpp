@@ -49,7 +49,7 @@ template <class T>
 void join_splits_of(const Params& p, int64_t begin, int64_t end) {
   const int64_t rows = split_rows(p);
   const Exponents<T> exponents(p);
-  std::vector<T> o(p.dv), scratch(p.dv);
+  std::vector<T> o(padded<T>(p.dv)), scratch(padded<T>(p.dv));  // read by whole vectors
   for (int64_t at = begin; at < end; ++at) {
     const int64_t row = at % rows, head = at / rows % p.heads, seq = at / rows / p.heads;
     int64_t of = seq;  // the sequence whose sinks they are

@@ -110,10 +110,10 @@ struct Forward {
   // The sums that wait are of an earlier reference.
   void settle(const Tile& tile, int64_t slot) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      if (waiting[slot].limit[r] == -kInfinity<T>) continue;
-      const T decay = decay_since(r, waiting[slot].reference[r]);
-      const auto gain = [&](T* sum, const T* from) { store(sum, load(sum) + load(from) * decay); };
       const T* const source = sums_of(slot, r);
+      if (sum<T>(load(source)) == 0) continue;  // nothing came; a NaN is not nothing, and has no limit either
+      const T decay = waiting[slot].limit[r] == -kInfinity<T> ? 1 : decay_since(r, waiting[slot].reference[r]);
+      const auto gain = [&](T* sum, const T* from) { store(sum, load(sum) + load(from) * decay); };
       gain(totals + r * kLanes<T>, source);
       if constexpr (WeightedSums<A>::kRounds) gain(added + r * kLanes<T>, source + kLanes<T>);
       for (int64_t c = 0; c < wide_dv; c += kLanes<T>) gain(acc + r * wide_dv + c, source + 2 * kLanes<T> + c);

@@ -243,12 +243,14 @@ struct Jvp {
   static Vec<T> larger_magnitude(Vec<T> x, Vec<T> so_far) { return maximum<T>(x < 0 ? -x : x, so_far); }
 
   bool end(const Tile& tile, int64_t /*split*/) {
-    bool lossy = false;
+    bool any = false, lossy[kRows];
     sums.finish_over_keys(acc, tile.rows, p.dv);
-    for (int64_t r = 0; r < tile.rows; ++r) lossy |= finish_row(tile, r);
-    if (lossy && has_scores && !again) {
+    for (int64_t r = 0; r < tile.rows; ++r) any |= lossy[r] = finish_row(tile, r);
+    if (any && has_scores && !again) {
       again = true;
-      for (int64_t r = 0; r < tile.rows; ++r) base[r] = lse.dead[r] ? 0 : base[r] + static_cast<T>(excess[r]);
+      // the others give the same once more: their neighbours are not to be told from their bits
+      for (int64_t r = 0; r < tile.rows; ++r)
+        if (lossy[r]) base[r] += static_cast<T>(excess[r]);
       clear(tile.rows);
       return true;
     }

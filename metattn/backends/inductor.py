@@ -32,15 +32,20 @@ def bare(namespace: str) -> str:
     return f"{namespace}_bare"
 
 
+def tag_caches() -> None:
+    """Adds the digest to the key: at import, before a compile begins, and again where somebody took it off."""
+    tag = f"metattn {installation.digest()};"
+    if tag not in compiler_config.cache_key_tag:
+        compiler_config.cache_key_tag += tag
+
+
 def prepare(namespace: str, shorten: Shorten) -> None:
     """Tells Inductor, once it is there: asked whenever an operator is traced, for its import takes seconds.
 
     Its table of lowerings is not public. Without it the operators are called themselves, and the results are
     the same. Replaced by: a lowering that torch.library registers.
     """
-    tag = f"metattn {installation.digest()};"
-    if tag not in compiler_config.cache_key_tag:
-        compiler_config.cache_key_tag += tag
+    tag_caches()
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     if namespace in _prepared or not hasattr(lowering, "fallback_handler"):
         return

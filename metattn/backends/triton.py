@@ -28,15 +28,17 @@ try:
     import triton
 
     from metattn.kernels import configs
-    from metattn.kernels.call import Call, Given, View, Wanted
+    from metattn.kernels.call import Call, Given, Room, View, Wanted
     from metattn.kernels.configs import Config
     from metattn.kernels.double_backward import double_rows
     from metattn.kernels.forward import forward_rows
     from metattn.kernels.jvp import jvp_rows
     from metattn.kernels.shared import Parts, bias_sums, share_sums
+    from metattn.kernels.spans import SPAN
     from metattn.kernels.vjp import vjp_keys, vjp_rows
     from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
 
+    LONG = 2 * SPAN.value  # blocks of a sweep that is cut into spans
     IMPORT_ERROR: str | None = None
 except ModuleNotFoundError as error:
     IMPORT_ERROR = f"{error.name} is not installed"
@@ -49,6 +51,16 @@ PLANS = 1024  # plans are kept for so many different calls, those that were used
 STATISTICS = 5  # fields of kernels.call.Statistics
 WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
 BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
+# What a kernel sums up of each row or key: numbers, accumulators as wide as q and as wide as v.
+SUMS = {
+    "forward_rows": (4, 0, 1),
+    "vjp_rows": (2, 1, 0),
+    "vjp_keys": (0, 1, 1),
+    "jvp_rows": (2, 0, 1),
+    "vjp_jvp_rows": (3, 1, 0),
+    "vjp_jvp_keys": (0, 1, 1),
+    "double_rows": (5, 2, 1),
+}
 
 
 def interpreted() -> bool:
@@ -312,7 +324,17 @@ class Planner:
         length, size = (self.m, config.keys) if of_keys else (self.n, config.rows)
         blocks = 1 if whole else -(-length // size)
         programs = blocks * self.batch * (self.kv_heads if of_keys else self.heads)
+        visits = -(-self.n // config.rows) * self.call.group if of_keys else -(-self.m // config.keys)
+        if visits >= LONG and not whole:
+            given, wanted = arguments
+            arguments = given, wanted._replace(room=self.room_for_sums(name, programs, size))
         self.start(kernel, programs, config, *arguments, blocks)
+
+    def room_for_sums(self, kernel: str, programs: int, rows: int) -> Room:
+        """Room for what each program of a kernel sums up, over all partners of so many rows or keys."""
+        numbers, heads, values = SUMS[kernel]
+        size = rows * (numbers + heads * sum(self.head[1:]) + values * sum(self.value[1:]))
+        return Room(self.empty(programs * size, dtype=torch.float32), size)
 
     def start(self, kernel: Any, programs: int, config: Config, *arguments: Any, **constants: Any) -> None:
         constants |= {

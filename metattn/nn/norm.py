@@ -66,7 +66,8 @@ class _ByBatch(_Unscripted, _BatchNorm):
         weight, bias = self.weight, self.bias
         exactly = elementary()
         by_running_statistics = not self.training and self.running_mean is not None
-        if by_running_statistics or not (exactly or differentiated(input, weight, bias)):
+        is_torchs = by_running_statistics or input.numel() == 0
+        if is_torchs or not (exactly or differentiated(input, weight, bias)):
             return super().forward(input)
         self._check_input_dim(input)
         check_channels(input, self.num_features, weight, bias, input.numel() // max(input.shape[1], 1))
@@ -109,7 +110,8 @@ class _ByInstance(_Unscripted, _InstanceNorm):
         weight, bias = self.weight, self.bias
         exactly = elementary()
         by_running_statistics = not self.training and self.track_running_stats
-        if by_running_statistics or not (exactly or differentiated(input, weight, bias)):
+        is_torchs = by_running_statistics or input.numel() == 0
+        if is_torchs or not (exactly or differentiated(input, weight, bias)):
             return super().forward(input)
         self._check_input_dim(input)
         batch = input if input.dim() > self._get_no_batch_dim() else input[None]
