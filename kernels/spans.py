@@ -1,4 +1,4 @@
-"""Sums of very many terms: a running float32 sum of more than some hundred blocks loses digits.
+"""Sums of very many terms: a running float32 sum of some hundred blocks loses digits.
 
 A sweep over more takes them by spans, each from zero, and adds what one came to onto what it has put aside in
 float32 memory of its own. So registers hold one state at a time.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from metattn.kernels.call import absent
 
-SPAN = tl.constexpr(256)  # blocks
+SPAN = tl.constexpr(128)  # blocks
 
 
 @triton.constexpr_function

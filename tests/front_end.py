@@ -152,6 +152,8 @@ def main() -> int:
         for shape in ((1, 1, 1, 1), (2, 1, 1, 200), (1, 4, 300, 1)):
             label = f"bias {shape}"
             call(300, 200, bias=shape, maps=("vjp", "second"))
+        label = "so long that sums are put aside"
+        call(70000, 70000)
         label = "all sizes 1"
         call(1, 1, bias=True, everything=True)
     print(f"Triton {triton.__version__}: {read} kernels read, {failed} failed")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import metattn
-from metattn.backends import native
+from metattn.backends import available_backends, native
 
 if native.unavailable_reason() is not None:
     pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)
@@ -57,9 +57,13 @@ def test_gradients_of_a_bias_that_many_share(
     )
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 1_000_000), (1_000_000, 2)], ids=["keys", "rows"])
-def test_both_orders_of_long_sums(n: int, m: int) -> None:
+@pytest.mark.parametrize(("backend", "terms"), [("cpu", 1_000_000), ("cuda", 200_000)])
+@pytest.mark.parametrize("of_keys", [True, False], ids=["keys", "rows"])
+def test_both_orders_of_long_sums(of_keys: bool, backend: str, terms: int) -> None:
     """Values and cotangents of one sign: what a running sum loses does not average out."""
+    if available_backends()[backend] is not None:
+        pytest.skip(f"backend {backend}: {available_backends()[backend]}")
+    n, m = (2, terms) if of_keys else (terms, 2)
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 1, n, 8), torch.randn(1, 1, m, 8), torch.rand(1, 1, m, 8) + 0.5
     do = torch.rand(1, 1, n, 8)
@@ -74,7 +78,7 @@ def test_both_orders_of_long_sums(n: int, m: int) -> None:
 
     assert_as_exact(
         "o dq dk dv d2q d2k d2v",
-        both_orders(partial(metattn.attention, backend="cpu"), torch.float32),
+        both_orders(partial(metattn.attention, backend=backend), torch.float32),
         both_orders(plain, torch.float32),
         both_orders(plain, torch.float64),
     )

@@ -222,7 +222,7 @@ class TestShapesAndTypes:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_dtypes(self, dtype: torch.dtype) -> None:
         """Results in the inputs' dtypes, statistics in float64, whatever the bias's dtype."""
-        problem, primals, constants = make_call(("bias", "sinks"), dtype=dtype).canonical()
+        problem, primals, constants = make_call(("bias", "sinks", "alibi"), dtype=dtype).canonical()
         primals = primals._replace(bias=primals.bias.to(torch.bfloat16))
         o, lse = reference.forward(problem, primals, constants)[:2]
         ot, lt = reference.jvp(problem, primals, constants, Results(o, lse), primals)[:2]

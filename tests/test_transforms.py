@@ -244,10 +244,10 @@ class TestVmap:
     )
     @pytest.mark.parametrize("transform", list(VMAPPED))
     def test_of_transforms(self, transform: str, mapped: set[str], backend: str) -> None:
-        """Over all inputs or some; bias and sinks shared by the batch, their gradients per example."""
+        """Over all inputs or some; bias, sinks, slopes shared by the batch, their gradients per example."""
         call = make_call(("bias_of_heads", "sinks", "softcap", "mask", "dropout", "alibi"), SMALL)
         tensors, in_dims = examples(call, mapped, {"k": -1, "bias": 2})
-        args = tuple(range(5))
+        args = tuple(range(len(tensors)))
         with warnings.catch_warnings():
             warnings.simplefilter("error", HigherOrderWarning)
             ours = vmap(VMAPPED[transform](live(call, backend), args), in_dims)(*tensors)

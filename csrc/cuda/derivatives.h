@@ -1,7 +1,7 @@
 // First and second derivatives of a fragment of scores, for row and column passes alike (docs/math.md).
 #pragma once
 
-#include "cuda/tile.h"
+#include "cuda/aside.h"
 
 namespace metattn::cuda {
 

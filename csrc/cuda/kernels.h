@@ -145,14 +145,27 @@ const char* start_sum_shares(const Params& p, Statistic field, const Gpu&, int64
 
 #endif
 
-// A pass over `length` rows of each of `pairs`.
+// A pass over `length` rows of each of `pairs`, each block with so many visits.
 template <class Pass>
-const char* start_pass(const Params& p, const Gpu& gpu, int64_t pairs, int64_t length, int64_t chunks) {
+const char* start_pass(const Params& p, const Gpu& gpu, int64_t pairs, int64_t length, int64_t chunks, int64_t visits) {
   const int warps = warps_for<Pass>(p, gpu, length);
   if (warps == 0) return kTooWide;
   const int64_t rows = kWarpRows * warps, blocks = pairs * ((length + rows - 1) / rows);
   if (blocks >= int64_t{1} << 31) return "more blocks than a GPU takes in one launch";
-  return blocks == 0 || chunks == 0 ? nullptr : start<Pass>(p, gpu, warps, blocks, chunks);
+  if (blocks == 0 || chunks == 0) return nullptr;
+  using T = Compute<typename Pass::Element>;
+  Params with_room = p;
+  if (sizeof(T) < sizeof(double) && visits >= kLongVisits && gpu.allocate != nullptr) {
+    with_room.aside_chunks = chunks;
+    with_room.aside =
+        static_cast<char*>(gpu.allocate(gpu.context, sizeof(T) * Pass::kSums * kLanes * warps * chunks * blocks));
+  }
+  return start<Pass>(with_room, gpu, warps, blocks, chunks);
+}
+template <class Pass>
+const char* start_rows(const Params& p, const Gpu& gpu, int64_t chunks) {
+  const int64_t keys = 8 * Pass::kTiles;
+  return start_pass<Pass>(p, gpu, p.batch * p.heads, p.n, chunks, (p.m + keys - 1) / keys);
 }
 
 template <class S, int Tiles, bool Second>
@@ -172,22 +185,24 @@ const char* start_bias_sums(const Params& p, const Gpu& gpu) {
 
 template <class S, int Columns, int Tiles, bool Full, bool Second>
 const char* start_gradients(const Params& p, const Gpu& gpu, int64_t chunks) {
-  const char* error = start_pass<GradientRows<S, Columns, Tiles, Full, Second>>(
-      p, gpu, p.batch * p.heads, p.n, p.grad_q ? larger(1, chunks) : 1);
+  const char* error =
+      start_rows<GradientRows<S, Columns, Tiles, Full, Second>>(p, gpu, p.grad_q ? larger(1, chunks) : 1);
   // two results of 128 features and their tangents' scores: half as many queries at a time, or registers spill
   constexpr int kQueryTiles = Second && Columns == 16 ? Tiles / 2 : Tiles;
+  using Keys = GradientKeys<S, Columns, kQueryTiles, Full, Second>;
+  const int64_t visits = (p.n + Keys::kQueries - 1) / Keys::kQueries * (p.heads / larger(1, p.kv_heads));
   if (error == nullptr && (p.grad_k || p.grad_v))
-    error = start_pass<GradientKeys<S, Columns, kQueryTiles, Full, Second>>(p, gpu, p.batch * p.kv_heads, p.m, chunks);
+    error = start_pass<Keys>(p, gpu, p.batch * p.kv_heads, p.m, chunks, visits);
   return error;
 }
 
 template <class S, int Columns, int Tiles, bool Full>
 const char* start_map(Map map, const Params& p, const Gpu& gpu) {
   const auto chunks = [](int64_t width) { return (width + 8 * Columns - 1) / (8 * Columns); };
-  const int64_t pairs = p.batch * p.heads, of_values = larger(1, chunks(p.dv));
+  const int64_t of_values = larger(1, chunks(p.dv));
   switch (map) {
-    case Map::forward: return start_pass<ForwardRows<S, Columns, Tiles, Full>>(p, gpu, pairs, p.n, of_values);
-    case Map::jvp: return start_pass<JvpRows<S, Columns, Tiles, Full>>(p, gpu, pairs, p.n, of_values);
+    case Map::forward: return start_rows<ForwardRows<S, Columns, Tiles, Full>>(p, gpu, of_values);
+    case Map::jvp: return start_rows<JvpRows<S, Columns, Tiles, Full>>(p, gpu, of_values);
     case Map::vjp: return start_gradients<S, Columns, Tiles, Full, false>(p, gpu, chunks(larger(p.d, p.dv)));
     default: return start_gradients<S, Columns, Tiles, Full, true>(p, gpu, chunks(larger(p.d, p.dv)));
   }

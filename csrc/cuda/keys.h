@@ -12,6 +12,7 @@ struct GradientKeys {
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
   static constexpr int kQueries = 8 * kTiles;
+  static constexpr int kSums = 8 * Columns;
   using T = Compute<S>;
   Tile<S> k, b, v, c;
   QueryTiles<S> queries;  // of the first stage, as the statistics
@@ -55,6 +56,8 @@ struct GradientKeys {
       block.template wait<0>();
       round_tiles(block, rows, {k, b, v, c});
     }
+    Aside<T> aside = Aside<T>::template of<kSums>(p, block);
+    const Rows<T> same = Rows<T>::filled(1);
     Fragment<T, Columns> grad_k, grad_v;
     grad_k.fill(0);
     grad_v.fill(0);
@@ -102,8 +105,15 @@ struct GradientKeys {
         if constexpr (Second) add_weighted(grad_k, at.inner, now.a, first, true);
       }
       if (p.grad_v) add_weighted(grad_v, at.weights, now.d_o, first, p.twice);
+      if (aside.is_due(visit + 1)) {
+        aside.put(0, grad_k, same);
+        aside.put(4 * Columns, grad_v, same);
+        aside.begun = true;
+      }
       block.sync();  // before anything is copied there
     }
+    aside.settle(0, grad_k, same);
+    aside.settle(4 * Columns, grad_v, same);
     const int64_t mine = key0 + warp_row;
     store_rows<S>(p.grad_k, offset_of(p.grad_k, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.d,
                static_cast<T>(p.scale), grad_k);

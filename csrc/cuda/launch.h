@@ -12,6 +12,8 @@ struct Gpu {
   size_t shared_memory;  // bytes that one block may have
   void* stream;          // a cudaStream_t
   bool from_80 = true;   // of compute capability 8.0 or later: bfloat16 on tensor cores, copies in the background
+  void* (*allocate)(void* context, size_t bytes) = nullptr;  // memory for what is started now
+  void* context = nullptr;
 };
 
 enum class Map { forward, vjp, jvp, vjp_jvp };

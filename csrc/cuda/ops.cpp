@@ -3,6 +3,8 @@
 #ifndef METATTN_EMULATED
 #define METATTN_ON_GPU
 #endif
+#include <vector>
+
 #include "call.h"
 #include "cuda/launch.h"
 
@@ -70,11 +72,24 @@ const char* objection(DType dtype, int64_t d, int64_t dv, const Gpu& gpu, bool t
   return nullptr;
 }
 
+// Memory for a map's kernels: given back when they are started, for torch's allocator goes by the stream.
+struct Rooms {
+  const Tensor& like;
+  std::vector<Tensor> rooms;
+  void* allocate(size_t bytes) {
+    rooms.push_back(empty(like, {static_cast<int64_t>(bytes / sizeof(float))}, codes.f32));
+    return rooms.back().data();
+  }
+};
+
 // tf32: whether it is allowed. All maps of a call take it or none: what one has rounded and another has not would not
 // cancel, as T − τ must.
 void run(Map map, Call& call, bool tf32) {
   Params& p = call.p;
-  const Gpu gpu = gpu_of(call.given.q);
+  Gpu gpu = gpu_of(call.given.q);
+  Rooms rooms{call.given.q, {}};
+  gpu.allocate = [](void* context, size_t bytes) { return static_cast<Rooms*>(context)->allocate(bytes); };
+  gpu.context = &rooms;
   p.twice = p.m <= kFewKeys;
   tf32 = tf32 && gpu.from_80 && p.q.dtype == DType::f32 && objection(DType::f32, p.d, p.dv, gpu, true) == nullptr;
   const char* error = start(map, p, gpu, tf32);

@@ -76,9 +76,9 @@ struct KeyTiles {
     block.sync();
     return false;
   }
-  // visit(tiles, key0, whether unseen keys must be cleared) for each block of the keys of a range.
-  template <bool Full, class Visit>
-  METATTN_DEVICE void sweep(Block& block, const Params& p, const Place& place, Range range, Visit visit) const {
+  // visit(tiles, key0, whether unseen keys must be cleared) for each block of the keys of a range, and rest(visits) after it.
+  template <bool Full, class Visit, class Rest>
+  METATTN_DEVICE void sweep(Block& block, const Params& p, const Place& place, Range range, Visit visit, Rest rest) const {
     constexpr int64_t kStep = 8 * Tiles;
     const int64_t first = range.lo / kStep * kStep;
     const int visits = range.hi > first ? static_cast<int>((range.hi - first + kStep - 1) / kStep) : 0;
@@ -92,6 +92,7 @@ struct KeyTiles {
       const KeyTiles now = at(index % stages);
       const bool unclean = now.template finish<Full>(block, p);
       visit(now, first + index * kStep, unclean);
+      rest(index + 1);
       block.sync();  // before anything is copied there
     }
   }
@@ -228,6 +229,7 @@ struct ForwardRows {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = 2 * Tiles;
+  static constexpr int kSums = 4 * Columns + 6;  // that each lane may put aside
   using T = Compute<S>;
   Tile<S> q;
   KeyTiles<S, kTiles> keys;
@@ -254,6 +256,15 @@ struct ForwardRows {
     // of the weights that dropout leaves, and of these as they are multiplied
     Rows<T> kept_total = Rows<T>::filled(0), multiplied_total = Rows<T>::filled(0);
     const bool twice = p.twice || p.softcap != 0;  // what D lacks is found out, but with a softcap
+    Aside<T> aside = Aside<T>::template of<kSums>(p, block);
+    Rows<T> top_aside = Rows<T>::filled(-kInfinity<T>);  // from which what lies aside is counted
+    const auto decay_aside = [&] {
+      Rows<T> decay;
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h)
+          decay.x[slot][h] = top_aside.x[slot][h] == top.x[slot][h] ? 1 : exponential(top_aside.x[slot][h] - top.x[slot][h]);
+      return decay;
+    };
     Fragment<T, Columns> acc;
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
@@ -293,7 +304,23 @@ struct ForwardRows {
           }
       }
       add_weighted(acc, s, at.v, first, twice);
+    }, [&](int visits) {
+      if (!aside.is_due(visits)) return;
+      const Rows<T> decay = decay_aside();
+      aside.put(0, acc, decay);
+      aside.put(4 * Columns, total, decay);
+      aside.put(4 * Columns + 2, kept_total, decay);
+      aside.put(4 * Columns + 4, multiplied_total, decay);
+      aside.begun = true;
+      top_aside = top;
     });
+    if (aside.begun) {
+      const Rows<T> decay = decay_aside();
+      aside.settle(0, acc, decay);
+      aside.settle(4 * Columns, total, decay);
+      aside.settle(4 * Columns + 2, kept_total, decay);
+      aside.settle(4 * Columns + 4, multiplied_total, decay);
+    }
     // a row that attends to nothing gives zeros, whatever 0·NaN brought in from a key that others see; O is a mean by the
     // weights as they were multiplied: a row's errors then weigh V − O, not V
     acc.each([&](T& value, int, int, int slot, int, int e) {
@@ -333,6 +360,7 @@ struct JvpRows {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
+  static constexpr int kSums = 4 * Columns + 2;
   using T = Compute<S>;
   QueryTiles<S> queries;
   KeyTiles<S, kTiles> keys;
@@ -366,13 +394,22 @@ struct JvpRows {
     const int64_t mine = row0 + warp_row;
     Rows<T> base = Rows<T>::filled(0), based = Rows<T>::filled(!kRounds<S>);
     for (int sweep = 0; sweep < 2; ++sweep) {
+      Aside<T> aside = Aside<T>::template of<kSums>(p, block);
+      const Rows<T> same = Rows<T>::filled(1);
       Fragment<T, Columns> acc;
       Rows<T> excess = Rows<T>::filled(0);
       acc.fill(0);
       const Range range = keys_of_rows(p, place, row0, rows);
       keys.template sweep<Full>(block, p, place, range, [&](const auto& at, int64_t key0, bool unclean) {
         visit(p, block, place, at, row0, key0, unclean, has_scores, first, base, based, excess, acc);
+      }, [&](int visits) {
+        if (!aside.is_due(visits)) return;
+        aside.put(0, acc, same);
+        aside.put(4 * Columns, excess, same);
+        aside.begun = true;
       });
+      aside.settle(0, acc, same);
+      aside.settle(4 * Columns, excess, same);
       based = Rows<T>::filled(1);
       if (p.sinks) {
         const T sigma = p.t_sinks ? per_head<T>(p.t_sinks, place) : 0;
@@ -494,6 +531,7 @@ struct GradientRows {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
+  static constexpr int kSums = 4 * Columns + 12;
   using T = Compute<S>;
   QueryTiles<S> queries;
   KeyTiles<S, kTiles> keys;
@@ -520,7 +558,10 @@ struct GradientRows {
     block.sync();
     queries.clear_idle(block, p, place, known, rows);
     Fragment<T, Columns> acc;
-    Rows<T> lack = Rows<T>::filled(0), lack_b = Rows<T>::filled(0), far = Rows<T>::filled(0);
+    Rows<T> lack = Rows<T>::filled(0), lack_b = Rows<T>::filled(0);
+    Distances far;
+    Aside<T> aside = Aside<T>::template of<kSums>(p, block);
+    const Rows<T> same = Rows<T>::filled(1);
     const bool shares = Full && p.grad_slopes != nullptr && block.chunk() == 0;
     acc.fill(0);
     const int first = 8 * Columns * block.chunk();
@@ -537,13 +578,24 @@ struct GradientRows {
       }
       differentiate<Full, Second>(at, window, known, warp_row);
       if (p.own_bias && block.chunk() == 0) store_bias(p, place, mine, key0, at.ds);
-      if (shares) add_distances(p, place, mine, key0, at.ds, far);
+      if (shares) far.add(p, place, known, warp_row, mine, key0, at);
       if (!p.grad_q) return;
       add_weighted(acc, at.outer, tiles.k, first, p.twice);
       count_weights<S>(p, lack, at.outer);
       if constexpr (Second) add_weighted(acc, at.inner, tiles.b, first, p.twice);
       if (Second && p.t_k) count_weights<S>(p, lack_b, at.inner);
+    }, [&](int visits) {
+      if (!aside.is_due(visits)) return;
+      aside.put(0, acc, same);
+      aside.put(4 * Columns, lack, same);
+      aside.put(4 * Columns + 2, lack_b, same);
+      far.each([&](int element, Rows<T>& sum) { aside.put(4 * Columns + 4 + element, sum, same); });
+      aside.begun = true;
     });
+    aside.settle(0, acc, same);
+    aside.settle(4 * Columns, lack, same);
+    aside.settle(4 * Columns + 2, lack_b, same);
+    far.each([&](int element, Rows<T>& sum) { aside.settle(4 * Columns + 4 + element, sum, same); });
     if (shares) store_shares(p, place, warp_row, mine, far);
     if (!p.grad_q) return;
     if constexpr (kRounds<S>) {
@@ -560,28 +612,52 @@ struct GradientRows {
                static_cast<T>(p.scale), acc);
   }
 
-  // far += Σ dS·(distance − the nearest).
-  static METATTN_DEVICE void add_distances(const Params& p, const Place& place, int64_t row0, int64_t key0,
-                                           const Fragment<T, kTiles>& ds, Rows<T>& far) {
-    Fragment<T, kTiles> terms = ds;
-    terms.each([&](T& value, int r, int c, int, int, int) {
-      const int64_t i = row0 + r;
-      value *= static_cast<T>(alibi_distance(place.s, i, key0 + c) - nearest_distance(p, place.s, i));
-    });
-    const Rows<T> sums = terms.row_sums();
-    METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) far.x[slot][h] += sums.x[slot][h];
-  }
-  // Each row's −Σ dS·distance.
-  METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine, const Rows<T>& far) const {
+  // Sums over the keys of dS·(distance − the nearest), of P times the same, and of dS and P themselves.
+  struct Distances {
+    Rows<T> of_ds = Rows<T>::filled(0), of_p = Rows<T>::filled(0), ds = Rows<T>::filled(0), mass = Rows<T>::filled(0);
+    template <class F>
+    METATTN_DEVICE void each(F f) {
+      f(0, of_ds);
+      f(2, of_p);
+      f(4, ds);
+      f(6, mass);
+    }
+    METATTN_DEVICE void add(const Params& p, const Place& place, const Statistics<T>& known, int warp_row, int64_t row0,
+                            int64_t key0, const Scores<T, kTiles>& at) {
+      Fragment<T, kTiles> weights = at.s, terms = at.ds;
+      gain(ds, terms);
+      weights.each([&](T& value, int r, int c, int slot, int t, int e) {
+        const int64_t i = row0 + r;
+        const T beyond = static_cast<T>(alibi_distance(place.s, i, key0 + c) - nearest_distance(p, place.s, i));
+        value = probability(value, known.reference[warp_row + r], known.log_total[warp_row + r]);
+        terms.x[slot][t][e] *= beyond;
+      });
+      gain(of_ds, terms);
+      gain(mass, weights);
+      weights.each([&](T& value, int r, int c, int, int, int) {
+        const int64_t i = row0 + r;
+        value *= static_cast<T>(alibi_distance(place.s, i, key0 + c) - nearest_distance(p, place.s, i));
+      });
+      gain(of_p, weights);
+    }
+    static METATTN_DEVICE void gain(Rows<T>& sum, const Fragment<T, kTiles>& terms) {
+      const Rows<T> more = terms.row_sums();
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h) sum.x[slot][h] += more.x[slot][h];
+    }
+  };
+  // Each row's −Σ dS·distance. What dS lacks of its known sum, by an error of D or Dt, is spread over the keys as P is.
+  METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine, const Distances& far) const {
     Rows<T> sums = Rows<T>::filled(0);
     add_known_sums(p, place, known, warp_row, mine, Second, sums);
     METATTN_EACH_LANE(slot, lane)
       METATTN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
         if (lane % 4 != 0 || i >= place.s.n) continue;
+        const T mass = far.mass.x[slot][h], lack = sums.x[slot][h] - far.ds.x[slot][h];
+        const T beyond = far.of_ds.x[slot][h] + (mass > 0 ? lack / mass * far.of_p.x[slot][h] : 0);
         *statistic_at<T>(p, kSlopeShare, place, i) =
-            -(far.x[slot][h] + sums.x[slot][h] * static_cast<T>(nearest_distance(p, place.s, i)));
+            -(beyond + sums.x[slot][h] * static_cast<T>(nearest_distance(p, place.s, i)));
       }
   }
 

@@ -33,7 +33,7 @@ def bare(namespace: str) -> str:
 
 
 def tag_caches() -> None:
-    """Adds the digest to the key: at import, before a compile begins, and again where somebody took it off."""
+    """Adds the digest to the key: at import, before a compile begins, and where somebody took it off."""
     tag = f"metattn {installation.digest()};"
     if tag not in compiler_config.cache_key_tag:
         compiler_config.cache_key_tag += tag

@@ -279,8 +279,9 @@ def _products_of_vjp(given: Given, needs: Any) -> tuple[int, int]:
 
 
 def _products_of_jvp(given: Given) -> tuple[int, int]:
-    has_q, has_k, has_v, has_bias, _ = (tangent is not None for tangent in given.tangents)
-    return 1 + has_q + has_k, (has_q or has_k or has_bias) + has_v
+    there = Primals(*(tangent is not None for tangent in given.tangents))  # type: ignore[arg-type]
+    moves_scores = there.q or there.k or there.bias or there.slopes
+    return 1 + there.q + there.k, moves_scores + there.v  # type: ignore[operator, return-value]
 
 
 def _products_of_vjp_jvp(given: Given, needs: Any) -> tuple[int, int]:

@@ -38,7 +38,7 @@ try:
     from metattn.kernels.vjp import vjp_keys, vjp_rows
     from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
 
-    LONG = 2 * SPAN.value  # blocks of a sweep that is cut into spans
+    LONG = 4 * SPAN.value  # blocks of a sweep that is cut into spans
     IMPORT_ERROR: str | None = None
 except ModuleNotFoundError as error:
     IMPORT_ERROR = f"{error.name} is not installed"
