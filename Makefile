@@ -49,7 +49,8 @@ lint: $(ENVIRONMENT)
 	$(PY) -m mypy
 
 bench: build
-	$(PY) -m metattn bench --out benchmarks/results/cpu --readme README.md
+	$(PY) -m metattn bench --out benchmarks/results/cpu --page docs/benchmark.md
+	$(PY) -m benchmarks.training_steps --out benchmarks/results/training-steps --page README.md
 
 # Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
 aot: $(ENVIRONMENT)

@@ -344,29 +344,29 @@ def test_bench_command_writes_and_renders(
     kept = json.loads((tmp_path / "first/bench.json").read_text())
     assert kept == results
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{_report.BLOCK[0]}\nold\n{_report.BLOCK[1]}\nbelow\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{_report.BLOCK[0]}\nold\n{_report.BLOCK[1]}\nbelow\n")
     again = ["bench", "--render", str(tmp_path / "first/bench.json"), "--out", str(tmp_path / "second")]
-    assert main([*again, "--readme", str(readme)]) == 0
+    assert main([*again, "--page", str(page)]) == 0
     assert (tmp_path / "second/bench.md").read_text() == (tmp_path / "first/bench.md").read_text()
     assert (tmp_path / "second/bench.html").read_text() == (tmp_path / "first/bench.html").read_text()
     for name in _pictures.TITLES:
         assert (tmp_path / "second" / name).stat().st_size > 5000
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("above\n")
     assert text.endswith("below\n")
     assert "old" not in text
     assert "(second/speedup.png)" in text
     assert "| goal |" in text
-    assert main([*again, "--readme", str(readme)]) == 0
-    assert readme.read_text() == text
+    assert main([*again, "--page", str(page)]) == 0
+    assert page.read_text() == text
 
 
-def test_readme_without_the_block_is_refused(results: dict[str, Any], tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here\n")
+def test_a_page_without_the_block_is_refused(results: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
     with pytest.raises(ValueError, match="expected the marks"):
-        _report.rewrite_block(readme, results, tmp_path)
+        _report.rewrite_block(page, results, tmp_path)
 
 
 def test_total_time_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -573,8 +573,8 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(
             f"metattn {command}: --out: expected a folder to write to, got {out}"
         )
     if command == "bench":
-        assert main(["bench", "--out", str(tmp_path), "--readme", str(tmp_path / "none.md")]) == 2
-        assert "--readme: expected a Markdown file" in capsys.readouterr().err
+        assert main(["bench", "--out", str(tmp_path), "--page", str(tmp_path / "none.md")]) == 2
+        assert "--page: expected a Markdown file" in capsys.readouterr().err
 
 
 def test_quick_takes_as_long_as_is_said() -> None:

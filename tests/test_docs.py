@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import training_steps
 from metattn.cli import _report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,14 +68,21 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
-def test_readme_figures_are_those_of_the_committed_results() -> None:
-    readme = ROOT / "README.md"
-    between = readme.read_text().partition(_report.BLOCK[0] + "\n")[2].partition(_report.BLOCK[1])[0]
-    results = ROOT / "benchmarks/results/cpu/bench.json"
-    if results.exists():
-        assert between == _report.block(json.loads(results.read_text()), readme, results.parent)
-    else:
-        assert between == "Not measured yet: `make bench` fills this in.\n"
+def test_figures_are_those_of_the_committed_results() -> None:
+    page, results = ROOT / "docs/benchmark.md", ROOT / "benchmarks/results/cpu/bench.json"
+    between = page.read_text().partition(_report.BLOCK[0] + "\n")[2].partition(_report.BLOCK[1])[0]
+    assert between == _report.block(json.loads(results.read_text()), page, results.parent)
+
+
+def test_readmes_steps_are_those_of_the_committed_results() -> None:
+    begin, end = training_steps.MARKS
+    between = (ROOT / "README.md").read_text().partition(begin + "\n")[2].partition(end)[0]
+    results = json.loads((ROOT / "benchmarks/results/training-steps/training_steps.json").read_text())
+    assert between == f"\n{training_steps.markdown(results)}\n"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 700
 
 
 def test_scenarios_page_is_made_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:

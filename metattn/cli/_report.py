@@ -1,4 +1,4 @@
-"""What bench says: a bar while it runs, tables in the terminal and in Markdown, the block of the README."""
+"""What bench says: a bar while it runs, tables in the terminal and in Markdown, the block of a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metattn.cli._cases import PRODUCTS
 
 BLOCK = ("<!-- bench:begin (written by `make bench`) -->", "<!-- bench:end -->")
 STEPS = tuple(PRODUCTS)
-# The steps a README has room for.
+# The steps a page has room for.
 SHORT = ("forward", "double backward", "second-order step")
 
 
@@ -100,9 +100,9 @@ def markdown(results: _tables.Results) -> str:
     return "\n".join([*parts, *(f"* {said}" for said in _tables.notes(results))]) + "\n"
 
 
-def rewrite_block(readme: Path, results: _tables.Results, folder: Path) -> None:
-    """Replaces the README's share of the results."""
-    rewrite(readme, BLOCK, block(results, readme, folder))
+def rewrite_block(page: Path, results: _tables.Results, folder: Path) -> None:
+    """Replaces a page's share of the results."""
+    rewrite(page, BLOCK, block(results, page, folder))
 
 
 def rewrite(page: Path, marks: tuple[str, str], text: str) -> None:
@@ -114,9 +114,9 @@ def rewrite(page: Path, marks: tuple[str, str], text: str) -> None:
     page.write_text(before[: begin + len(marks[0])] + "\n" + text + before[end:])
 
 
-def block(results: _tables.Results, readme: Path, folder: Path) -> str:
-    """The README's share: two pictures and the short tables."""
-    at = Path(os.path.relpath(folder, readme.parent))
+def block(results: _tables.Results, page: Path, folder: Path) -> str:
+    """A page's share: two pictures and the short tables."""
+    at = Path(os.path.relpath(folder, page.parent))
     pictures = [
         f"![{_pictures.TITLES[name]}]({(at / name).as_posix()})" for name in ("speedup.png", "length.png")
     ]

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("metattn-bench"),
         help="folder for bench.json, bench.md, bench.html and the pictures",
     )
-    parser.add_argument("--readme", type=Path, help="rewrite the benchmark block of this Markdown file too")
+    parser.add_argument("--page", type=Path, help="rewrite the benchmark block of this Markdown file too")
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="measure nothing, show an earlier bench.json"
     )
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     for needed in ("rich", "matplotlib"):  # missing ones are told now, not after minutes of measuring
         importlib.import_module(needed)
     earlier = None if args.render is None else _files.results_of("--render", args.render)
-    if args.readme is not None:
-        _files.page("--readme", args.readme)
+    if args.page is not None:
+        _files.page("--page", args.page)
     _files.writable("--out", args.out)
     if earlier is not None:
         results = earlier
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     (args.out / "bench.md").write_text(_report.markdown(results))
     _pictures.draw(results, args.out)
     (args.out / "bench.html").write_text(_html.page(results, args.out))
-    if args.readme is not None:
-        _report.rewrite_block(args.readme, results, args.out)
+    if args.page is not None:
+        _report.rewrite_block(args.page, results, args.out)
     _report.show(results)
     print(f"written to {args.out}")
     wrong = [row for row in (*results["rows"], *results["memory"]) if row.get("wrong")]

@@ -1,0 +1,18 @@
+"""One memory measurement: `python -m benchmarks.training_steps_peak` reads a request, and answers, in JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from benchmarks.training_steps import step_of
+from metattn.cli._measure import peak_memory
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    print(json.dumps({"bytes": peak_memory(step_of(**request))}))
+
+
+if __name__ == "__main__":
+    main()
