@@ -12,7 +12,6 @@ failure; the table names them, and what spills elsewhere.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,6 +24,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from metattn.cli._files import json_text
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEATURES = (32, 64, 80, 96, 128, 256)
@@ -500,11 +501,9 @@ def main() -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "aot.json").write_text(
-            json.dumps(
-                {"versions": versions, "rows": [asdict(each) for each in rows], "broken": sorted(broken)},
-                indent=1,
+            json_text(
+                {"versions": versions, "rows": [asdict(each) for each in rows], "broken": sorted(broken)}
             )
-            + "\n"
         )
         (args.out / "aot.md").write_text(markdown(rows, broken, versions))
     else:

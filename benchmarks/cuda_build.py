@@ -11,7 +11,6 @@ is named, and ends this with 1.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.aot import MMA, tool
+from metattn.cli._files import json_text
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = re.compile(
@@ -189,7 +189,7 @@ def main() -> int:
             "seconds": took,
             "kernels": [asdict(each) for each in rows],
         }
-        (args.out / "cuda-build.json").write_text(json.dumps(held, indent=1) + "\n")
+        (args.out / "cuda-build.json").write_text(json_text(held))
         (args.out / "cuda-build.md").write_text(text)
     else:
         print(text)

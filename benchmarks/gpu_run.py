@@ -32,6 +32,7 @@ from benchmarks.gpu_measure import (
     predicted,
     recover,
 )
+from metattn.cli._files import json_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LOST = 3  # the exit status of a process that lost its GPU
@@ -45,7 +46,7 @@ def named(name: str) -> gpu_cases.Case:
 def save(folder: Path, results: dict[str, Any]) -> None:
     """Replaces gpu.json and gpu.md, each at once: a process that is killed leaves whole files."""
     for name, text in (
-        ("gpu.json", json.dumps(results, indent=1) + "\n"),
+        ("gpu.json", json_text(results)),
         ("gpu.md", gpu_report.summary(results) + gpu_report.details(results)),
     ):
         new = folder / f".{name}"

@@ -12,7 +12,6 @@ needed and not what was kept. Every way's gradient is compared with reverse mode
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import metattn
+from metattn.cli._files import json_text
 from metattn.cli._measure import in_fresh_process, interleave, machine, per_round
 from metattn.cli._tables import ratio
 from metattn.meta import SGD, adapt
@@ -109,7 +109,7 @@ def main() -> int:
         "rows": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "meta_gradient.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "meta_gradient.json").write_text(json_text(results))
     table = markdown(results)
     (args.out / "meta_gradient.md").write_text(table)
     draw(results, args.out / "meta_gradient.png")

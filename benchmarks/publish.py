@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from metattn.cli._files import json_text
 from metattn.cli._report import rewrite
 
 
@@ -19,7 +19,7 @@ def publish(
 ) -> None:
     """Writes NAME.json and NAME.md, the table, which is printed, and what lies between a page's marks."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json_text(results))
     (folder / f"{name}.md").write_text(table)
     if page is not None:
         rewrite(page, marks, f"\n{table}\n")

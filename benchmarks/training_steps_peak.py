@@ -1,4 +1,4 @@
-"""One memory measurement: `python -m benchmarks.training_steps_peak` reads a request, and answers, in JSON."""
+"""One memory measurement: `python -m benchmarks.training_steps_peak` reads a request, answers in JSON."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ on them is in every figure.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from metattn.cli import _measure
+from metattn.cli._files import json_text
 from metattn.integrations.transformers import register
 
 register()
@@ -436,7 +436,7 @@ def main() -> int:
     print(table(results))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "models.json").write_text(json.dumps(results, indent=1) + "\n")
+        (arguments.out / "models.json").write_text(json_text(results))
         (arguments.out / "models.md").write_text(table(results))
     return 1 if any(wrong(row) for row in rows) else 0
 

@@ -1,13 +1,22 @@
-"""Files that a user names: what is wrong with them is said in a line, before anything is measured."""
+"""Results as files; what is wrong with those that a user names is said before anything is measured."""
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 RESULTS = ("machine", "rows", "memory")  # what a bench.json has at least
+
+
+def json_text(value: Any) -> str:
+    """JSON with what holds nothing nested on a line: a difference of two files shows what changed."""
+    text = json.dumps(value, indent=1)
+    # strings have no line breaks in JSON: these are the containers'
+    innermost = r"([\[{])\n\s*([^\[\]{}]*?)\n\s*([\]}])"
+    return re.sub(innermost, lambda found: found[1] + re.sub(r"\n\s*", " ", found[2]) + found[3], text) + "\n"
 
 
 def results_of(option: str, path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         least = 3 if args.quick else 4
         results = measure(timed, memory, seconds=args.seconds, least=least, quick=args.quick)
     if args.render is None:
-        (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / "bench.json").write_text(_files.json_text(results))
     (args.out / "bench.md").write_text(_report.markdown(results))
     _pictures.draw(results, args.out)
     (args.out / "bench.html").write_text(_html.page(results, args.out))

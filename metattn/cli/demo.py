@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import metattn
 from metattn.cli._cases import Case, make_inputs
 from metattn.cli._contestants import MATH, Contestant, make_step
+from metattn.cli._files import json_text
 from metattn.cli._measure import in_fresh_process, interleave, machine
 from metattn.cli.tasks import Samples, Sinusoids, handwritten_digits, nearest_centroid, rows
 from metattn.meta import SGD, AttentionMetaLearner, adapt, maml_loss
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         results["steps"] = second_order_steps(size, advance)
     results["seconds"] = time.perf_counter() - started
     _demo_report.picture(results, args.out / "demo.png")
-    (args.out / "demo.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "demo.json").write_text(json_text(results))
     _demo_report.show(results)
     print(f"{results['seconds']:.0f} seconds; written to {args.out}")
     return 0
