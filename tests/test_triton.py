@@ -107,10 +107,8 @@ def short_spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @interpreted
 @pytest.mark.usefixtures("short_spans")
-@pytest.mark.parametrize(
-    "sizes", [(1, 4, 2, 70, 330, 8, 12), (1, 2, 2, 330, 70, 80, 8)], ids=["keys", "rows"]
-)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 70, 330, 8, 12), (1, 2, 2, 200, 70, 80, 8)], ids=["k", "q"])
+@pytest.mark.parametrize("name", ["plain", "bottom-right", "sinks-masked", "everything"])
 def test_by_spans(name: str, sizes: tuple[int, ...]) -> None:
     check(Call(sizes, torch.float32, **OPTIONS[name]))
 
