@@ -31,20 +31,20 @@ TESTED = [
 # In the interpreter these take minutes, and emulated CUDA kernels take theirs too; their like are tested
 # anyway. `pytest --exhaustive` runs them.
 EXHAUSTIVE = (
-    "test_row13_layouts[triton-torch.bfloat16-*",
-    "test_row18_windows_wider_than_any_sequence[triton-*",
-    "test_row18_windows[triton-*",
-    "test_row14_broadcast_masks_and_biases[triton-*",
-    "test_row10_head_dimensions[triton-*",
-    "test_row21_grouped_heads[triton-*-65-5]",
+    "test_layouts[triton-torch.bfloat16-*",
+    "test_windows_wider_than_any_sequence[triton-*",
+    "test_windows[triton-*",
+    "test_broadcast_masks_and_biases[triton-*",
+    "test_head_dimensions[triton-*",
+    "test_grouped_heads[triton-*-65-5]",
     "test_option[triton-*-float16]",
     "test_option[triton-*-float32]",  # in test_triton.py, to a narrower bound
     "test_together[triton-*-float16]",
     "test_shape[triton-*-float16]",
     "test_many_heads_of_one_group[triton-*float*16]",
-    "test_row9_lengths[triton-*127*",
-    "test_row9_lengths[triton-*129-257]",
-    "test_row9_lengths[triton-257-*",
+    "test_lengths[triton-*127*",
+    "test_lengths[triton-*129-257]",
+    "test_lengths[triton-257-*",
     "test_scale[triton-plain-200-2.0-*",
     "test_scale[triton-*-200-*-float16]",
 )
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names = EXHAUSTIVE + SLOW_IN_TRITON if triton.interpreted() else ()
     if emulation.installed():
         names += tuple(name.replace("[triton-", "[cuda-") for name in EXHAUSTIVE)
-        names += ("test_row16_many_heads[cuda-*",)  # of a grid's limits, which the emulation has not
+        names += ("test_many_heads[cuda-*",)  # of a grid's limits, which the emulation has not
     if names and not config.getoption("--exhaustive"):
         left_out = [item for item in items if any(_matches(item.name, name) for name in names)]
         config.hook.pytest_deselected(items=left_out)

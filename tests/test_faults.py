@@ -1,7 +1,7 @@
-"""Known ways in which attention kernels fail, one test each at least; names carry the fault's number.
+"""Known ways in which attention kernels fail (docs/faults.md), one test each at least.
 
-Refusals (20, 22, 24, 38) are in test_problem.py, torch's own signature (12, 19) in test_functional.py,
-torch.compile (32) in test_compile.py. `check` compares with the reference's formula in float64,
+Refusals are in test_problem.py, torch's own signature is in test_functional.py, torch.compile in
+test_compile.py. `check` compares with the reference's formula in float64,
 differentiated by torch itself.
 """
 
@@ -200,17 +200,17 @@ def nothing_in_row(result: Leaves, row: int) -> None:
     assert all(t.isfinite().all() for name, t in result.items() if name != "lse")
 
 
-# ------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize("causal", [False, "bottom-right"])
-def test_row1_mask_row_all_false(backend: str, causal: bool | str) -> None:
+def test_mask_row_all_false(backend: str, causal: bool | str) -> None:
     result = check(backend, qkv(), mask=mask_of(2, 1, 5, 7, empty_row=3), causal=causal)
     nothing_in_row(result, 3)
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
-def test_row2_bias_row_all_minus_infinity(backend: str, differentiated: bool) -> None:
+def test_bias_row_all_minus_infinity(backend: str, differentiated: bool) -> None:
     bias = randn(2, 1, 5, 7)
     bias[..., 2, :] = -INF
     leaves, options = (qkv() | {"bias": bias}, {}) if differentiated else (qkv(), {"bias": bias})
@@ -221,7 +221,7 @@ def test_row2_bias_row_all_minus_infinity(backend: str, differentiated: bool) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row3_bias_row_of_finfo_min(backend: str, dtype: torch.dtype) -> None:
+def test_bias_row_of_finfo_min(backend: str, dtype: torch.dtype) -> None:
     leaves = {name: t.to(DEVICES[backend], dtype) for name, t in qkv().items()}
     bias = torch.zeros(2, 1, 5, 7, device=DEVICES[backend], dtype=dtype)
     bias[0, 0, 2:] = torch.finfo(dtype).min
@@ -244,7 +244,7 @@ def test_row3_bias_row_of_finfo_min(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF], ids=str)
 @pytest.mark.parametrize("how", ["mask", "causal", "window"])
-def test_row4_masked_keys_do_not_leak(backend: str, poison: float, how: str) -> None:
+def test_masked_keys_do_not_leak(backend: str, poison: float, how: str) -> None:
     leaves = qkv(n=5, m=9)
     options: dict[str, Any] = {"causal": True}
     dead = slice(5, None)
@@ -269,7 +269,7 @@ def test_row4_masked_keys_do_not_leak(backend: str, poison: float, how: str) -> 
             assert not t[:, :, dead].any()
 
 
-def test_row4_other_sequences_do_not_leak(backend: str) -> None:
+def test_other_sequences_do_not_leak(backend: str) -> None:
     cu = torch.tensor([0, 3, 8], device=DEVICES[backend])
     q, k, v = (randn(8, 2, 4, seed=i).to(DEVICES[backend], torch.float32) for i in range(3))
     call = partial(
@@ -289,7 +289,7 @@ def test_row4_other_sequences_do_not_leak(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(40, 7), (40, 1100), (3, 9000)])
-def test_row5_nan_in_a_live_query_stays_in_its_row(n: int, m: int, backend: str) -> None:
+def test_nan_in_a_live_query_stays_in_its_row(n: int, m: int, backend: str) -> None:
     """Keys that come by spans and by splits too."""
     leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(n=n, m=m).items()}
     clean = metattn.attention(**leaves, backend=backend)
@@ -302,7 +302,7 @@ def test_row5_nan_in_a_live_query_stays_in_its_row(n: int, m: int, backend: str)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row5_nan_in_the_first_keys_reaches_all_rows(dtype: torch.dtype, backend: str) -> None:
+def test_nan_in_the_first_keys_reaches_all_rows(dtype: torch.dtype, backend: str) -> None:
     """A thousand of them have no largest score."""
     leaves = {name: t.to(DEVICES[backend], dtype) for name, t in qkv(m=2100).items()}
     leaves["k"][:, :, :1024] = math.nan
@@ -311,7 +311,7 @@ def test_row5_nan_in_the_first_keys_reaches_all_rows(dtype: torch.dtype, backend
     assert lse.isnan().all()
 
 
-def test_row6_float16_scores_beyond_65504(backend: str) -> None:
+def test_float16_scores_beyond_65504(backend: str) -> None:
     leaves = {name: torch.full_like(t, 256.0) for name, t in qkv(n=33, m=65, d=64).items()}
     # the gradients of equal keys cancel: beside their terms of up to 2**40 nothing is left to compare
     gradients = ("dq", "dk", "dv", "second dq", "second dk", "second dv", "second do", "second dlse")
@@ -325,13 +325,13 @@ def test_row6_float16_scores_beyond_65504(backend: str) -> None:
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"heads": 0}, {"n": 0}], ids=["B=0", "H=0", "N=0"])
-def test_row7_nothing_asked(backend: str, empty: dict[str, int]) -> None:
+def test_nothing_asked(backend: str, empty: dict[str, int]) -> None:
     result = check(backend, qkv(**empty))
     assert not result["o"].numel()
     assert not any(t.any() for name, t in result.items() if name.startswith("d"))
 
 
-def test_row8_no_keys(backend: str) -> None:
+def test_no_keys(backend: str) -> None:
     result = check(backend, qkv(m=0))
     assert not result["o"].any()
     assert (result["lse"] == -INF).all()
@@ -346,7 +346,7 @@ LENGTHS = [1, 31, 33, 127, 129, 257]
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("m", LENGTHS)
-def test_row9_lengths(backend: str, n: int, m: int) -> None:
+def test_lengths(backend: str, n: int, m: int) -> None:
     # of one key the weight is 1: what q and k get through o cancels, beside terms of size 1
     vanishing = ("dq", "dk", "second dq", "second dk") if m == 1 else ()
     if n == 1:  # one number a head, a sum of terms of size 1 that is 0.006 in one
@@ -360,18 +360,18 @@ DIMENSIONS = [1, 3, 16, 40, 59, 80, 96, 111, 128, 203, 256]
 @pytest.mark.parametrize(
     ("d", "dv"), [*zip(DIMENSIONS, reversed(DIMENSIONS), strict=True), (64, 64), (16, 1)]
 )
-def test_row10_head_dimensions(backend: str, d: int, dv: int) -> None:
+def test_head_dimensions(backend: str, d: int, dv: int) -> None:
     check(backend, qkv(batch=1, n=9, m=35, d=d, dv=dv))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [16, 59, 128])
-def test_row10_head_dimensions_in_low_precision(backend: str, d: int, dtype: torch.dtype) -> None:
+def test_head_dimensions_in_low_precision(backend: str, d: int, dtype: torch.dtype) -> None:
     check(backend, qkv(n=33, m=65, d=d), dtype, causal=True)
 
 
 @pytest.mark.parametrize("d", [257, 300, 512])
-def test_row11_wide_heads(backend: str, d: int) -> None:
+def test_wide_heads(backend: str, d: int) -> None:
     """Right, or refused by name and left to the next backend: never wrong."""
     leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(d=d).items()}
     call = dense(*leaves.values(), Options())
@@ -405,12 +405,12 @@ LAYOUTS: dict[str, Layout] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row13_layouts(backend: str, layout: Layout, dtype: torch.dtype) -> None:
+def test_layouts(backend: str, layout: Layout, dtype: torch.dtype) -> None:
     leaves = qkv(n=33, m=35) | {"bias": randn(2, 2, 33, 35)}
     check(backend, leaves, dtype, layout=layout, mask=mask_of(2, 2, 33, 35), alibi_slopes=torch.rand(2, 2))
 
 
-def test_row14_expanded_keys_and_values(backend: str) -> None:
+def test_expanded_keys_and_values(backend: str) -> None:
     leaves = qkv(kv_heads=2)
     leaves["k"] = leaves["k"][:1, :1].expand(2, 2, -1, -1)
     leaves["v"] = leaves["v"][:, :, :1].expand(-1, -1, 7, -1)
@@ -425,7 +425,7 @@ def test_row14_expanded_keys_and_values(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 7), (1, 2, 5, 1), (5, 7), (7,), ()], ids=str)
 @pytest.mark.parametrize("expanded", [False, True], ids=["of-size-1", "expanded"])
-def test_row14_broadcast_masks_and_biases(backend: str, shape: tuple[int, ...], expanded: bool) -> None:
+def test_broadcast_masks_and_biases(backend: str, shape: tuple[int, ...], expanded: bool) -> None:
     bias, mask = randn(*shape), torch.ones(shape, dtype=torch.bool)
     if shape and shape[-1] == 7:
         mask[..., 2] = False
@@ -445,7 +445,7 @@ def test_row14_broadcast_masks_and_biases(backend: str, shape: tuple[int, ...], 
         assert not unchecked or result["second dbias"].abs().max() < 1e-5
 
 
-def test_row14_expanded_cotangents(backend: str) -> None:
+def test_expanded_cotangents(backend: str) -> None:
     leaves = [t.to(DEVICES[backend], torch.float32).requires_grad_() for t in qkv().values()]
     o = metattn.attention(*leaves, backend=backend)
     ours = torch.autograd.grad(o.sum(), leaves, retain_graph=True)
@@ -455,7 +455,7 @@ def test_row14_expanded_cotangents(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_row15_unaligned_pointers(backend: str, dtype: torch.dtype) -> None:
+def test_unaligned_pointers(backend: str, dtype: torch.dtype) -> None:
     def shifted(name: str, t: Tensor) -> Tensor:
         return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
 
@@ -466,7 +466,7 @@ def test_row15_unaligned_pointers(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(65_536, 1), (1, 65_537), (4_097, 16)])
-def test_row16_many_heads(backend: str, batch: int, heads: int) -> None:
+def test_many_heads(backend: str, batch: int, heads: int) -> None:
     if in_interpreter(backend):
         pytest.skip("the interpreter would take hours for so many programs")
     check(backend, qkv(batch=batch, heads=heads, n=2, m=2, d=2))
@@ -497,7 +497,7 @@ FAR = 2**31 + 64
     ],
     ids=["q-batch", "q-row", "k-head", "v-row", "do-row", "bias-batch", "mask-key"],
 )
-def test_row17_offsets_past_2_31(backend: str, name: str, strides: tuple[int, ...]) -> None:
+def test_offsets_past_2_31(backend: str, name: str, strides: tuple[int, ...]) -> None:
     leaves, options = qkv() | {"bias": randn(2, 2, 5, 7)}, {"mask": mask_of(2, 2, 5, 7)}
 
     def far(which: str, t: Tensor) -> Tensor:
@@ -510,7 +510,7 @@ def test_row17_offsets_past_2_31(backend: str, name: str, strides: tuple[int, ..
 
 @pytest.mark.parametrize("causal", ["top-left", "bottom-right"])
 @pytest.mark.parametrize(("n", "m"), [(5, 9), (9, 5), (33, 129), (129, 33), (1, 33), (65, 1)])
-def test_row18_causal_rectangles(backend: str, n: int, m: int, causal: str) -> None:
+def test_causal_rectangles(backend: str, n: int, m: int, causal: str) -> None:
     result = check(backend, qkv(n=n, m=m), causal=causal)
     if causal == "bottom-right" and n > m:
         for row in (0, n - m - 1):
@@ -520,7 +520,7 @@ def test_row18_causal_rectangles(backend: str, n: int, m: int, causal: str) -> N
 @pytest.mark.parametrize("window", [(0, 0), (3, -1), (-1, 2), (40, 1), (0, 5)], ids=str)
 @pytest.mark.parametrize("causal", [False, "top-left", "bottom-right"])
 @pytest.mark.parametrize(("n", "m"), [(9, 9), (70, 35), (35, 70)])
-def test_row18_windows(backend: str, n: int, m: int, causal: bool | str, window: tuple[int, int]) -> None:
+def test_windows(backend: str, n: int, m: int, causal: bool | str, window: tuple[int, int]) -> None:
     check(backend, qkv(batch=1, n=n, m=m), causal=causal, window=window)
 
 
@@ -530,7 +530,7 @@ def test_row18_windows(backend: str, n: int, m: int, causal: bool | str, window:
     [((2**63 - 1, -1), (-1, -1)), ((0, 2**63), (0, -1)), ((2**31, 2**31 - 1), None)],
     ids=str,
 )
-def test_row18_windows_wider_than_any_sequence(
+def test_windows_wider_than_any_sequence(
     backend: str, causal: bool | str, window: tuple[int, int], same: tuple[int, int] | None
 ) -> None:
     leaves = qkv(n=35, m=33)
@@ -541,19 +541,19 @@ def test_row18_windows_wider_than_any_sequence(
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(65, 5), (27, 1), (6, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row21_grouped_heads(backend: str, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+def test_grouped_heads(backend: str, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     check(backend, qkv(batch=1, heads=heads, kv_heads=kv_heads, n=33, m=17), dtype, causal=True)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_row23_second_gpu_while_the_first_is_current(backend: str) -> None:
+def test_second_gpu_while_the_first_is_current(backend: str) -> None:
     leaves = [t.float().to("cuda:1") for t in qkv().values()]
     if DEVICES[backend] == "cuda":
         expected = plain(metattn.attention, q=leaves[0], k=leaves[1], v=leaves[2])
         torch.testing.assert_close(metattn.attention(*leaves, backend=backend), expected)
 
 
-def test_row25_dropout_of_none_and_of_all(backend: str) -> None:
+def test_dropout_of_none_and_of_all(backend: str) -> None:
     leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv().items()}
     call = partial(metattn.attention, **leaves, backend=backend)
     assert torch.equal(call(dropout_p=0.0, dropout_seed=3), call())
@@ -588,7 +588,7 @@ def dropout_masks(backend: str, seed: int, p: float = 0.3) -> list[Tensor]:
     return [(t != 0).cpu() for t in (o, ot, dv.mT, dvt.mT)]
 
 
-def test_row26_one_mask_in_all_maps_and_backends(backend: str) -> None:
+def test_one_mask_in_all_maps_and_backends(backend: str) -> None:
     p = 0.3
     masks = dropout_masks(backend, 7, p)
     for mask in (*masks, *dropout_masks(backend, 7, p), *dropout_masks("reference", 7, p)):
@@ -600,11 +600,11 @@ def test_row26_one_mask_in_all_maps_and_backends(backend: str) -> None:
         assert abs(fraction - expected) <= 4 * math.sqrt(expected * (1 - expected) / count)
 
 
-def test_row26_dropout_in_both_orders(backend: str) -> None:
+def test_dropout_in_both_orders(backend: str) -> None:
     check(backend, qkv(n=33, m=65), dropout_p=0.4, dropout_seed=11, causal=True)
 
 
-def test_row26_drawn_seeds_come_from_torchs_generator(backend: str) -> None:
+def test_drawn_seeds_come_from_torchs_generator(backend: str) -> None:
     leaves = [t.to(DEVICES[backend], torch.float32) for t in qkv().values()]
 
     def drawn(seed: int) -> list[Tensor]:
@@ -619,11 +619,11 @@ def test_row26_drawn_seeds_come_from_torchs_generator(backend: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 1e4])
-def test_row27_scales(backend: str, scale: float) -> None:
+def test_scales(backend: str, scale: float) -> None:
     check(backend, qkv(n=65, m=67, d=16), scale=scale)
 
 
-def test_row28_gradients_carry_a_graph_to_the_third_order(backend: str) -> None:
+def test_gradients_carry_a_graph_to_the_third_order(backend: str) -> None:
     dtype, close = torch.float64, {"rtol": 1e-9, "atol": 1e-11}
     if backend == "triton":
         dtype, close = torch.float32, {"rtol": 1e-3, "atol": 1e-4}
@@ -673,7 +673,7 @@ class Calls:
 @pytest.mark.parametrize(
     "wanted", [("q",), ("k",), ("v",), ("bias",), ("q", "v"), ("k", "bias")], ids="-".join
 )
-def test_row29_only_some_inputs_are_differentiated(
+def test_only_some_inputs_are_differentiated(
     backend: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = qkv() | {"bias": randn(1, 2, 5, 7)}
@@ -697,7 +697,7 @@ def test_row29_only_some_inputs_are_differentiated(
         assert all(t is None or not t.any() for t in gradients)
 
 
-def test_row29_undefined_cotangents(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undefined_cotangents(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch, backend)
     leaves = [t.to(DEVICES[backend], torch.float32).requires_grad_() for t in qkv().values()]
     o, lse = metattn.attention(*leaves, return_lse=True, backend=backend)
@@ -714,7 +714,7 @@ def test_row29_undefined_cotangents(backend: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask"])
-def test_row30_changed_in_place_between_forward_and_backward(backend: str, name: str) -> None:
+def test_changed_in_place_between_forward_and_backward(backend: str, name: str) -> None:
     leaves = {n: t.to(DEVICES[backend], torch.float32).requires_grad_() for n, t in qkv().items()}
     others = {"bias": randn(5, 7).to(DEVICES[backend]).float(), "mask": mask_of(5, 7).to(DEVICES[backend])}
     tensors: Leaves = leaves | others
@@ -726,7 +726,7 @@ def test_row30_changed_in_place_between_forward_and_backward(backend: str, name:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_row31_autocast_around_forward_alone(backend: str, dtype: torch.dtype) -> None:
+def test_autocast_around_forward_alone(backend: str, dtype: torch.dtype) -> None:
     def autocast(**arguments: Any) -> Any:
         with torch.autocast(DEVICES[backend], dtype=dtype):
             return metattn.attention(**arguments)
@@ -747,7 +747,7 @@ def test_row31_autocast_around_forward_alone(backend: str, dtype: torch.dtype) -
         assert relative_error(t, exact[name]) <= 3 * torch.finfo(dtype).eps, name
 
 
-def test_row31_autocast_around_both_orders(backend: str) -> None:
+def test_autocast_around_both_orders(backend: str) -> None:
     leaves = {name: t.to(DEVICES[backend]).float() for name, t in qkv(n=17, m=33).items()}
     o, lse = (t.detach() for t in metattn.attention(**leaves, return_lse=True))
     seeds = seeds_for(leaves, o, lse)
@@ -759,7 +759,7 @@ def test_row31_autocast_around_both_orders(backend: str) -> None:
         assert torch.equal(t, outside[name]), name
 
 
-def test_row33_a_thousand_repeats_are_bit_equal(backend: str, request: pytest.FixtureRequest) -> None:
+def test_a_thousand_repeats_are_bit_equal(backend: str, request: pytest.FixtureRequest) -> None:
     """Each map by itself, on two threads, with sums over heads, rows and blocks."""
     shapes = ((1, 2, 70, 8), (1, 1, 67, 8), (1, 1, 67, 8), (70, 67), (2,), (2,))
     q, k, v, bias, sinks, slopes = (
@@ -789,7 +789,7 @@ def test_row33_a_thousand_repeats_are_bit_equal(backend: str, request: pytest.Fi
             assert torch.equal(found, expected), f"result {index} of repeat {repeat}"
 
 
-def test_row34_two_backward_passes(backend: str) -> None:
+def test_two_backward_passes(backend: str) -> None:
     leaves = [t.to(DEVICES[backend], torch.float32).requires_grad_() for t in qkv().values()]
     o = metattn.attention(*leaves, backend=backend)
     once = torch.autograd.grad(o.sum(), leaves, retain_graph=True, create_graph=True)
@@ -804,7 +804,7 @@ def test_row34_two_backward_passes(backend: str) -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_row35_inputs_between_bands_of_nan(backend: str) -> None:
+def test_inputs_between_bands_of_nan(backend: str) -> None:
     """What lies around an input is neither read nor written."""
     bands: list[tuple[Tensor, Tensor]] = []
 
@@ -853,7 +853,7 @@ SECOND_ORDER = """
 """
 
 
-def test_row35_heap_checked_by_the_c_library(backend: str) -> None:
+def test_heap_checked_by_the_c_library(backend: str) -> None:
     """Every block that a kernel allocates has guard bytes behind it, looked at when it is freed."""
     library = next(Path("/").glob("lib/*/libc_malloc_debug.so.0"), None)
     if backend == "triton" or DEVICES[backend] != "cpu" or library is None:
@@ -872,7 +872,7 @@ def test_row35_heap_checked_by_the_c_library(backend: str) -> None:
     assert run_python(code, **tunables) == "intact"
 
 
-def test_row36_after_fork(backend: str) -> None:
+def test_after_fork(backend: str) -> None:
     if DEVICES[backend] != "cpu":
         pytest.skip("CUDA cannot be used after a fork")
     code = (
@@ -892,7 +892,7 @@ def test_row36_after_fork(backend: str) -> None:
     assert run_python(code) == "0 True"
 
 
-def test_row36_eight_threads_on_a_cold_cache(backend: str) -> None:
+def test_eight_threads_on_a_cold_cache(backend: str) -> None:
     if backend == "triton":
         pytest.skip("it computes in float32, this test's process in float64")
     code = (
@@ -914,7 +914,7 @@ def test_row36_eight_threads_on_a_cold_cache(backend: str) -> None:
     assert run_python(code) == "True"
 
 
-def test_row36_in_a_dataloader_worker(backend: str) -> None:
+def test_in_a_dataloader_worker(backend: str) -> None:
     if DEVICES[backend] != "cpu":
         pytest.skip("CUDA cannot be used after a fork")
     code = (
@@ -933,7 +933,7 @@ def test_row36_in_a_dataloader_worker(backend: str) -> None:
     assert run_python(code) == "True"
 
 
-def test_row36_one_thread_gives_the_same_bits(backend: str) -> None:
+def test_one_thread_gives_the_same_bits(backend: str) -> None:
     leaves = {
         name: t.to(DEVICES[backend], torch.float32)
         for name, t in qkv(batch=1, heads=1, n=300, m=290, d=16).items()
@@ -955,7 +955,7 @@ def test_row36_one_thread_gives_the_same_bits(backend: str) -> None:
                 assert torch.equal(t, results[0][name]), name
 
 
-def test_row36_threads_in_one_process(backend: str) -> None:
+def test_threads_in_one_process(backend: str) -> None:
     leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(n=65, m=67).items()}
     call = partial(metattn.attention, causal=True, return_lse=True, backend=backend)
     o, lse = (t.detach() for t in call(**leaves))
@@ -1016,9 +1016,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-def test_row37_transforms(
-    backend: str, transform: Callable[[Callable[..., Tensor]], Callable[..., Any]]
-) -> None:
+def test_transforms(backend: str, transform: Callable[[Callable[..., Tensor]], Callable[..., Any]]) -> None:
     dtype, close = torch.float64, {"rtol": 1e-9, "atol": 1e-11}
     if backend == "triton":
         dtype, close = torch.float32, {"rtol": 1e-4, "atol": 1e-5}
@@ -1043,9 +1041,7 @@ SEQUENCES = {
 
 @pytest.mark.parametrize(("ends_q", "ends_k"), SEQUENCES.values(), ids=SEQUENCES.keys())
 @pytest.mark.parametrize("causal", [False, "bottom-right"])
-def test_row39_packed_sequences(
-    backend: str, ends_q: list[int], ends_k: list[int], causal: bool | str
-) -> None:
+def test_packed_sequences(backend: str, ends_q: list[int], ends_k: list[int], causal: bool | str) -> None:
     if in_interpreter(backend) and len(ends_q) > 100:
         pytest.skip("the interpreter would take hours for so many programs")
     cu_q, cu_k = torch.tensor(ends_q, dtype=torch.int32), torch.tensor(ends_k, dtype=torch.int32)
@@ -1116,7 +1112,7 @@ class TestRow40BrokenExtension:
         assert reason in report
 
 
-def test_row40_without_the_extension_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "metattn.backends.native", None)
     monkeypatch.delitem(backends._loaded, "cpu", raising=False)
     monkeypatch.delitem(backends._reasons, "cpu", raising=False)
@@ -1125,7 +1121,7 @@ def test_row40_without_the_extension_module(monkeypatch: pytest.MonkeyPatch) -> 
     assert "metattn.backends.native" in reason
 
 
-def test_row42_memory_is_poisoned_during_the_suite(backend: str) -> None:
+def test_memory_is_poisoned_during_the_suite(backend: str) -> None:
     assert torch.empty(1000, device=DEVICES[backend]).isnan().all()
     leaves = {
         name: t.to(DEVICES[backend], torch.float32).requires_grad_()
