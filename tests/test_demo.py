@@ -110,7 +110,9 @@ def test_missing_extra_is_said_before_any_work(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else found(name))
     assert cli.main(["demo", "--out", str(tmp_path / "made")]) == 1
-    assert "metattn demo needs rich: pip install 'metattn[demo]'" in capsys.readouterr().err
+    assert (
+        "metattn demo needs rich: pip install matplotlib numpy rich scikit-learn" in capsys.readouterr().err
+    )
     assert not (tmp_path / "made").exists()
 
 

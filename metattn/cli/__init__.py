@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import metattn
 
+# What the extras of pyproject.toml ask for, to be installed from any index, whether metattn is there or not.
+EXTRAS = {"demo": ("matplotlib", "numpy", "rich", "scikit-learn"), "bench": ("matplotlib", "rich")}
 COMMANDS = {
     "demo": "meta-learn sinusoids and handwritten digits with twice-differentiable attention",
     "bench": "measure the four maps and the second-order step against torch on this machine",
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.split(".")[0] in ("metattn", "torch"):
             raise
         print(
-            f"metattn {wanted} needs {error.name}: pip install 'metattn[{wanted}]'",
+            f"metattn {wanted} needs {error.name}: pip install {' '.join(EXTRAS.get(wanted, [error.name]))}",
             file=sys.stderr,
         )
         return 1

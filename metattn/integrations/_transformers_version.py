@@ -6,7 +6,7 @@ import re
 
 import transformers
 
-OLDEST = (5, 20)  # as the extra metattn[transformers] asks for
+OLDEST = (5, 20)  # as the extra `transformers` asks for
 
 
 def check(version: str) -> None:
@@ -14,7 +14,7 @@ def check(version: str) -> None:
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST:
         raise ImportError(
             f"transformers: expected version {OLDEST[0]}.{OLDEST[1]} or later, got {version}: "
-            "pip install 'metattn[transformers]'"
+            f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}'"
         )
 
 
