@@ -73,7 +73,7 @@ def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None
         if torch.compiler.is_dynamo_compiling() and internals.duals_from_outside():
             _refuse_duals()
         if problem.backend == "reference":  # differentiable by itself, and what it does can be compiled
-            return layout.run(getattr(load("reference"), layout.name), problem, given, needs)
+            return layout.run(reference, problem, given, needs)
         return operators_of(problem.backend).call(layout, problem, given, needs)
     tensors = internals.alive(layout.join(given))
     if internals.transformed() or internals.recorded_below() or internals.batched_in_backward(tensors):
@@ -87,8 +87,7 @@ def _compute(layout: Layout, problem: Problem, needs: Needs | None, tensors: Ten
     """A map on the backend, flat; nothing is differentiated here."""
     found = _plainly(layout, problem, needs, tensors)
     if found is None:
-        function = getattr(load(problem.backend), layout.name)
-        found = layout.run(function, problem, layout.split(tensors), needs)
+        found = layout.run(load(problem.backend), problem, layout.split(tensors), needs)
     return found
 
 
@@ -96,10 +95,8 @@ def _plainly(
     layout: Layout, problem: Problem, needs: Needs | None, tensors: Tensors
 ) -> tuple[Any, ...] | None:
     """The same by an operator of fewer arguments, None where the backend or the call has none."""
-    if problem.backend != "cpu":
-        return None
-    found: tuple[Any, ...] | None = load("cpu").run_plain(layout, problem, needs, tensors)
-    return found
+    run_plain = load(problem.backend).run_plain
+    return None if run_plain is None else run_plain(layout, problem, needs, tensors)
 
 
 def _refuse_duals() -> None:
@@ -498,7 +495,7 @@ def _by_reference(
             tensors = list(values)
             for place, value in zip(places, x, strict=True):
                 tensors[place] = value
-            results = VJP_JVP.run(reference.vjp_jvp, problem, VJP_JVP.split(tensors), needs)
+            results = VJP_JVP.run(reference, problem, VJP_JVP.split(tensors), needs)
             there = [result for result in results if result is not None]
             return torch.stack([(r * c).sum() for r, c in zip(there, along, strict=True)]).sum()
 
@@ -517,7 +514,7 @@ def _reference_jvp(
         x if x is None or t is None else internals.with_tangent(x, t)
         for x, t in zip(layout.join(given), layout.join(move), strict=True)
     ]
-    found = layout.run(getattr(reference, layout.name), problem, layout.split(duals), needs)
+    found = layout.run(reference, problem, layout.split(duals), needs)
     return tuple([x if x is None else _tangent(x) for x in found])
 
 

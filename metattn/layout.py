@@ -55,8 +55,10 @@ class Layout:
     The groups' members may be anything, not tensors alone: a layout of `needs_input_grad` holds bools.
     """
 
-    def __init__(self, name: str, groups: tuple[str, ...], *, results: bool, gradients: bool) -> None:
-        self.name, self.groups = name, groups
+    def __init__(
+        self, name: str, groups: tuple[str, ...], of: Callable[[Any], Any], *, results: bool, gradients: bool
+    ) -> None:
+        self.name, self.groups, self.of = name, groups, of  # of: the map of a backend
         self.gives_results, self.gives_gradients = results, gradients
         self.gives_tangents = results and "tangents" in groups  # of the results
         self.size_given = results * len(Results._fields) + gradients * len(Primals._fields)
@@ -97,19 +99,19 @@ class Layout:
             arguments.append(needs)
         return arguments
 
-    def run(
-        self, function: Callable[..., Any], problem: Problem, given: Given, needs: Needs | None
-    ) -> tuple[Any, ...]:
-        """A backend's function of this map on a call: what it gives, flat."""
-        found: tuple[Any, ...] = function(problem, *self.spread(given, needs))
+    def run(self, backend: Any, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
+        """A backend's map on a call: what it gives, flat."""
+        found: tuple[Any, ...] = self.of(backend)(problem, *self.spread(given, needs))
         return (*found[0], *found[1]) if self.gives_results and self.gives_gradients else found
 
 
 _FIRST = ("primals", "constants")
 _SECOND = (*_FIRST, "results", "cotangents", "tangents")
-FORWARD = Layout("forward", _FIRST, results=True, gradients=False)
-VJP = Layout("vjp", (*_FIRST, "results", "cotangents"), results=False, gradients=True)
-JVP = Layout("jvp", (*_FIRST, "results", "tangents"), results=True, gradients=False)
-VJP_JVP = Layout("vjp_jvp", (*_SECOND, "results_t"), results=False, gradients=True)
-DOUBLE_BACKWARD = Layout("double_backward", _SECOND, results=True, gradients=True)
+FORWARD = Layout("forward", _FIRST, lambda b: b.forward, results=True, gradients=False)
+VJP = Layout("vjp", (*_FIRST, "results", "cotangents"), lambda b: b.vjp, results=False, gradients=True)
+JVP = Layout("jvp", (*_FIRST, "results", "tangents"), lambda b: b.jvp, results=True, gradients=False)
+VJP_JVP = Layout("vjp_jvp", (*_SECOND, "results_t"), lambda b: b.vjp_jvp, results=False, gradients=True)
+DOUBLE_BACKWARD = Layout(
+    "double_backward", _SECOND, lambda b: b.double_backward, results=True, gradients=True
+)
 MAPS = {layout.name: layout for layout in (FORWARD, VJP, JVP, VJP_JVP, DOUBLE_BACKWARD)}

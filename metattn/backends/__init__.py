@@ -1,9 +1,7 @@
 """The backends, and the one function that picks.
 
-Each backend's module offers forward, vjp, jvp, vjp_jvp and double_backward, and says why it cannot serve:
-`unavailable_reason()` for this machine, `unsupported(problem, primals, constants)` for one call.
-`reuses_dq(problem, primals, constants, needs)` says whether its double_backward has a use for the gradient
-that vjp gave for q; None, that it never has. All but the reference have OPERATORS.
+What a backend's module offers is the Protocol `Backend` (metattn.backends.contract). All but the reference
+have OPERATORS besides.
 """
 
 from __future__ import annotations
@@ -15,14 +13,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from metattn.caller import level_of_caller
 from metattn.problem import Constants, Primals, Problem
+
+if TYPE_CHECKING:
+    from metattn.backends.contract import Backend
 
 IMPORTING_PROCESS = os.getpid()  # a child that was forked from it has none of its threads
 NAMES = ("reference", "cpu", "cuda", "triton")
@@ -37,7 +37,7 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}  
 MANY_SCORES = 10**6  # a head's, from which on the reference is felt
 
 _told = False
-_loaded: dict[str, ModuleType] = {}
+_loaded: dict[str, Any] = {}
 _reasons: dict[str, str | None] = {}
 _loading = threading.RLock()  # a library is loaded, and its operators described, once
 
@@ -52,17 +52,19 @@ _named: ContextVar[str | None] = ContextVar("metattn_backend", default=None)
 _named_for_dynamo: str | None = None
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The module of a backend."""
     if name not in _loaded:
         _loaded[name] = importlib.import_module(MODULES[name])
-    return _loaded[name]
+    found: Backend = _loaded[name]
+    return found
 
 
 def operators_of(name: str) -> Any:
     """A backend's operators, which carry their derivatives."""
     if name != "reference":
-        return load(name).OPERATORS
+        loaded: Any = load(name)
+        return loaded.OPERATORS
     from metattn.backends import operators  # slow to import, and there where operators are
 
     with _loading:

@@ -107,4 +107,4 @@ class Operators(operators.Operators):
 OPERATORS = Operators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
 double_backward = OPERATORS.double_backward
-reuses_dq = None
+reuses_dq = run_plain = None

@@ -193,7 +193,7 @@ def define(namespace: str, backend: str, maps: Any) -> None:
 def _kernel(layout: Layout, backend: str, maps: Any) -> Callable[..., tuple[Tensor, ...]]:
     def kernel(*arguments: Any) -> tuple[Tensor, ...]:
         problem, tensors, needs = parsed(layout, backend, arguments)
-        found = layout.run(getattr(maps, layout.name), problem, layout.split(tensors), needs)
+        found = layout.run(maps, problem, layout.split(tensors), needs)
         return _tensors(found, arguments[0])
 
     return kernel

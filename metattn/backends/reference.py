@@ -34,7 +34,7 @@ def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str
     return None
 
 
-reuses_dq = None
+reuses_dq = run_plain = None
 
 
 # Packed sequences.

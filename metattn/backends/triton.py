@@ -617,3 +617,4 @@ operators.describe("metattn_triton", lambda q: "triton")
 _BACKEND = _Backend()
 forward, vjp, jvp, vjp_jvp = _BACKEND.forward, _BACKEND.vjp, _BACKEND.jvp, _BACKEND.vjp_jvp
 double_backward, reuses_dq = _BACKEND.double_backward, _BACKEND.reuses_dq
+run_plain = None

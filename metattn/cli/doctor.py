@@ -80,9 +80,14 @@ def examine() -> dict[str, Any]:
     }
 
 
+def _triton() -> Any:
+    """The module, for what no other backend has."""
+    return backends.load("triton")
+
+
 def self_test(backend: str) -> float:
     """Relative error of a small second-order step beside torch's math path in float64, the worst output's."""
-    interpreted = backend == "triton" and backends.load(backend).interpreted()
+    interpreted = backend == "triton" and _triton().interpreted()
     device = "cpu" if interpreted or backend in ("reference", "cpu") else "cuda"
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, 2, 33, 16, generator=generator) for _ in range(7)]
@@ -110,7 +115,7 @@ def tiles() -> dict[str, Any]:
     """How many tuned tiles the Triton backend uses here, from which file, and why none are."""
     if backends.unavailable_reason("triton") is not None:
         return {"tuned": 0, "file": None, "reason": "backend triton is unavailable"}
-    triton = backends.load("triton")
+    triton = _triton()
     table = tuned.table(triton.gpu(triton.device_at_hand()))
     return {"tuned": len(table.tiles), "file": table.path and str(table.path), "reason": table.reason}
 
