@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metattn
 from metattn import autodiff
-from metattn.backends import available_backends
-from metattn.layout import MAPS
+from metattn.backends import available_backends, operators
+from metattn.layout import MAPS, Layout
 from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -440,6 +440,14 @@ class TestOperators:
         )
         for a, b in zip(function(*arguments), function(*arguments, tf32=True), strict=True):
             assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("layout", MAPS.values(), ids=lambda layout: layout.name)
+    def test_the_compiled_schema_is_pythons(self, layout: Layout) -> None:
+        compiled = getattr(torch.ops.metattn, layout.name).default._schema
+        python = torch._C.parse_schema(f"{layout.name}{operators.schema(layout)}")
+        arguments = [(each.name, str(each.type)) for each in compiled.arguments if each.name != "tf32"]
+        assert arguments == [(each.name, str(each.type)) for each in python.arguments]
+        assert len(compiled.returns) == len(python.returns) == layout.size_given
 
     def test_flops(self) -> None:
         """Products with the N×M matrix, 2·N·M·d each: 2 forward, 5 vjp, 5 jvp, 10 vjp_jvp, 15 both."""
