@@ -1,4 +1,4 @@
-# make build | demo | test | lint | bench | aot | asan | gpu | wheel | clean
+# make build | demo | test | lint | bench | docs | aot | asan | gpu | wheel | clean
 # PYTHON=python3.12 make test   uses that interpreter as it is, installing nothing (machines without a network).
 SHELL := /bin/bash -euo pipefail
 PYTHON ?=
@@ -16,7 +16,7 @@ endif
 BUILT := build/.built-$(subst /,_,$(PY))
 SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: build demo test lint bench aot aot-check check-triton race-check isa-check asan cuda-report gpu wheel check-wheel clean
+.PHONY: build demo test lint bench docs aot aot-check check-triton race-check isa-check asan cuda-report gpu wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -51,6 +51,17 @@ lint: $(ENVIRONMENT)
 bench: build
 	$(PY) -m metattn bench --out benchmarks/results/cpu --page docs/benchmark.md
 	$(PY) -m benchmarks.training_steps --out benchmarks/results/training-steps --page README.md
+
+# The site, in build/site; a warning is an error. Pages are laid out as in the sources, so that their links hold.
+docs: build
+	$(PY) -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
+		$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements-docs.txt
+	rm -rf build/pages build/site
+	mkdir -p build/pages/benchmarks build/pages/examples
+	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs docs/site/index.md build/pages
+	cp -r benchmarks/results build/pages/benchmarks
+	cp -r examples/*.py examples/results build/pages/examples
+	$(PY) -m sphinx -q -W --keep-going -c docs/site build/pages build/site
 
 # Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
 aot: $(ENVIRONMENT)

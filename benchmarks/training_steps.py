@@ -181,7 +181,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     lines = [
         "| a training step | metattn, ms | PyTorch's math path / metattn | the formula / metattn | "
-        "memory: math path, formula → metattn |",
+        "MiB: math path, formula, metattn |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
@@ -191,7 +191,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"{row['times']['metattn']['median'] * 1e3:.0f}",
             ratio(row["ratios"]["PyTorch"]),
             ratio(row["ratios"]["formula"]),
-            f"{memory['PyTorch']}, {memory['formula']} → {memory['metattn']} MiB",
+            f"{memory['PyTorch']}, {memory['formula']}, {memory['metattn']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     about = results["machine"]

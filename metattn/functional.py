@@ -98,7 +98,7 @@ def attention(
         window: (left, right), -1 = no limit: -left ≤ j - (i + offset) ≤ right, offset causal's, or M - N.
         scale: a number, or a tensor that holds one and is no input to a derivative; 1/sqrt(d) unless given.
         softcap: c > 0 bounds the scores to (-c, c) before bias is added.
-        alibi_slopes: [Hq] or [B, Hq]: adds -slope·|i + M - N - j|.
+        alibi_slopes: [Hq] or [B, Hq]: adds -slope·abs(i + M - N - j).
         sinks: [Hq] or [B, Hq], a logit more in each row's softmax, that attends to nothing.
         dropout_p: probability of dropping a weight, always applied.
         dropout_seed: same seed, same mask, on every backend; None draws one from torch's generator.
@@ -313,7 +313,7 @@ class Explanation:
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
-    """Which backend attention(q, k, v, **options) runs on, and why not each other one; nothing is computed.
+    """Which backend attention() runs on with these arguments, and why not the others; nothing is computed.
 
     With cu_seqlens_q among the options the call is varlen_attention's. Raises what the call would raise, and
     TypeError for an option that neither function has.
