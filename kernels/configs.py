@@ -185,6 +185,10 @@ def choose(
     return Config(fitted_rows, fitted_keys, max(1, warps // fewer), stages)
 
 
+# Widest heads of which sm_100 has tensor memory for that.
+TWICE_FEATURES = {"vjp_keys": 128, "vjp_jvp_keys": 32}
+
+
 def slot(kernel: str, features: int, itemsize: int) -> tuple[str, int, int]:
     """(kernel, width, bytes of an element): what has a configuration of its own."""
     return kernel, next(width for width in WIDTHS if features <= width), 2 if itemsize == 2 else 4
@@ -212,6 +216,15 @@ def is_whole(architecture: str, features: int, itemsize: int, n: int, m: int) ->
 def in_one_sweep(architecture: str, features: int, itemsize: int) -> bool:
     """Whether the row pass that does all of a double backward in one sweep has registers for it."""
     return features <= ONE_SWEEP_FEATURES[architecture][0 if itemsize == 2 else 1]
+
+
+def multiplies_twice(architecture: str, kernel: str, features: int) -> bool:
+    """Whether a column pass multiplies two-byte weights of queries in two parts.
+
+    On sm_100 each product of a chain has accumulators of its own in tensor memory, 512 columns in all: a kernel
+    that needs more compiles to a trap.
+    """
+    return architecture != "sm100" or features <= TWICE_FEATURES[kernel]
 
 
 def choose_whole(kernel: str, itemsize: int, n: int, m: int) -> Config:

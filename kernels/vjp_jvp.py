@@ -119,6 +119,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     HEAD: tl.constexpr = FORM[2]
     VALUE: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[4]
+    TWICE: tl.constexpr = FORM[5]
     dk, dv = state
     call, given, wanted, place = block.call, block.given, block.wanted, block.place
     k, b, v, c = block.held
@@ -181,7 +182,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
     alone: tl.constexpr = given.statistics is None
     return (
         # in two parts: rows' cotangents may cancel what their queries share
-        products.add_product(products.add_product(dk, drt, q, PRECISION, True), dr, a, PRECISION, True),
+        products.add_product(products.add_product(dk, drt, q, PRECISION, TWICE), dr, a, PRECISION, TWICE),
         products.add_product(dv, ptz, do, PRECISION, alone),
     )
 
@@ -189,7 +190,7 @@ def visit_queries(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr)
 @triton.jit
 def vjp_jvp_keys(
     call, given, wanted, blocks, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
-    VALUE: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE: tl.constexpr, PRECISION: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
     """dKt and dVt of a block of keys, summed over the query heads that share it."""
     place, first = tiles.block_of_keys(call, blocks, KEYS)
@@ -210,6 +211,7 @@ def vjp_jvp_keys(
         for member in range(call.group):
             one = tiles.at_head(place, place.kv_head * call.group + member)
             block = Block(call, given, wanted, one, span, first, (k, b, v, c), None)
-            dk, dv = tiles.sweep(visit_queries, (dk, dv), block, span, (ROWS, KEYS, HEAD, VALUE, PRECISION))
+            FORM: tl.constexpr = (ROWS, KEYS, HEAD, VALUE, PRECISION, TWICE)
+            dk, dv = tiles.sweep(visit_queries, (dk, dv), block, span, FORM)
         memory.store_keys(wanted.dk, at, key_ids, inside, dk, call.scale, HEAD)
         memory.store_keys(wanted.dv, at, key_ids, inside, dv, 1.0, VALUE)

@@ -328,7 +328,10 @@ class Planner:
         if visits >= LONG and not whole:
             given, wanted = arguments
             arguments = given, wanted._replace(room=self.room_for_sums(name, programs, size))
-        self.start(kernel, programs, config, *arguments, blocks)
+        twice = {}
+        if of_keys:
+            twice["TWICE"] = whole or configs.multiplies_twice(self.here.architecture, name, self.features)
+        self.start(kernel, programs, config, *arguments, blocks, **twice)
 
     def room_for_sums(self, kernel: str, programs: int, rows: int) -> Room:
         """Room for what each program of a kernel sums up, over all partners of so many rows or keys."""
