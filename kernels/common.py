@@ -22,6 +22,29 @@ def sink_probability(call, place, statistics):
 
 
 @triton.jit
+def beside_sink(call, given, place, statistics):
+    """1 − Ps of each row [*]; 1 where no sink makes what dS or dSt sum to a difference of large numbers."""
+    if (call.sinks is None) | ((given.dlse is None) & (given.sigma is None)):
+        return tl.zeros_like(statistics.reference) + 1.0
+    else:
+        left = 1.0 - sink_probability(call, place, statistics)
+        return tl.where(statistics.reference == float("inf"), 1.0, left)
+
+
+@triton.jit
+def where_known(call, given, place, statistics, total):
+    """A row's sum, NaN where few digits are left of it: nothing is taken for lacking then."""
+    return tl.where(beside_sink(call, given, place, statistics) > 1.0 / 4096, total, float("nan"))
+
+
+@triton.jit
+def nearest(call, given, place, i, statistics):
+    """What distances of each row [*] are counted from: scores.nearest, or 0 where Σ dS is not known well."""
+    left = beside_sink(call, given, place, statistics)
+    return tl.where(left < 0.5, 0.0, scores.nearest(call, place, i))
+
+
+@triton.jit
 def known_sum(call, given, at, row_ids, inside, statistics):
     """Σ dS of each row [*] over the keys: dL, and D·Ps with a sink."""
     total = tl.zeros_like(statistics.reference)
@@ -29,7 +52,8 @@ def known_sum(call, given, at, row_ids, inside, statistics):
         total += memory.load_statistic(given.dlse, at, row_ids, inside).to(tl.float32)
     if call.sinks is not None:
         total += sink_probability(call, at, statistics) * statistics.d
-    return tl.where(statistics.reference == float("inf"), 0.0, total)
+    total = tl.where(statistics.reference == float("inf"), 0.0, total)
+    return where_known(call, given, at, statistics, total)
 
 
 @triton.jit
@@ -41,7 +65,8 @@ def known_sum_of_tangent(call, given, place, statistics):
         if given.sigma is not None:
             moved += memory.load_per_head(given.sigma, place)
         total += sink_probability(call, place, statistics) * (statistics.dt + statistics.d * moved)
-    return tl.where(statistics.reference == float("inf"), 0.0, total)
+    total = tl.where(statistics.reference == float("inf"), 0.0, total)
+    return where_known(call, given, place, statistics, total)
 
 
 @triton.jit

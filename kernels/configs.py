@@ -221,7 +221,7 @@ def in_one_sweep(architecture: str, features: int, itemsize: int) -> bool:
 def multiplies_twice(architecture: str, kernel: str, features: int) -> bool:
     """Whether a column pass multiplies two-byte weights of queries in two parts.
 
-    On sm_100 each product of a chain has accumulators of its own in tensor memory, 512 columns in all: a kernel
+    On sm_100 each product of a chain has accumulators of its own in tensor memory, of 512 columns: a kernel
     that needs more compiles to a trap.
     """
     return architecture != "sm100" or features <= TWICE_FEATURES[kernel]

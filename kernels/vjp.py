@@ -70,16 +70,18 @@ def add_distances(far, block, seen, ds):
         return far
     else:
         call, place = block.call, block.place
-        beyond = scores.distance(place, seen.i, seen.j) - scores.nearest(call, place, seen.i)
+        near = common.nearest(call, block.given, place, seen.i, rowstats.as_column(block.statistics))
+        beyond = scores.distance(place, seen.i, seen.j) - near
         return far + tl.sum(ds * beyond, 1)
 
 
 @triton.jit
-def store_slope_shares(call, wanted, place, first, far, known, ROWS: tl.constexpr):
+def store_slope_shares(call, given, wanted, place, first, far, known, statistics, ROWS: tl.constexpr):
     """−Σ dS·distance of each row, where it is wanted; known: what dS sums to."""
     if wanted.dslopes is not None:
         row_ids = tl.arange(0, ROWS)
-        share = -(far + known * scores.nearest(call, place, first + row_ids))
+        near = common.nearest(call, given, place, first + row_ids, statistics)
+        share = -(far + tl.where(near == 0.0, 0.0, known * near))
         at = tiles.moved(place, first, 0)
         memory.store_statistic(wanted.dslopes, at, row_ids, first + row_ids < place.n, share)
 
@@ -111,7 +113,7 @@ def vjp_rows(
             state = (products.zeros_if(wanted.dq, ROWS, HEAD), zero, zero)
             dq, lack, far = tiles.sweep(visit_keys, state, block, span, FORM)
             known = common.known_sum(call, given, at, row_ids, inside, statistics)
-            store_slope_shares(call, wanted, place, first, far, known, ROWS)
+            store_slope_shares(call, given, wanted, place, first, far, known, statistics, ROWS)
             dq = common.add_mean_key(dq, lack, known, call.softcap, block, call.k, 1.0, HEAD, FORM)
             memory.store_rows(wanted.dq, at, row_ids, inside, dq, call.scale, HEAD)
 

@@ -104,7 +104,7 @@ def vjp_jvp_rows(
             dq, lack, lack_b, far = tiles.sweep(visit_keys, state, block, span, FORM)
             known_b = common.known_sum(call, given, at, row_ids, inside, statistics)
             known = common.known_sum_of_tangent(call, given, place, statistics)
-            store_slope_shares(call, wanted, place, first, far, known, ROWS)
+            store_slope_shares(call, given, wanted, place, first, far, known, statistics, ROWS)
             bent = call.softcap
             dq = common.add_mean_key(dq, lack, known, bent, block, call.k, 1.0, HEAD, FORM)
             dq = common.add_mean_key(dq, lack_b, known_b, bent, block, given.b, 1.0, HEAD, FORM)

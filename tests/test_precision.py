@@ -187,11 +187,24 @@ class TestFarKeys:
     """Rows whose keys all are some hundred places away."""
 
     @dtypes
-    @pytest.mark.parametrize(("names", "factor"), [(("alibi",), 1.0), (("alibi", "sinks"), 0.01)])
+    @pytest.mark.parametrize(
+        ("names", "factor"), [(("alibi",), 1.0), (("alibi", "sinks"), 0.01), (("alibi", "sinks"), 0.1)]
+    )
     def test_slopes(self, names: tuple[str, ...], factor: float, dtype: torch.dtype, backend: str) -> None:
         shape = Shape(batch=2, heads=2, n=20, m=150, d=8, dv=8)
         call = make_call((*names, "causal"), shape, dtype)
         call.inputs["alibi_slopes"] *= factor
+        check(call, backend, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("more", "offset"), [(5.0, 2.0), (15.0, 0.0)])
+    def test_a_sink_that_has_nearly_all_weight(
+        self, more: float, offset: float, dtype: torch.dtype, backend: str
+    ) -> None:
+        """What dS sums to is a small difference of large numbers; keys may have a part in common."""
+        call = make_call(("sinks",), Shape(batch=1, heads=2, n=20, m=150, d=16, dv=16), dtype)
+        call.inputs["sinks"] += more
+        call.inputs["k"] = with_offset(call.inputs["k"], offset)
         check(call, backend, dtype)
 
 

@@ -233,6 +233,7 @@ struct KeySweepResults {
   T* rows;    // [kLanes][padded(d) or padded(dv)]
   int64_t wide_d;
   int64_t row_part = 0;
+  int64_t nearest[kRows];  // distance of each row, around which it is summed
 
   // Terms of a sum over rows.
   static int64_t rows_of_sums(const Params& p) { return p.heads / larger(1, p.kv_heads) * p.n; }
@@ -283,10 +284,10 @@ struct KeySweepResults {
     if (want_slopes) add_slopes(tile, r, d_scores);
   }
   void add_slopes(const Tile& tile, int64_t r, const T* d_scores) {
-    const int64_t i = tile.row0 + r, nearest = nearest_distance(p, tile.s, i);
     double total = 0;
     for (int64_t j = 0; j < tile.keys; ++j)
-      total += static_cast<double>(d_scores[j]) * static_cast<double>(alibi_distance(tile.s, i, tile.key0 + j) - nearest);
+      total += static_cast<double>(d_scores[j]) *
+               static_cast<double>(alibi_distance(tile.s, tile.row0 + r, tile.key0 + j) - nearest[r]);
     *slope_sum(tile, tile.key0 / p.key_chunk) += total;
   }
   double* slope_sum(const Tile& tile, int64_t chunk) const {
@@ -316,7 +317,7 @@ struct KeySweepResults {
     const bool adds = visited && first >= span.key0 && first < span.key0 + span.keys;
     if (want_slopes && adds && scores != nullptr)
       for (int64_t r = 0; r < tile.rows; ++r)
-        *slope_sum(tile, span.chunk) += static_cast<double>(scores[r]) * static_cast<double>(nearest_distance(p, tile.s, tile.row0 + r));
+        if (nearest[r] != 0) *slope_sum(tile, span.chunk) += static_cast<double>(scores[r]) * static_cast<double>(nearest[r]);
     if (!want_q || (!visited && !span.first)) return;
     if (!visited) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
     sums.finish_over_keys(grad_q, tile.rows, p.d);
@@ -417,6 +418,8 @@ struct GradientSweep {
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     if (asks_sums()) find_sums(tile);
+    for (int64_t r = 0; results.want_slopes && r < tile.rows; ++r)
+      results.nearest[r] = sink_has_most(tile, r) ? 0 : nearest_distance(p, tile.s, tile.row0 + r);
     results.begin_rows(tile, lse.dead, row);
   }
   bool asks_sums() const { return WeightedSums<A>::kRounds || results.want_slopes; }
@@ -429,6 +432,10 @@ struct GradientSweep {
         sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
       if (p.sinks) sums_of_ds[r] += D[r] * sink_probability(tile, r);
     }
+  }
+  // Then what dS sums to over the keys is a small difference of large numbers.
+  bool sink_has_most(const Tile& tile, int64_t r) const {
+    return p.sinks && (p.d_lse || p.lse_t) && !lse.dead[r] && sink_probability(tile, r) > T{0.5};
   }
   T sink_probability(const Tile& tile, int64_t r) const {
     return lse.probability_of(r, load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)));

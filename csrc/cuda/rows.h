@@ -155,7 +155,8 @@ static METATTN_DEVICE void count_weights(const Params& p, Rows<T>& lack, const F
   }
 }
 
-// What rows' dS or, tangent, dSt sum to: dL + D·Ps, and Dt·Ps + D·Pst with Pst = Ps·(σ − τ).
+// What rows' dS or, tangent, dSt sum to: dL + D·Ps, and Dt·Ps + D·Pst with Pst = Ps·(σ − τ). NaN where few digits are
+// left of that: nothing is taken for lacking then.
 template <class T>
 static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, const Statistics<T>& known, int warp_row,
                                           int64_t mine, bool tangent, Rows<T>& sums) {
@@ -171,7 +172,9 @@ static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, c
         sum += sink_probability(p, place, known.reference[r], known.log_total[r]) *
                (tangent ? known.dt[r] + known.d[r] * moved : known.d[r]);
       }
-      sums.x[slot][h] += sum;
+      constexpr T kLeast = T{1} / 4096;
+      const bool known_well = beside_sink(p, place, known.reference[r], known.log_total[r]) > kLeast;
+      sums.x[slot][h] += known_well ? sum : kInfinity<T> - kInfinity<T>;
     }
 }
 
@@ -560,6 +563,7 @@ struct GradientRows {
     Fragment<T, Columns> acc;
     Rows<T> lack = Rows<T>::filled(0), lack_b = Rows<T>::filled(0);
     Distances far;
+    if (Full && p.grad_slopes != nullptr) far.start(p, place, known, warp_row, mine);
     Aside<T> aside = Aside<T>::template of<kSums>(p, block);
     const Rows<T> same = Rows<T>::filled(1);
     const bool shares = Full && p.grad_slopes != nullptr && block.chunk() == 0;
@@ -578,7 +582,7 @@ struct GradientRows {
       }
       differentiate<Full, Second>(at, window, known, warp_row);
       if (p.own_bias && block.chunk() == 0) store_bias(p, place, mine, key0, at.ds);
-      if (shares) far.add(p, place, known, warp_row, mine, key0, at);
+      if (shares) far.add(place, known, warp_row, mine, key0, at);
       if (!p.grad_q) return;
       add_weighted(acc, at.outer, tiles.k, first, p.twice);
       count_weights<S>(p, lack, at.outer);
@@ -615,6 +619,16 @@ struct GradientRows {
   // Sums over the keys of dS·(distance − the nearest), of P times the same, and of dS and P themselves.
   struct Distances {
     Rows<T> of_ds = Rows<T>::filled(0), of_p = Rows<T>::filled(0), ds = Rows<T>::filled(0), mass = Rows<T>::filled(0);
+    Rows<T> nearest = Rows<T>::filled(0);
+    METATTN_DEVICE void start(const Params& p, const Place& place, const Statistics<T>& known, int warp_row, int64_t row0) {
+      METATTN_EACH_LANE(slot, lane)
+        METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+          const int r = lane / 4 + 8 * h, at = warp_row + r;
+          if (row0 + r >= place.s.n || known.idle(at)) continue;
+          if (beside_sink(p, place, known.reference[at], known.log_total[at]) < T{0.5}) continue;
+          nearest.x[slot][h] = static_cast<T>(nearest_distance(p, place.s, row0 + r));
+        }
+    }
     template <class F>
     METATTN_DEVICE void each(F f) {
       f(0, of_ds);
@@ -622,21 +636,18 @@ struct GradientRows {
       f(4, ds);
       f(6, mass);
     }
-    METATTN_DEVICE void add(const Params& p, const Place& place, const Statistics<T>& known, int warp_row, int64_t row0,
-                            int64_t key0, const Scores<T, kTiles>& at) {
+    METATTN_DEVICE void add(const Place& place, const Statistics<T>& known, int warp_row, int64_t row0, int64_t key0,
+                            const Scores<T, kTiles>& at) {
       Fragment<T, kTiles> weights = at.s, terms = at.ds;
       gain(ds, terms);
       weights.each([&](T& value, int r, int c, int slot, int t, int e) {
-        const int64_t i = row0 + r;
-        const T beyond = static_cast<T>(alibi_distance(place.s, i, key0 + c) - nearest_distance(p, place.s, i));
         value = probability(value, known.reference[warp_row + r], known.log_total[warp_row + r]);
-        terms.x[slot][t][e] *= beyond;
+        terms.x[slot][t][e] *= static_cast<T>(alibi_distance(place.s, row0 + r, key0 + c)) - nearest.x[slot][e / 2];
       });
       gain(of_ds, terms);
       gain(mass, weights);
-      weights.each([&](T& value, int r, int c, int, int, int) {
-        const int64_t i = row0 + r;
-        value *= static_cast<T>(alibi_distance(place.s, i, key0 + c) - nearest_distance(p, place.s, i));
+      weights.each([&](T& value, int r, int c, int slot, int, int e) {
+        value *= static_cast<T>(alibi_distance(place.s, row0 + r, key0 + c)) - nearest.x[slot][e / 2];
       });
       gain(of_p, weights);
     }
@@ -654,10 +665,12 @@ struct GradientRows {
       METATTN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
         if (lane % 4 != 0 || i >= place.s.n) continue;
-        const T mass = far.mass.x[slot][h], lack = sums.x[slot][h] - far.ds.x[slot][h];
-        const T beyond = far.of_ds.x[slot][h] + (mass > 0 ? lack / mass * far.of_p.x[slot][h] : 0);
+        const T mass = far.mass.x[slot][h], nearest = far.nearest.x[slot][h], sum = sums.x[slot][h];
+        const T share = (sum - far.ds.x[slot][h]) / mass;  // of what is lacking, a unit of P's
+        const bool sink_has_most = known.idle(warp_row + static_cast<int>(i - mine)) || mass < T{0.5};
         *statistic_at<T>(p, kSlopeShare, place, i) =
-            -(beyond + sums.x[slot][h] * static_cast<T>(nearest_distance(p, place.s, i)));
+            -(far.of_ds.x[slot][h] + (sink_has_most || !is_finite(share) ? 0 : share * far.of_p.x[slot][h]) +
+              (nearest == 0 ? 0 : sum * nearest));
       }
   }
 

@@ -231,6 +231,12 @@ static METATTN_DEVICE T sink_probability(const Params& p, const Place& place, T 
   return exponential((per_head<T>(p.sinks, place) - reference) - log_total);
 }
 
+// What rows' dS, and dSt, sum to over the keys are small differences of large numbers where a sink has most of the weight.
+template <class T>
+static METATTN_DEVICE T beside_sink(const Params& p, const Place& place, T reference, T log_total) {
+  return p.sinks && (p.d_lse || p.lse_t) ? 1 - sink_probability(p, place, reference, log_total) : T{1};
+}
+
 // A warp finds out the statistics of its rows from `first` on; tell: and tells the column pass.
 template <class S, class T>
 static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, const Statistics<T>& known, int warp_row,
