@@ -11,6 +11,7 @@ from metattn.cli._measure import peak_memory
 
 def main() -> None:
     request = json.load(sys.stdin)
+    step_of(**request, length=64)()  # threads, code and small buffers exist afterwards
     print(json.dumps({"bytes": peak_memory(step_of(**request))}))
 
 

@@ -325,6 +325,7 @@ Tensor head_gradient(const Call& call, const Tensor& given, const char* name, ch
 Gradients new_gradients(Call& call, int64_t needs) {
   Params& p = call.p;
   const Problem& given = call.given;
+  STD_TORCH_CHECK(needs >= 0 && needs < 2 * metattn::kNeedSlopes, "metattn: needs names more gradients than there are");
   STD_TORCH_CHECK(!(needs & metattn::kNeedBias) || given.bias, "metattn: a bias gradient is asked for without a bias");
   p.needs = needs;
   Gradients made;
