@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from metattn.cli._files import json_text
+from metattn.bench.files import json_text
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEATURES = (32, 64, 80, 96, 128, 256)

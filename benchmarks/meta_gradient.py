@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import metattn
-from metattn.cli._files import json_text
-from metattn.cli._measure import in_fresh_process, interleave, machine, per_round
-from metattn.cli._tables import ratio
+from metattn.bench.files import json_text
+from metattn.bench.tables import ratio
+from metattn.measure import in_fresh_process, interleave, machine, per_round
 from metattn.meta import SGD, adapt
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 64, 4, 2, 256, 8

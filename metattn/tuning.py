@@ -26,9 +26,9 @@ from torch import Tensor
 from metattn import backends
 from metattn.backends import triton, tuned
 from metattn.backends.plans import Launch
-from metattn.cli._measure import Timing, interleave
 from metattn.kernels import configs
 from metattn.kernels.configs import Config
+from metattn.measure import Timing, interleave
 from metattn.problem import NO_CONSTANTS, Constants, Primals, Problem
 
 MAPS = ("forward", "vjp", "jvp", "vjp_jvp")

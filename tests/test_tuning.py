@@ -22,7 +22,7 @@ from metattn import backends
 from metattn.backends import triton, tuned
 from metattn.backends.plans import Launch
 from metattn.cli import doctor
-from metattn.cli._measure import Timing
+from metattn.measure import Timing
 
 if backends.unavailable_reason("triton") is not None:
     pytest.skip(f"backend triton: {backends.unavailable_reason('triton')}", allow_module_level=True)

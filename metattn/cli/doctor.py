@@ -14,7 +14,7 @@ import torch
 import metattn
 from metattn import backends, installation
 from metattn.backends import native, tuned
-from metattn.cli._measure import machine
+from metattn.measure import machine
 
 OLDEST_TORCH = (2, 10)
 # Working float32 attention at the size below is off by less than 1e-6, a broken kernel by far more.
