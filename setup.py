@@ -462,6 +462,7 @@ setup(
     packages=[
         "metattn",
         "metattn.backends",
+        "metattn.backends.triton",
         "metattn.bench",
         "metattn.cli",
         "metattn.integrations",

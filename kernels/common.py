@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import absent
 
-from metattn.kernels import memory, products, row_tiles, scores, tiles
+from . import memory, products, row_tiles, scores, tiles
+from .call import absent
 
 
 @triton.jit

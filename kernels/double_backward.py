@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics, absent
-from metattn.kernels.jvp import block_of_means, finite_or_0, inverse_or_0, mean_tangent
-from metattn.kernels.vjp import row_statistics
-from metattn.kernels.vjp_jvp import second_order, sink_share
 
-from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
+from . import common, memory, products, row_tiles, rowstats, scores, tiles
+from .call import Block, Statistics, absent
+from .jvp import block_of_means, finite_or_0, inverse_or_0, mean_tangent
+from .vjp import row_statistics
+from .vjp_jvp import second_order, sink_share
 
 
 @triton.jit

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import LOG2E, absent
 
-from metattn.kernels import memory
+from . import memory
+from .call import LOG2E, absent
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Timing and peak memory of the GPU benchmark's contestants, and the state of the GPU they were measured on."""
+"""Timing and peak memory of the GPU benchmark's contestants, and the state of the GPU."""
 
 from __future__ import annotations
 

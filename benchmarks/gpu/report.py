@@ -1,4 +1,4 @@
-"""The GPU benchmark's results as Markdown: a short summary with ratios and goals, and every contestant's times."""
+"""The GPU benchmark's results as Markdown: a summary with ratios and goals, and every contestant's times."""
 
 from __future__ import annotations
 
