@@ -57,10 +57,11 @@ docs: build
 	$(PY) -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
 		$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements-docs.txt
 	rm -rf build/pages build/site
-	mkdir -p build/pages/benchmarks build/pages/examples
+	mkdir -p build/pages/benchmarks build/pages/examples/scenarios
 	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs docs/site/index.md build/pages
 	cp -r benchmarks/results build/pages/benchmarks
-	cp -r examples/*.py examples/results build/pages/examples
+	cp examples/*.py build/pages/examples
+	cp -r examples/scenarios/*.py examples/scenarios/results build/pages/examples/scenarios
 	$(PY) -m sphinx -q -W --keep-going -c docs/site build/pages build/site
 
 # Compiles the Triton kernels for GPUs that need not be there, and reads what came out.

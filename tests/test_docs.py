@@ -86,7 +86,7 @@ def test_readme_is_short() -> None:
 
 
 def test_scenarios_page_is_made_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "scenarios")
     results = importlib.import_module("results")
     assert (ROOT / "docs/scenarios.md").read_text() == results.page()
     scenarios = {one["scenario"] for one in results.kept()}

@@ -1,4 +1,4 @@
-"""examples/in_context.py: its prompts, estimators of which the errors are known, and its smallest form."""
+"""examples/scenarios/in_context.py: prompts, estimators with known errors, the smallest form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import in_context as scenario
 

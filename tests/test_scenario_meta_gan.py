@@ -1,4 +1,4 @@
-"""examples/meta_gan.py: its distributions, distance and penalty; and its smallest form."""
+"""examples/scenarios/meta_gan.py: its distributions, distance and penalty; and its smallest form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import meta_gan as scenario
 from meta_gan import Critic, Tasks, critic_loss, sliced_wasserstein

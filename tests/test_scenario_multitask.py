@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import multitask
 from multitask import FAMILIES, SHOTS, SIZES, WAYS, ContextLearner, Family, Way

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import navigation
 from navigation import FASTEST, SIZES, EpisodePolicy, Episodes, PositionPolicy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import neural_process
 from neural_process import LEAST, LENGTHS, MOST, NOISE, REACH, SCALES, SIZES, Tasks, TransformerProcess

@@ -1,4 +1,4 @@
-"""examples/sequence_copy.py: its ciphers, MAML against eager attention, and its smallest form."""
+"""examples/scenarios/sequence_copy.py: its ciphers, MAML against eager attention, and its smallest form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from helpers import relative_error
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import sequence_copy as scenario
 

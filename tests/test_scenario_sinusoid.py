@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import sinusoid
 from sinusoid import ADAPTED, IN_CONTEXT, MAML, SIZES, ContextLearner

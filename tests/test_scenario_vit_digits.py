@@ -1,4 +1,4 @@
-"""examples/vit_digits.py: its images, penalty and attacks; and its smallest form."""
+"""examples/scenarios/vit_digits.py: its images, penalty and attacks; and its smallest form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
 import vit_digits as scenario
 

@@ -1,6 +1,6 @@
 """In-context linear regression: a causal transformer reads examples and predicts the next value.
 
-    python examples/in_context.py
+    python examples/scenarios/in_context.py
 
 Source: Garg, Tsipras, Liang and Valiant 2022 (arXiv 2208.01066), section 3 and appendix A. A prompt is x_1,
 w·x_1, x_2, w·x_2, … with x ~ N(0, I_d) and w ~ N(0, I_d), without noise; the model predicts w·x_i at x_i's

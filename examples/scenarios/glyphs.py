@@ -1,6 +1,6 @@
 """Few-shot classification of glyphs that a program draws: prototypes, MAML, and attention to the support.
 
-    python examples/glyphs.py
+    python examples/scenarios/glyphs.py
 
 A class is a set of one to three random cubic Bézier strokes. An image of it, 28×28, is drawn with the control
 points moved, turned, stretched, sheared and shifted, and with a pen of its own width. Classes for training,

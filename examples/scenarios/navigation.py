@@ -1,6 +1,6 @@
 """2-D navigation: a policy that one step of the policy gradient takes to a new goal (MAML for RL).
 
-    python examples/navigation.py
+    python examples/scenarios/navigation.py
 
 A point starts in the middle of the unit square and is to reach a goal in it, drawn anew for each task, which
 it is not shown. It sees its position; its velocity is clipped to [−0.1, 0.1] in each direction; the reward is

@@ -1,6 +1,6 @@
 """A GAN that learns a new distribution from few points in few steps: WGAN-GP inside Reptile.
 
-    python examples/meta_gan.py
+    python examples/scenarios/meta_gan.py
 
 Sources: Gulrajani et al. 2017 (arXiv 1704.00028), algorithm 1: a critic whose slope between real and
 generated samples is pulled to 1 by λ·(‖∂D/∂x‖ − 1)², λ = 10, Adam with β = (0, 0.9); and Clouâtre and

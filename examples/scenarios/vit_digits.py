@@ -1,6 +1,6 @@
 """A vision transformer of torch's own modules, made twice differentiable in a line, learns not to be fooled.
 
-    python examples/vit_digits.py
+    python examples/scenarios/vit_digits.py
 
 Source: Drucker and LeCun 1992 (double backpropagation, IEEE Transactions on Neural Networks 3(6)) and Ross
 and Doshi-Velez 2018 (arXiv 1711.09404): beside the loss E its gradient in the *input* is made small, E +

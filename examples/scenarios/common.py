@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a plain checkout need not be installed
 
 import torch
 

@@ -1,6 +1,6 @@
 """Amortised clustering: a set transformer reads a cloud of points and writes down the mixture that fits it.
 
-    python examples/clustering.py
+    python examples/scenarios/clustering.py
 
 Source: Lee et al. 2019 (arXiv 1810.00825), section 5.3 and 2.3.1 of its supplement. A set has n ~ U{100…500}
 points in the plane from a mixture of 4 Gaussians: means U(-4, 4) in each coordinate, standard deviation 0.3,

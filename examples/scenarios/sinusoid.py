@@ -1,6 +1,6 @@
 """Few-shot regression of sinusoids: MAML's network as published, and attention with the points as context.
 
-    python examples/sinusoid.py
+    python examples/scenarios/sinusoid.py
 
 Source: Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.1. A task is y = A·sin(x − φ) with
 A ~ U[0.1, 5], φ ~ U[0, π] and x ~ U[−5, 5]. A network of two hidden layers of 40 ReLU units is meta-trained

@@ -1,6 +1,6 @@
 """Bernoulli bandits: a causal Transformer learns from reward alone to explore, and then to exploit.
 
-    python examples/bandits.py
+    python examples/scenarios/bandits.py
 
 An episode is a new bandit of K arms, each of which pays 1 with a chance p ~ U[0, 1] of its own, and N pulls.
 The policy is never told the chances: at each pull it sees which arms it pulled in this episode and what they

@@ -1,6 +1,6 @@
 """A transformer neural process against the exact Gaussian process: regression in one forward pass.
 
-    python examples/neural_process.py
+    python examples/scenarios/neural_process.py
 
 Source: Nguyen and Grover 2022 (arXiv 2207.04179), section 5.1, TNP-D: the one-dimensional meta-regression
 of Kim et al. 2019 (arXiv 1901.05761). A task is a draw of a Gaussian process with an RBF kernel whose length

@@ -1,6 +1,6 @@
 """One learner for sines, lines, parabolas and steps: joint training, ANIL and MAML, in context or not.
 
-    python examples/multitask.py
+    python examples/scenarios/multitask.py
 
 A task is a function of one of four families, drawn anew, of which 10 points are known; the learner is not
 told the family. One network for all of them is trained in six ways. It is given the known points as a context

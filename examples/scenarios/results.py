@@ -1,4 +1,4 @@
-"""Makes docs/scenarios.md of the results that are kept in examples/results: `python examples/results.py`."""
+"""Makes docs/scenarios.md of the results kept beside this file: `python examples/scenarios/results.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common import FORMS, Row, figure_of
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results"
-PAGE = HERE.parent / "docs" / "scenarios.md"
+PAGE = HERE.parents[1] / "docs" / "scenarios.md"
 HEAD = """# Scenarios
 
 Tasks learned with attention, differentiated twice where that is called for, with published figures beside
@@ -22,7 +22,8 @@ ours where there are any. Each is one command in a checkout, with the Python in 
 (`.venv/bin/python`) or `pip install ".[demo,transformers]"` put what they need. It shows
 a live bar; Ctrl-C ends the training early. `--full` is as large as the source, where there is one with
 figures; `--tiny` takes seconds; `--seed` and `--out` are what they say. What a command writes, a JSON file
-and a picture, is kept in `examples/results`, and this page is made of it by `python examples/results.py`.
+and a picture, is kept in `examples/scenarios/results`. This page is made of them by
+`python examples/scenarios/results.py`.
 
 Figures are means ± half a 95 % confidence interval. Seconds are those of two virtual cores whose processor
 others used at the same time.
@@ -52,7 +53,8 @@ def page(folder: Path = KEPT) -> str:
         option = "" if form == "short" else f" --{form}"
         versions = results["machine"]["versions"]
         parts.append(
-            f"`python examples/{name}.py{option}`: {results['seconds']:.0f} s on {results['threads']} "
+            f"`python examples/scenarios/{name}.py{option}`: "
+            f"{results['seconds']:.0f} s on {results['threads']} "
             f"thread{'' if results['threads'] == 1 else 's'} "
             f"({results['processor_seconds']:.0f} s of processors), torch {versions['torch']}, "
             f"seed {results['seed']}. {results['protocol']}\n"
@@ -69,7 +71,7 @@ def page(folder: Path = KEPT) -> str:
             of = f" ({row.of})" if row.of and common_of is None else ""
             lines.append(f"| {row.quantity}{of} | {figure_of(row)} | {row.published or '–'} | {row.source} |")
         parts.append("\n".join(lines) + "\n")
-        parts.append(f"![{name}, {form} form](../examples/results/{name}-{form}.png)\n")
+        parts.append(f"![{name}, {form} form](../examples/scenarios/results/{name}-{form}.png)\n")
     return "\n".join(parts)
 
 

@@ -1,6 +1,6 @@
 """A Llama of Hugging Face transformers learns to learn ciphers, by MAML through metattn's attention.
 
-    python examples/sequence_copy.py
+    python examples/scenarios/sequence_copy.py
 
 Sources: Finn, Abbeel and Levine 2017 (arXiv 1703.03400) for MAML, Li et al. 2017 (arXiv 1707.09835,
 Meta-SGD) for step sizes that are learned with the weights, one for each element. The model is a small
