@@ -113,7 +113,7 @@ class Given(NamedTuple):
     last: None = None
 
 
-class Room(NamedTuple):
+class Workspace(NamedTuple):
     """Float32 memory that a program has for itself, `size` elements each."""
 
     ptr: Any
@@ -132,7 +132,7 @@ class Wanted(NamedTuple):
     dbias: Any  # of a bias that is nowhere broadcast
     dsinks: Any  # float32 [B, Hq, N]: each row's share
     dslopes: Any  # likewise
-    room: Any  # Room, where a sweep is so long that its sums are put aside (spans.py)
+    workspace: Any  # where a sweep is so long that its sums are put aside (spans.py)
     last: None = None
 
 

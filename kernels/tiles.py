@@ -133,18 +133,18 @@ def sweep(
 ):  # fmt: skip
     """Applies `body` to the state for every partner block of a span: the unmasked ones, then the others.
 
-    Where there is room to put sums aside, by spans of blocks: FRESH begins one, JOINED takes two as one.
+    With a workspace, sums are put aside by spans of blocks. FRESH begins one, JOINED takes two as one.
     """
     STEP: tl.constexpr = FORM[0]
     # one loop for those before and those behind: each copy of a body costs time to compile
     before = (span.full - span.first + STEP - 1) // STEP
     masked = before + (span.end - span.tail + STEP - 1) // STEP
-    room = context.wanted.room
-    if room is None:
+    workspace = context.wanted.workspace
+    if workspace is None:
         state = sweep_full(body, state, context, span.full, span.tail, FORM)
         return sweep_masked(body, state, context, span, before, 0, masked, FORM)
     else:
-        own = room.ptr + tl.cast(tl.program_id(0), tl.int64) * room.size
+        own = workspace.ptr + tl.cast(tl.program_id(0), tl.int64) * workspace.size
         spans.put(own, state)
         for first in range(span.full, span.tail, STEP * SPAN):
             end = tl.minimum(first + STEP * SPAN, span.tail)

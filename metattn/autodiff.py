@@ -43,8 +43,8 @@ from metattn.layout import (
     NO_RESULTS,
     VJP,
     VJP_JVP,
+    Arguments,
     Cotangents,
-    Given,
     Layout,
     Needs,
 )
@@ -62,11 +62,11 @@ def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Te
 
     lse [B, Hq, N, 2] is in two parts, whose sum it is (problem.Results).
     """
-    o, lse, _ = call_map(FORWARD, problem, Given(primals, constants))
+    o, lse, _ = call_map(FORWARD, problem, Arguments(primals, constants))
     return o, lse
 
 
-def call_map(layout: Layout, problem: Problem, given: Given, needs: Needs | None = None) -> Any:
+def call_map(layout: Layout, problem: Problem, given: Arguments, needs: Needs | None = None) -> Any:
     """A map of tensors that may be differentiated, recorded or compiled."""
     if torch.compiler.is_compiling():
         # another thread may be the one that compiles
@@ -190,7 +190,7 @@ def _of_log(parts: Tensor | None) -> Tensor | None:
     return None if parts is None else parts[..., 1]
 
 
-def _with_results(ctx: Any) -> Given:
+def _with_results(ctx: Any) -> Arguments:
     """What Forward was given, and gave."""
     *tensors, o, lse, o_lo = ctx.saved_tensors
     return FORWARD.split(tensors)._replace(results=Results(o, lse, o_lo))
@@ -329,7 +329,7 @@ class DoubleBackward(Function):
             return _lying_as(likes, (*results, *gradients))
 
 
-def _with_results_t(problem: Problem, given: Given) -> Given:
+def _with_results_t(problem: Problem, given: Arguments) -> Arguments:
     """With the results' tangents, found again where they are not among what is given."""
     if given.results_t.o is not None:
         return given
@@ -351,7 +351,7 @@ FUNCTIONS: dict[str, Any] = {
 # Derivatives that two Functions share.
 
 
-def _of_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Cotangents) -> tuple[Any, ...]:
+def _of_jvp(layout: Layout, ctx: Any, given: Arguments, cotangents: Cotangents) -> tuple[Any, ...]:
     """The gradients of ⟨cotangents, Jvp(p, t)⟩: its tangents enter linearly."""
     wanted = _wanted(layout, ctx)
     gradients: Tensors = NO_PRIMALS
@@ -366,7 +366,7 @@ def _of_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Cotangents) -> t
     return layout.gradients(primals=gradients, tangents=tangent_gradients)
 
 
-def _of_vjp_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Primals) -> tuple[Any, ...]:
+def _of_vjp_jvp(layout: Layout, ctx: Any, given: Arguments, cotangents: Primals) -> tuple[Any, ...]:
     """The gradients of ⟨cotangents, VjpJvp(p, do, dlse, t)⟩.
 
     In its tangents VjpJvp is its own transpose (a Hessian is symmetric); else they are the reference's.
@@ -386,7 +386,7 @@ def _of_vjp_jvp(layout: Layout, ctx: Any, given: Given, cotangents: Primals) -> 
     return layout.gradients(primals=gradients, cotangents=cotangent_gradients, tangents=tangent_gradients)
 
 
-def _moved_jvp(problem: Problem, given: Given, move: Given) -> Tensors:
+def _moved_jvp(problem: Problem, given: Arguments, move: Arguments) -> Tensors:
     """Jvp's tangents: along the tangents it is linear; along the primals they are the reference's."""
     found: Tensors = NO_RESULTS
     if _any(move.primals):
@@ -399,7 +399,7 @@ def _moved_jvp(problem: Problem, given: Given, move: Given) -> Tensors:
     return found
 
 
-def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Given, move: Given) -> Tensors:
+def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Arguments, move: Arguments) -> Tensors:
     """VjpJvp's tangents: linear in cotangents and tangents; along the primals the reference's."""
     found: Tensors = NO_PRIMALS
     if _any(move.primals):
@@ -443,7 +443,7 @@ def _own_dq(problem: Problem, needs: Needs, tensors: Tensors, dq: Tensor | None)
     return dq.detach().clone() if reuses(problem, given.primals, given.constants, needs) else None
 
 
-def _double_backward(problem: Problem, given: Given, needs: Needs, dq: Tensor | None) -> tuple[Any, ...]:
+def _double_backward(problem: Problem, given: Arguments, needs: Needs, dq: Tensor | None) -> tuple[Any, ...]:
     """Jvp and VjpJvp of Vjp's inputs; with what Vjp gave for q, where no graph is asked for."""
     tensors = DOUBLE_BACKWARD.join(given)
     if dq is None or internals.recording(tensors) or internals.batched_in_backward(tensors):
@@ -477,12 +477,11 @@ def _warn(what: str) -> None:
 
 
 def _by_reference(
-    problem: Problem, given: Given, cotangents: Primals, wanted: Given
+    problem: Problem, given: Arguments, cotangents: Primals, wanted: Arguments
 ) -> tuple[Primals, Cotangents]:
     """The gradients of ⟨cotangents, VjpJvp⟩ in the primals, do and dlse that are wanted."""
-    flags = VJP_JVP.join(
-        Given(wanted.primals, Constants(*(False,) * len(Constants._fields)), NO_RESULTS, wanted.cotangents)  # type: ignore[arg-type]
-    )
+    of_constants = Constants(*(False,) * len(Constants._fields))  # type: ignore[arg-type]
+    flags = VJP_JVP.join(Arguments(wanted.primals, of_constants, NO_RESULTS, wanted.cotangents))
     places = [place for place, flag in enumerate(flags) if flag]
     found: list[Tensor | None] = [None] * VJP_JVP.size
     if places:
@@ -507,7 +506,7 @@ def _by_reference(
 
 
 def _reference_jvp(
-    layout: Layout, problem: Problem, needs: Needs | None, given: Given, move: Given
+    layout: Layout, problem: Problem, needs: Needs | None, given: Arguments, move: Arguments
 ) -> Tensors:
     """The tangents of the reference's map, inside a Function's jvp: its operations have forward mode."""
     duals = [
@@ -539,9 +538,9 @@ def _gradients_lie_as(primals: Primals) -> Primals:
     return primals._replace(bias=None, sinks=None, slopes=None)
 
 
-def _still(given: Given) -> Given:
+def _still(given: Arguments) -> Arguments:
     """The saved tensors of a Function whose jvp is taken, without the tangents that are being propagated."""
-    return Given(
+    return Arguments(
         *(
             type(group)(*(x if x is None else internals.without_tangent(x) for x in group))  # type: ignore[arg-type]
             for group in given

@@ -1,7 +1,7 @@
 """Which tensors each map takes, and in which order: nobody else addresses them by position.
 
-A map's tensors come in groups, (primals, constants, results, …). `Given` holds the groups by name, a `Layout`
-turns them into the flat sequences that autograd Functions and operators take, and back.
+A map's tensors come in groups, (primals, constants, results, …). `Arguments` holds the groups by name. A
+`Layout` turns them into the flat sequences that autograd Functions and operators take, and back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_RESULTS = Results(None, None, None)  # type: ignore[arg-type]
 NO_COTANGENTS = Cotangents(None, None)
 
 
-class Given(NamedTuple):
+class Arguments(NamedTuple):
     """What a map may be given, by group; a group that it does not take holds None throughout."""
 
     primals: Primals
@@ -69,16 +69,17 @@ class Layout:
             self.size = self.parts[group].stop
         # of every group how it is made, where it is, and what stands for one that is not taken
         self._makers = [
-            (KINDS[group]._make, self.parts.get(group), Given._field_defaults.get(group)) for group in KINDS
+            (KINDS[group]._make, self.parts.get(group), Arguments._field_defaults.get(group))
+            for group in KINDS
         ]
 
-    def join(self, given: Given) -> tuple[Any, ...]:
+    def join(self, given: Arguments) -> tuple[Any, ...]:
         """All members, flat."""
         return tuple([member for group in self.groups for member in getattr(given, group)])
 
-    def split(self, members: Sequence[Any]) -> Given:
+    def split(self, members: Sequence[Any]) -> Arguments:
         """The inverse of join."""
-        return Given._make(
+        return Arguments._make(
             [default if part is None else make(members[part]) for make, part, default in self._makers]
         )
 
@@ -89,7 +90,7 @@ class Layout:
             found[self.parts[group]] = members
         return tuple(found)
 
-    def spread(self, given: Given, needs: Needs | None) -> list[Any]:
+    def spread(self, given: Arguments, needs: Needs | None) -> list[Any]:
         """What a backend's function of this map takes after the problem: the groups, and the needs."""
         arguments: list[Any] = []
         for group in self.groups:
@@ -99,7 +100,7 @@ class Layout:
             arguments.append(needs)
         return arguments
 
-    def run(self, backend: Any, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
+    def run(self, backend: Any, problem: Problem, given: Arguments, needs: Needs | None) -> tuple[Any, ...]:
         """A backend's map on a call: what it gives, flat."""
         found: tuple[Any, ...] = self.of(backend)(problem, *self.spread(given, needs))
         return (*found[0], *found[1]) if self.gives_results and self.gives_gradients else found

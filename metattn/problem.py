@@ -124,10 +124,10 @@ class Packing(NamedTuple):
     max_seqlen_k: int
 
 
-Call = tuple[Problem, Primals, Constants]
+CanonicalCall = tuple[Problem, Primals, Constants]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Call:
+def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> CanonicalCall:
     """The canonical form of a call on [B, H, N, d] tensors; the backend is the reference until chosen."""
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -147,7 +147,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Call:
     return _with_options(Primals(q, k, v, None, None, None), NO_CONSTANTS, options, (batch, q_heads, n, m))
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Call:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> CanonicalCall:
     """The canonical form of a call on packed [total, H, d] tensors: transposed views [1, H, total, d]."""
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -246,7 +246,7 @@ def _shapes(*tensors: Tensor) -> str:
 
 def _with_options(
     primals: Primals, constants: Constants, options: Options, full: tuple[int, int, int, int]
-) -> Call:
+) -> CanonicalCall:
     """Check the options and add them; `full` is [B, Hq, N, M] as masks see it."""
     mask, bias, causal, window, scale, softcap, slopes, sinks, dropout_p, dropout_seed = options
     q = primals.q

@@ -349,7 +349,7 @@ class _Recorder(planner.Planner):
     def config(self, kernel: str) -> Config:
         return self.trial or super().config(kernel)
 
-    def room(self, stand_in: Tensor, *, zero: bool = False) -> Tensor:
+    def allocate(self, stand_in: Tensor, *, zero: bool = False) -> Tensor:
         return torch.empty_like(stand_in, device=self.here.device).fill_(0.0 if zero else math.nan)
 
     def add(self, launch: Launch, *arguments: Any) -> None:

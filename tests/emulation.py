@@ -48,7 +48,7 @@ def install() -> None:
     """To be called before a backend is asked for."""
     torch.ops.load_library(LIBRARY)
     operators.describe("metattn_emulated", lambda q: "cuda")
-    cuda.OPERATORS = cuda.Operators("metattn_emulated")
+    cuda.OPERATORS = cuda.CudaOperators("metattn_emulated")
     for name in MAPS:
         setattr(cuda, name, getattr(cuda.OPERATORS, name))
     cuda.library = library  # type: ignore[assignment]

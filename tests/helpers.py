@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metattn
 from metattn.backends import operators, reference
-from metattn.layout import MAPS, Cotangents, Given
+from metattn.layout import MAPS, Arguments, Cotangents
 from metattn.problem import Constants, Options, Packing, Primals, Problem, dense
 from metattn.problem import packed as packed_problem
 
@@ -363,7 +363,7 @@ class RecordedMaps(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Given, Any]] = []
+        self.calls: list[tuple[str, Arguments, Any]] = []
 
     @property
     def names(self) -> list[str]:
@@ -388,7 +388,7 @@ def operator_arguments(call: Call) -> dict[str, tuple[Any, ...]]:
     results_t = module.jvp(problem, primals, constants, results, moves)
     needs = tuple(primal is not None for primal in primals)
     cotangents = Cotangents(results.o, results.lse[..., 1])
-    given = Given(primals, constants, results, cotangents, moves, results_t)
+    given = Arguments(primals, constants, results, cotangents, moves, results_t)
     return {
         name: operators.arguments_of(layout, problem, given, needs if layout.gives_gradients else None)
         for name, layout in MAPS.items()

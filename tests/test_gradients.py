@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import metattn
 from metattn import autodiff
 from metattn.autodiff import HigherOrderWarning
-from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Cotangents, Given
+from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Arguments, Cotangents
 from metattn.problem import Primals, Results
 
 SMALL = Shape(batch=1, heads=2, n=3, m=3, d=2, dv=1, lengths=((2, 2), (1, 0)))
@@ -96,8 +96,8 @@ class TestEachFunction:
 
         count = len(primals)
 
-        def given(*p: Tensor) -> Given:
-            start = Given(Primals(*p[:count]), constants)
+        def given(*p: Tensor) -> Arguments:
+            start = Arguments(Primals(*p[:count]), constants)
             return start._replace(results=Results(*autodiff.call_map(FORWARD, problem, start)))
 
         def vjp(*p: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ class TestEachFunction:
         def jvp(*p: Tensor) -> tuple[Any, ...]:
             return autodiff.call_map(JVP, problem, given(*p)._replace(tangents=Primals(*p[count:])))
 
-        def second(*p: Tensor) -> Given:
+        def second(*p: Tensor) -> Arguments:
             return given(*p)._replace(
                 cotangents=Cotangents(*p[count : count + 2]), tangents=Primals(*p[count + 2 :])
             )

@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vmap
 
 import metattn
 from metattn.backends import available_backends, operators, plain
-from metattn.layout import MAPS, Cotangents, Given, Layout, Needs
+from metattn.layout import MAPS, Arguments, Cotangents, Layout, Needs
 from metattn.problem import Options, Primals, Problem, Results, dense
 
 pytestmark = [
@@ -47,14 +47,14 @@ def draw(shape: Shape, dtype: torch.dtype, transposed: bool = False) -> list[Ten
     ]
 
 
-def given_of(tensors: list[Tensor], causal: bool | str) -> tuple[Problem, Given]:
+def given_of(tensors: list[Tensor], causal: bool | str) -> tuple[Problem, Arguments]:
     """A call's problem, and what any map of it may be given."""
     problem, primals, constants = dense(*tensors, Options(causal=causal))
     backend = metattn.backends.load("cpu")
     o, lse, o_lo = backend.forward(problem, primals, constants)
     tangents = Primals(*[x.cos() for x in primals[:3]], None, None, None)
     results_t = backend.jvp(problem, primals, constants, Results(o, lse, o_lo), tangents)
-    return problem, Given(
+    return problem, Arguments(
         primals, constants, Results(o, lse, o_lo), Cotangents(o.sin(), None), tangents, results_t
     )
 

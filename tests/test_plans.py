@@ -195,7 +195,7 @@ def test_a_plan_fills_its_places() -> None:
         given,
         [(room, False), (zeros, True)],
         [(launch, arguments)],
-        [plans.Made(result, zeros, lambda t: t.sum(0))],
+        [plans.Derived(result, zeros, lambda t: t.sum(0))],
         (Pair(room, None), Pair(result, None)),
     )
     seen: list[tuple[Any, ...]] = []

@@ -20,7 +20,7 @@ def is_ours(row: Row) -> bool:
     return row["contestant"] in BACKENDS
 
 
-class Table:
+class RowTable:
     """The measured rows by (case, step, contestant)."""
 
     def __init__(self, results: Results) -> None:
@@ -69,7 +69,7 @@ HVP = ((512, 512, 18.3), (256, 1024, 27.2), (128, 2048, 44.8), (64, 4096, 80.2))
 
 
 def goals(results: Results) -> list[Goal]:
-    table = Table(results)
+    table = RowTable(results)
     timed = [case for case in CASES if "forward" in case.steps]
     fused = [case.name for case in timed if not (case.needs_mask or case.bias)]
     d128 = [case.name for case in timed if case.d == 128]
@@ -88,7 +88,7 @@ def goals(results: Results) -> list[Goal]:
     ]
 
 
-def at_least(table: Table, step: str, peer: str, least: float, where: str, cases: list[str]) -> Goal:
+def at_least(table: RowTable, step: str, peer: str, least: float, where: str, cases: list[str]) -> Goal:
     """A peer's time over ours in the worst case that the peer takes; reached once all were measured."""
     what = f"{step}: {peer} / ours ≥ {least:g} {where}"
     lacking = [case for case in cases if broken(table.row(case, step, table.mine))]
@@ -109,7 +109,7 @@ def broken(row: Row) -> bool:
     return "wrong" in row or "cannot" in row
 
 
-def below(table: Table, case: str, limit: float, how: str = "") -> Goal:
+def below(table: RowTable, case: str, limit: float, how: str = "") -> Goal:
     """Our whole second-order step in less than so many ms."""
     what = f"{case}{how}: below {limit:g} ms"
     row = table.row(case, WHOLE, table.mine + how)
@@ -119,7 +119,7 @@ def below(table: Table, case: str, limit: float, how: str = "") -> Goal:
     return Goal(what) if ms is None else Goal(what, f"{ms:.3g} ms", ms < limit)
 
 
-def linear(table: Table, lengths: tuple[int, ...]) -> Goal:
+def linear(table: RowTable, lengths: tuple[int, ...]) -> Goal:
     """Peak memory at most 5 % more than doubles when N doubles."""
     what = f"N = {lengths[-1]:,} runs, its memory linear in N"
     rows = [row for row in table.memory if row["contestant"] == table.mine]
@@ -138,7 +138,7 @@ def linear(table: Table, lengths: tuple[int, ...]) -> Goal:
 
 
 def summary(results: Results) -> str:
-    table = Table(results)
+    table = RowTable(results)
     lines = [f"# {results['gpu']}", "", *header(results), ""]
     lines += [f"* {name}: {said}" for name, said in results["stages"].items()]
     lines += ["", *markdown_table(["goal", "", "measured"], [goal.cells() for goal in goals(results)], "---")]
@@ -176,13 +176,13 @@ def markdown_table(head: list[str], rows: list[list[str]], others: str = "---:")
     return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def summary_table(table: Table) -> list[str]:
+def summary_table(table: RowTable) -> list[str]:
     """One row a case."""
     head = ["case", *STEPS, "CUDA graph", "forward, predicted", "published", "published / ours"]
     return markdown_table(head, [summary_row(table, case) for case in table.cases])
 
 
-def summary_row(table: Table, case: str) -> list[str]:
+def summary_row(table: RowTable, case: str) -> list[str]:
     cells = [case, *(summary_cell(table, case, step) for step in STEPS)]
     graph = table.ms(case, WHOLE, table.mine + GRAPH)
     cells.append(f"{graph:.3g} ms" if graph is not None else "–")
@@ -194,7 +194,7 @@ def summary_row(table: Table, case: str) -> list[str]:
     return cells
 
 
-def summary_cell(table: Table, case: str, step: str) -> str:
+def summary_cell(table: RowTable, case: str, step: str) -> str:
     row = table.row(case, step, table.mine)
     if not row:
         return "–"
@@ -210,7 +210,7 @@ def short(name: str) -> str:
     return name.removeprefix("torch ")
 
 
-def memory_table(table: Table) -> list[str]:
+def memory_table(table: RowTable) -> list[str]:
     """Peak bytes of the second-order step over its inputs."""
     names = list(dict.fromkeys(row["contestant"] for row in table.memory))
     by_case: dict[str, dict[str, Row]] = {}
@@ -237,7 +237,7 @@ def memory_cell(row: Row | None) -> str:
 
 def details(results: Results) -> str:
     """Every median with its spread, and why what is not there is not there."""
-    table = Table(results)
+    table = RowTable(results)
     names = list(dict.fromkeys(row["contestant"] for row in table.rows))
     keys = dict.fromkeys((row["case"]["name"], row["step"]) for row in table.rows)
     if not keys:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metattn.layout import Cotangents, Given, Layout, Needs
+from metattn.layout import Arguments, Cotangents, Layout, Needs
 from metattn.problem import Constants, Primals, Results
 
 PER_HEAD = ("bias", "sinks", "slopes")  # these have a batch dimension of 1 where one serves all
@@ -47,7 +47,7 @@ class Fold:
         self.needs = dict(zip(Primals._fields, needs or (False,) * len(Primals._fields), strict=True))
         self.given = self._folded(given)
 
-    def _folded(self, given: Given) -> Given:
+    def _folded(self, given: Arguments) -> Arguments:
         dims = self.dims
         # one bias, or row of sinks or slopes, stays one where it serves all; a gradient or a tangent needs
         # each its own
@@ -62,7 +62,7 @@ class Fold:
             )
             for name in PER_HEAD
         }
-        return Given(
+        return Arguments(
             self._primals(given.primals, dims.primals, alone),
             self._constants(given.constants, dims.constants),
             Results(*map(self._row, given.results, dims.results)),  # type: ignore[arg-type]

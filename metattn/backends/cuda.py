@@ -97,14 +97,14 @@ def too_large(dtype: torch.dtype, d: int, dv: int, shared: int) -> str | None:
     return None if reason is None else f"{reason.decode()} (d = {d}, dv = {dv}, {dtype})"
 
 
-class Operators(operators.Operators):
+class CudaOperators(operators.Operators):
     """The maps as these operators take them: with what torch allows at the time."""
 
     def keywords(self) -> dict[str, Any]:
         return {"tf32": operators.allows_tf32()}
 
 
-OPERATORS = Operators("metattn")
+OPERATORS = CudaOperators("metattn")
 forward, vjp, jvp, vjp_jvp = OPERATORS.forward, OPERATORS.vjp, OPERATORS.jvp, OPERATORS.vjp_jvp
 double_backward = OPERATORS.double_backward
 reuses_dq = run_plain = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Cotangents, Given, Layout, Needs
+from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Arguments, Cotangents, Layout, Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
 
@@ -14,14 +14,19 @@ class Maps:
     """Five functions of `run`."""
 
     def run(
-        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+        self,
+        layout: Layout,
+        problem: Problem,
+        given: Arguments,
+        needs: Needs | None,
+        dq: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """What the map gives, flat, with None for what is not needed or not there."""
         raise NotImplementedError
 
     def forward(self, problem: Problem, primals: Primals, constants: Constants) -> Results:
         """o, lse, and what rounding o lost."""
-        return Results(*self.run(FORWARD, problem, Given(primals, constants), None))
+        return Results(*self.run(FORWARD, problem, Arguments(primals, constants), None))
 
     def vjp(
         self,
@@ -34,14 +39,14 @@ class Maps:
         needs: Needs,
     ) -> Primals:
         """The gradients of ⟨dO, O⟩ + ⟨dL, L⟩ for those primals that `needs` names, None for the others."""
-        given = Given(primals, constants, results, Cotangents(do, dlse))
+        given = Arguments(primals, constants, results, Cotangents(do, dlse))
         return Primals(*self.run(VJP, problem, given, needs))
 
     def jvp(
         self, problem: Problem, primals: Primals, constants: Constants, results: Results, tangents: Primals
     ) -> Results:
         """The tangents of what forward gives."""
-        given = Given(primals, constants, results, tangents=tangents)
+        given = Arguments(primals, constants, results, tangents=tangents)
         return Results(*self.run(JVP, problem, given, None))
 
     def vjp_jvp(
@@ -57,7 +62,7 @@ class Maps:
         needs: Needs,
     ) -> Primals:
         """The tangents of vjp's gradients along `tangents`, dO and dL held fixed; None where not needed."""
-        given = Given(primals, constants, results, Cotangents(do, dlse), tangents, results_t)
+        given = Arguments(primals, constants, results, Cotangents(do, dlse), tangents, results_t)
         return Primals(*self.run(VJP_JVP, problem, given, needs))
 
     def double_backward(
@@ -73,6 +78,6 @@ class Maps:
         dq: Tensor | None = None,
     ) -> tuple[Results, Primals]:
         """jvp and vjp_jvp at once; dq, the gradient that vjp gave for q, may spare work."""
-        given = Given(primals, constants, results, Cotangents(do, dlse), tangents)
+        given = Arguments(primals, constants, results, Cotangents(do, dlse), tangents)
         found = self.run(DOUBLE_BACKWARD, problem, given, needs, dq)
         return Results(*found[:3]), Primals(*found[3:])

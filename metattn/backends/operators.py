@@ -23,7 +23,7 @@ from metattn import torch_internals as internals
 from metattn.backends import inductor, plain, reference
 from metattn.backends.batching import Fold
 from metattn.backends.maps import Maps
-from metattn.layout import MAPS, Given, Layout, Needs
+from metattn.layout import MAPS, Arguments, Layout, Needs
 from metattn.problem import Primals, Problem, problem_of
 
 ROUNDED = (torch.bfloat16, torch.float16)  # dtypes of results that are computed in a wider one
@@ -62,7 +62,7 @@ def number_of(needs: Needs) -> int:
     return sum([1 << index for index, need in enumerate(needs) if need])
 
 
-def arguments_of(layout: Layout, problem: Problem, given: Given, needs: Needs | None) -> tuple[Any, ...]:
+def arguments_of(layout: Layout, problem: Problem, given: Arguments, needs: Needs | None) -> tuple[Any, ...]:
     """What a map's operator takes."""
     tensors = layout.join(given)
     settings = (
@@ -164,7 +164,7 @@ class Operators(Maps):
         return {}
 
     def call(
-        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None = None
+        self, layout: Layout, problem: Problem, given: Arguments, needs: Needs | None = None
     ) -> tuple[Any, ...]:
         """What the map gives, flat, by its operator, which carries the derivatives."""
         operator = getattr(getattr(torch.ops, self.namespace), layout.name).default
@@ -172,7 +172,12 @@ class Operators(Maps):
         return found_by(layout, given.primals.q, needs, tensors)
 
     def run(
-        self, layout: Layout, problem: Problem, given: Given, needs: Needs | None, dq: Tensor | None = None
+        self,
+        layout: Layout,
+        problem: Problem,
+        given: Arguments,
+        needs: Needs | None,
+        dq: Tensor | None = None,
     ) -> tuple[Any, ...]:
         with internals.below_autograd():
             return self.call(layout, problem, given, needs)
@@ -272,19 +277,19 @@ def _flops(layout: Layout) -> Callable[..., int]:
     return count
 
 
-def _products_of_vjp(given: Given, needs: Any) -> tuple[int, int]:
+def _products_of_vjp(given: Arguments, needs: Any) -> tuple[int, int]:
     """S; dP where there is a dO; then one product a gradient."""
     has_do = given.cotangents.do is not None
     return 1 + needs[0] + needs[1], has_do + (has_do and needs[2])
 
 
-def _products_of_jvp(given: Given) -> tuple[int, int]:
+def _products_of_jvp(given: Arguments) -> tuple[int, int]:
     there = Primals(*(tangent is not None for tangent in given.tangents))  # type: ignore[arg-type]
     moves_scores = there.q or there.k or there.bias or there.slopes
     return 1 + there.q + there.k, moves_scores + there.v  # type: ignore[operator, return-value]
 
 
-def _products_of_vjp_jvp(given: Given, needs: Any) -> tuple[int, int]:
+def _products_of_vjp_jvp(given: Arguments, needs: Any) -> tuple[int, int]:
     has_do = given.cotangents.do is not None
     has_q, has_k, has_v = (tangent is not None for tangent in given.tangents[:3])
     of_d = 1 + has_q + has_k + needs[0] * (1 + has_k) + needs[1] * (1 + has_q)

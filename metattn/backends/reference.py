@@ -40,7 +40,7 @@ reuses_dq = run_plain = None
 # Packed sequences.
 
 
-class Packing(NamedTuple):
+class Padding(NamedTuple):
     """Where the tokens of a packed tensor lie in a padded one, and the other way."""
 
     token: Tensor  # [S, longest] token of each padded row, or `total`, one past the last, where there is none
@@ -48,28 +48,28 @@ class Packing(NamedTuple):
     length: Tensor  # [S, 1, 1, 1]
 
 
-def _packing(cu: Tensor | None, longest: int, total: int) -> Packing | None:
+def _padding(cu: Tensor | None, longest: int, total: int) -> Padding | None:
     if cu is None:
         return None
     cu = cu.long()
     length = cu.diff().unsqueeze(1)
     local, token = torch.arange(longest, device=cu.device), torch.arange(total, device=cu.device)
     sequence = torch.searchsorted(cu, token, right=True) - 1
-    return Packing(
+    return Padding(
         token=torch.where(local < length, cu[:-1].unsqueeze(1) + local, total),
         row=sequence * longest + token - cu[sequence],
         length=length[:, :, None, None],
     )
 
 
-def _pad(x: Tensor, packing: Packing | None) -> Tensor:
+def _pad(x: Tensor, packing: Padding | None) -> Tensor:
     """[1, H, total, d] → [S, H, longest, d], zeros where a sequence is shorter; dense tensors pass."""
     if packing is None:
         return x
     return torch.cat([x[0], x.new_zeros(x.shape[1], 1, x.shape[3])], 1)[:, packing.token].transpose(0, 1)
 
 
-def _unpad(x: Tensor, packing: Packing | None) -> Tensor:
+def _unpad(x: Tensor, packing: Padding | None) -> Tensor:
     """[S, H, longest, d] → [1, H, total, d]: the inverse of _pad, and its transpose too."""
     if packing is None:
         return x
@@ -121,8 +121,8 @@ class State(NamedTuple):
     lse: Tensor  # [B, Hq, N, 2] float64: peak, and the log of the total over it
     alibi: Tensor  # [N, M] or [S, 1, N, M], what slopes are multiplied by
     alive: Tensor | None  # [1|B, 1|Hq, 1|N, 1|M] the entries that are attended to; None: all
-    rows: Packing | None
-    keys: Packing | None
+    rows: Padding | None
+    keys: Padding | None
 
     def queries(self, x: Tensor | None) -> Term:
         """A tensor shaped like q or o, in the compute dtype, zero in the rows that attend to nothing."""
@@ -143,7 +143,7 @@ class State(NamedTuple):
         return 0.0 if x is None else _columns(x.to(self.p.dtype), self.q.shape[1], self.alive, self.keys)
 
 
-def _columns(x: Tensor, heads: int, alive: Tensor | None, keys: Packing | None) -> Tensor:
+def _columns(x: Tensor, heads: int, alive: Tensor | None, keys: Padding | None) -> Tensor:
     x = _pad(x, keys)
     if x.shape[1] != heads:
         x = x.repeat_interleave(heads // x.shape[1], 1)
@@ -152,8 +152,8 @@ def _columns(x: Tensor, heads: int, alive: Tensor | None, keys: Packing | None) 
 
 def _state(problem: Problem, primals: Primals, constants: Constants) -> State:
     dtype = torch.float64 if primals.q.dtype == torch.float64 else torch.float32
-    rows = _packing(constants.cu_q, problem.max_q, primals.q.shape[2])
-    keys = _packing(constants.cu_k, problem.max_k, primals.k.shape[2])
+    rows = _padding(constants.cu_q, problem.max_q, primals.q.shape[2])
+    keys = _padding(constants.cu_k, problem.max_k, primals.k.shape[2])
     heads = primals.q.shape[1]
     n = primals.q.shape[2] if rows is None else problem.max_q
     m = primals.k.shape[2] if keys is None else problem.max_k

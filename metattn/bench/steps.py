@@ -12,7 +12,7 @@ from metattn import backends
 from metattn.bench.answers import Inputs
 from metattn.bench.cases import PRODUCTS
 from metattn.measure import chunks
-from metattn.problem import Call, Primals
+from metattn.problem import CanonicalCall, Primals
 
 Attend = Callable[..., Tensor]
 Step = Callable[[], tuple[Tensor, ...]]
@@ -53,7 +53,7 @@ def step_of_compiled(attend: Attend, step: str, inputs: Inputs) -> Step:
         return step_of(attend, step, inputs)
 
 
-def raw_vjp_jvp(backend: str, call: Call, do: Tensor, tangents: tuple[Tensor, ...]) -> Step:
+def raw_vjp_jvp(backend: str, call: CanonicalCall, do: Tensor, tangents: tuple[Tensor, ...]) -> Step:
     """The fourth map by itself, straight from the backend: no public call runs it without the third.
 
     Everything in a call's canonical form, [B, H, N, d]; tangents of q, k, v and, with a bias, the bias.

@@ -147,7 +147,7 @@ class _Override(TorchFunctionMode):
     ) -> tuple[Tensor, None] | None:
         """F.multi_head_attention_forward without weights; None where it is torch's."""
         from metattn.nn.multihead import (
-            Layout,
+            InputLayout,
             Parameters,
             check,
             multihead,
@@ -160,7 +160,7 @@ class _Override(TorchFunctionMode):
         parameters = Parameters(in_proj, in_proj_bias, out_proj_weight, out_proj_bias, bias_k, bias_v)
         # what torch.nn transposed for batch_first is transposed back: products of whole rows are quicker
         batch_first = query.dim() == 3 and not query.is_contiguous()
-        layout = Layout(num_heads, batch_first, add_zero_attn)
+        layout = InputLayout(num_heads, batch_first, add_zero_attn)
         if batch_first:
             query, key, value = _transposed(query, key, value)
         masks, causal = (attn_mask, key_padding_mask), is_causal and key_padding_mask is None
@@ -197,7 +197,7 @@ class _Override(TorchFunctionMode):
         mask_type: int | None = None,
     ) -> tuple[Tensor, None] | None:
         """torch._native_multi_head_attention [B, L, E] without weights; mask_type 1 pads keys."""
-        from metattn.nn.multihead import Layout, Parameters, multihead
+        from metattn.nn.multihead import InputLayout, Parameters, multihead
 
         if need_weights or not self._takes(query, key, value):
             return None
@@ -205,7 +205,7 @@ class _Override(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dim() == 4:
             attn_mask = attn_mask.flatten(0, 1)
         parameters = Parameters(qkv_weight, qkv_bias, proj_weight, proj_bias, None, None)
-        layout = Layout(num_heads, True, False)
+        layout = InputLayout(num_heads, True, False)
         output, _ = multihead(query, key, value, (attn_mask, padding), False, 0.0, layout, parameters)
         return output, None
 

@@ -77,7 +77,7 @@ def adapt(
     """
     way, steps = _way_of(meta_gradient), _count_of(steps)
     _check_optimizer(optimizer, params)
-    whole = Whole(model, loss_fn)
+    whole = ModelAndLoss(model, loss_fn)
     whole.check_names(params)
     if isinstance(support, list):
         support = [pair_of(each, "support") for each in support]
@@ -99,7 +99,7 @@ def adapt(
     return way.adapted(InnerLoop(loss, optimizer, steps, tuple(whole.modules.values())), dict(params), others)
 
 
-class Whole:
+class ModelAndLoss:
     """A model and its loss as one: what either holds can be replaced for a call of both.
 
     So a loss that looks at the model's parameters (a penalty) sees those of the call.

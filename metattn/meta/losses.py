@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metattn.meta.adapt import LossFunction, Samples, Whole, adapt, pair_of
+from metattn.meta.adapt import LossFunction, ModelAndLoss, Samples, adapt, pair_of
 from metattn.meta.compiled import Compiled
 from metattn.meta.inner_loop import MetaGradient
 from metattn.meta.optimizers import InnerOptimizer
@@ -52,7 +52,7 @@ def maml_loss(
     of vmap beside "loop"; TypeError for what cannot be divided into tasks; and as :func:`adapt`.
     Source: Finn, Abbeel and Levine 2017 (arXiv 1703.03400), algorithm 1, line 8.
     """
-    judge = Whole(model, loss_fn if outer_loss_fn is None else outer_loss_fn)
+    judge = ModelAndLoss(model, loss_fn if outer_loss_fn is None else outer_loss_fn)
 
     def task_loss(support: Samples | list[Samples], query: Samples) -> Tensor:
         adapted = adapt(

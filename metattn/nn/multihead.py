@@ -14,7 +14,7 @@ from metattn.autodiff import attend
 from metattn.backends import reference
 from metattn.nn import symbolic
 from metattn.nn.traced import refuse_script, traced_call
-from metattn.problem import Call, Options, dense, has_autocast
+from metattn.problem import CanonicalCall, Options, dense, has_autocast
 from metattn.torch_internals import transformed
 
 
@@ -124,7 +124,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             nested: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **arguments)
             return nested
-        layout = Layout(self.num_heads, self.batch_first, self.add_zero_attn)
+        layout = InputLayout(self.num_heads, self.batch_first, self.add_zero_attn)
         parameters = self._parameters_of_attention()
         masks = (attn_mask, key_padding_mask)
         check(query, key, value, masks, is_causal, self.embed_dim, layout, parameters)
@@ -153,7 +153,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
 
 
-class Layout(NamedTuple):
+class InputLayout(NamedTuple):
     """How multihead attention reads its inputs."""
 
     num_heads: int
@@ -182,9 +182,9 @@ def multihead(
     masks: Masks,
     causal: bool,
     dropout_p: float,
-    layout: Layout,
+    layout: InputLayout,
     parameters: Parameters,
-) -> tuple[Tensor, Call]:
+) -> tuple[Tensor, CanonicalCall]:
     """The output for inputs that were checked, and the call to attention inside.
 
     With `causal` the attn_mask is not read.
@@ -253,7 +253,7 @@ def check(
     masks: Masks,
     is_causal: bool,
     embed_dim: int,
-    layout: Layout,
+    layout: InputLayout,
     parameters: Parameters,
 ) -> None:
     """Refuse what does not fit together, before anything is computed."""

@@ -20,7 +20,7 @@ from metattn.backends.triton import devices, interpreter
 from metattn.backends.triton.devices import interpreted, on
 from metattn.backends.triton.plans import Launch, likes
 from metattn.kernels import configs
-from metattn.layout import Given, Layout, Needs
+from metattn.layout import Arguments, Layout, Needs
 from metattn.problem import Constants, Primals, Problem
 
 try:
@@ -93,7 +93,7 @@ class Launches(Maps):
         self,
         layout: Layout,
         problem: Problem,
-        given: Given,
+        given: Arguments,
         needs: Needs | None,
         dq: Tensor | None = None,
     ) -> tuple[Any, ...]:
@@ -129,7 +129,7 @@ class _Backend(Launches):
         self,
         layout: Layout,
         problem: Problem,
-        given: Given,
+        given: Arguments,
         needs: Needs | None,
         dq: Tensor | None = None,
     ) -> tuple[Any, ...]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from metattn.backends import operators
 from metattn.backends.operators import ROUNDED
 from metattn.backends.triton import devices, tuned
-from metattn.backends.triton.plans import Launch, Like, Made, Plan, stand_in
+from metattn.backends.triton.plans import Derived, Launch, Like, Plan, stand_in
 from metattn.kernels import configs
-from metattn.kernels.call import Call, Given, Room, View, Wanted
+from metattn.kernels.call import Call, Given, View, Wanted, Workspace
 from metattn.kernels.configs import Config
 from metattn.kernels.double_backward import double_rows
 from metattn.kernels.forward import forward_rows
@@ -76,7 +76,9 @@ class Setting(NamedTuple):
     device: torch.device
     architecture: str
     tf32: bool  # whether torch allows float32 products to be taken in TF32
-    tuned: tuned.Table | None  # what metattn.tune saved; kernels compiled without a GPU get the shipped tiles
+    tuned: (
+        tuned.TunedTiles | None
+    )  # what metattn.tune saved; kernels compiled without a GPU get the shipped tiles
 
 
 def setting(device: torch.device) -> Setting:
@@ -93,9 +95,9 @@ class Planner:
     def __init__(self, here: Setting, problem: Problem, primals: Primals, constants: Constants) -> None:
         q, k, v = primals.q, primals.k, primals.v
         self.here, self.q, self.primals = here, q, primals
-        self.rooms: list[tuple[Tensor, bool]] = []
+        self.allocations: list[tuple[Tensor, bool]] = []
         self.launches: list[tuple[Launch, tuple[Any, ...]]] = []
-        self.made: list[Made] = []
+        self.derived: list[Derived] = []
         self.packed = constants.cu_q is not None
         self.batch = constants.cu_q.shape[0] - 1 if constants.cu_q is not None else q.shape[0]
         self.heads, self.kv_heads = q.shape[1], k.shape[1]
@@ -179,23 +181,23 @@ class Planner:
         return "tf32" if self.here.tf32 else "tf32x3"
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.room(torch.empty(shape, dtype=dtype or self.q.dtype, device="meta"))
+        return self.allocate(torch.empty(shape, dtype=dtype or self.q.dtype, device="meta"))
 
     def empty_like(self, t: Tensor) -> Tensor:
-        return self.room(torch.empty_like(t, device="meta"))
+        return self.allocate(torch.empty_like(t, device="meta"))
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self.room(torch.empty(shape, dtype=dtype, device="meta"), zero=True)
+        return self.allocate(torch.empty(shape, dtype=dtype, device="meta"), zero=True)
 
-    def room(self, stand_in: Tensor, *, zero: bool = False) -> Tensor:
+    def allocate(self, stand_in: Tensor, *, zero: bool = False) -> Tensor:
         """Plans an allocation."""
-        self.rooms.append((stand_in, zero))
+        self.allocations.append((stand_in, zero))
         return stand_in
 
     def make(self, source: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
         """Plans what torch shall make of a tensor after the launches."""
-        self.made.append(Made(how(source), source, how))
-        return self.made[-1].result
+        self.derived.append(Derived(how(source), source, how))
+        return self.derived[-1].result
 
     def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
         """A row pass, or a column pass, of all (sequence, head) pairs; whole: its one block has all keys."""
@@ -209,17 +211,17 @@ class Planner:
         visits = -(-self.n // config.rows) * self.call.group if of_keys else -(-self.m // config.keys)
         if visits >= LONG and not whole:
             given, wanted = arguments
-            arguments = given, wanted._replace(room=self.room_for_sums(name, programs, size))
+            arguments = given, wanted._replace(workspace=self.workspace(name, programs, size))
         twice = {}
         if of_keys:
             twice["TWICE"] = whole or configs.multiplies_twice(self.here.architecture, name, self.features)
         self.start(kernel, programs, config, *arguments, blocks, **twice)
 
-    def room_for_sums(self, kernel: str, programs: int, rows: int) -> Room:
+    def workspace(self, kernel: str, programs: int, rows: int) -> Workspace:
         """Room for what each program of a kernel sums up, over all partners of so many rows or keys."""
         numbers, heads, values = SUMS[kernel]
         size = rows * (numbers + heads * sum(self.head[1:]) + values * sum(self.value[1:]))
-        return Room(self.empty(programs * size, dtype=torch.float32), size)
+        return Workspace(self.empty(programs * size, dtype=torch.float32), size)
 
     def start(self, kernel: Any, programs: int, config: Config, *arguments: Any, **constants: Any) -> None:
         constants |= {
@@ -247,7 +249,7 @@ class Planner:
         o = self.empty_like(q) if width == q.shape[3] else self.empty(*q.shape[:3], width)
         low = None
         if q.dtype in ROUNDED:
-            low = self.room(torch.empty_like(o, dtype=torch.bfloat16, device="meta"))
+            low = self.allocate(torch.empty_like(o, dtype=torch.bfloat16, device="meta"))
         return Results(o, self.empty(*q.shape[:3], *lse, dtype=torch.float64), low)
 
     def is_whole(self, needs: Needs) -> bool:
@@ -423,7 +425,7 @@ def plan_of(
         *layout.spread(given, needs)[2:], *([dq] if map_ == "double_backward" else [])
     )
     flat = (*found[0], *found[1]) if map_ == "double_backward" else tuple(found)
-    return Plan(stand_ins, planner.rooms, planner.launches, planner.made, flat)
+    return Plan(stand_ins, planner.allocations, planner.launches, planner.derived, flat)
 
 
 @functools.lru_cache(maxsize=PLANS)

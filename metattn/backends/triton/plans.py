@@ -55,7 +55,7 @@ class Launch:
             self._compiled = compiled[(self.programs, 1, 1)]
 
 
-class Made(NamedTuple):
+class Derived(NamedTuple):
     """A tensor that torch makes of another one."""
 
     result: Tensor
@@ -66,35 +66,35 @@ class Made(NamedTuple):
 class Plan:
     """What is allocated, launched and made, in this order, and which of it a call returns.
 
-    given: stand-ins for the call's tensors, as run() gets them. rooms: what is allocated, and whether as
-    zeros. launches: with arguments that are numbers, tensors, or tuples of what an argument may be. results:
-    NamedTuples of tensors and None.
+    given: stand-ins for the call's tensors, as run() gets them. allocations: what is allocated, and whether
+    as zeros. launches: with arguments that are numbers, tensors, or tuples of what an argument may be.
+    results: NamedTuples of tensors and None.
     """
 
     def __init__(
         self,
         given: Sequence[Tensor | None],
-        rooms: Sequence[tuple[Tensor, bool]],
+        allocations: Sequence[tuple[Tensor, bool]],
         launches: Sequence[tuple[Launch, tuple[Any, ...]]],
-        made: Sequence[Made],
+        derived: Sequence[Derived],
         results: tuple[Any, ...],
     ) -> None:
-        every = [*given, *(room for room, _ in rooms), *(each.result for each in made)]
+        every = [*given, *(memory for memory, _ in allocations), *(each.result for each in derived)]
         slots = {id(t): slot for slot, t in enumerate(every) if t is not None}
-        self._rooms = [(t.shape, t.stride(), t.dtype, zero) for t, zero in rooms]
+        self._allocations = [(t.shape, t.stride(), t.dtype, zero) for t, zero in allocations]
         self._launches = [(launch, _Template(arguments, slots)) for launch, arguments in launches]
-        self._made = [(slots[id(source)], how) for _, source, how in made]
+        self._derived = [(slots[id(source)], how) for _, source, how in derived]
         self._results = _Template(results, slots)
 
     def run(self, given: Sequence[Tensor | None], device: torch.device, start: Start) -> tuple[Any, ...]:
         """The results; start(launch, *arguments) launches."""
         tensors = list(given)
-        for shape, strides, dtype, zero in self._rooms:
-            room = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            tensors.append(room.zero_() if zero else room)
+        for shape, strides, dtype, zero in self._allocations:
+            memory = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            tensors.append(memory.zero_() if zero else memory)
         for launch, template in self._launches:
             start(launch, *template.filled(tensors))
-        for source, how in self._made:
+        for source, how in self._derived:
             tensors.append(how(tensors[source]))  # type: ignore[arg-type]
         results: tuple[Any, ...] = self._results.filled(tensors)
         return results

@@ -55,7 +55,7 @@ class Winner(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)  # plans are kept by the table that they were made with
-class Table:
+class TunedTiles:
     """The tuned tiles that are in use, and why there are none."""
 
     path: Path | None
@@ -64,13 +64,13 @@ class Table:
 
 
 @functools.cache
-def table(gpu: Gpu) -> Table:
+def table(gpu: Gpu) -> TunedTiles:
     """The tuned tiles for a GPU; read once in a process, until table.cache_clear()."""
     path = place(gpu)
     if path is None:
-        return Table(None, {}, f"{VARIABLE} is 0")
+        return TunedTiles(None, {}, f"{VARIABLE} is 0")
     try:
-        return Table(path, {winner.slot: winner.config for winner in read(path, gpu)}, None)
+        return TunedTiles(path, {winner.slot: winner.config for winner in read(path, gpu)}, None)
     except FileNotFoundError:
         reason, expected = f"there is no file {path}", bool(os.environ.get(VARIABLE))
     except (OSError, ValueError) as error:
@@ -79,7 +79,7 @@ def table(gpu: Gpu) -> Table:
         warnings.warn(
             f"tuned tiles are not in use, the shipped ones are: {reason}", RuntimeWarning, stacklevel=2
         )
-    return Table(path, {}, reason)
+    return TunedTiles(path, {}, reason)
 
 
 def place(gpu: Gpu) -> Path | None:
