@@ -470,6 +470,8 @@ setup(
     packages=[
         "metattn",
         "metattn.backends",
+        "metattn.backends.triton",
+        "metattn.bench",
         "metattn.cli",
         "metattn.integrations",
         "metattn.kernels",

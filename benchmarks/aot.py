@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from metattn.cli._files import json_text
+from metattn.bench.files import json_text
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEATURES = (32, 64, 80, 96, 128, 256)
@@ -94,7 +94,8 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
     from triton.backends.compiler import GPUTarget
 
     from metattn.backends import triton as backend
-    from metattn.backends.plans import Launch
+    from metattn.backends.triton import devices
+    from metattn.backends.triton.plans import Launch
     from metattn.kernels import configs
 
     nvidia = target.startswith("sm_")
@@ -113,7 +114,7 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
             return 0
 
     triton.runtime.driver.set_active(Driver())
-    architecture = backend.architecture_of(gpu.arch) if nvidia else "gfx9"
+    architecture = devices.architecture_of(gpu.arch) if nvidia else "gfx9"
     found: list[Row] = []
 
     def compile_only(launch: Launch, *arguments: Any) -> None:
@@ -127,7 +128,7 @@ def compile_all(target: str, dtype: str, features: int, map_: str, variant: str)
 
     with (
         patch.object(backend, "run", compile_only),
-        patch.object(backend, "architecture", lambda device: architecture),
+        patch.object(devices, "architecture", lambda device: architecture),
     ):
         call_map(map_, getattr(torch, dtype), features, variant, architecture)
     return [asdict(each) for each in found]

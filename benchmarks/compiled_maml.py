@@ -23,8 +23,8 @@ from torch.func import grad
 
 import metattn
 from benchmarks.publish import publish
-from metattn.cli._measure import interleave, machine, per_round
-from metattn.cli._tables import ratio
+from metattn.bench.tables import ratio
+from metattn.measure import interleave, machine, per_round
 
 ROW = 0.03  # seconds
 WIDTH, HEADS, STEPS, RATE = 32, 4, 3, 0.1

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from benchmarks.publish import publish
-from metattn.cli._measure import in_fresh_process, interleave, machine, peak_memory, per_round
-from metattn.cli._tables import ratio
+from metattn.bench.tables import ratio
+from metattn.measure import in_fresh_process, interleave, machine, peak_memory, per_round
 from metattn.meta import SGD, AttentionMetaLearner, Compiled, maml_loss
 
 TASKS, POINTS, PEAK_POINTS, HIDDEN = 8, 10, 256, 32

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.aot import MMA, tool
-from metattn.cli._files import json_text
+from metattn.bench.files import json_text
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = re.compile(

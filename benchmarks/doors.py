@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import metattn
 from benchmarks.publish import publish
-from metattn.cli._measure import machine
+from metattn.measure import machine
 
 FEATURES = 3
 

@@ -25,21 +25,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import metattn
-from metattn.cli._files import json_text
-from metattn.cli._measure import in_fresh_process, interleave, machine, per_round
-from metattn.cli._tables import ratio
+from metattn.bench.files import json_text
+from metattn.bench.tables import ratio
+from metattn.measure import in_fresh_process, interleave, machine, per_round
 from metattn.meta import SGD, adapt
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 64, 4, 2, 256, 8
 PEER = "torch"  # reverse mode with torch's attention
-WAYS = (PEER, "reverse", "checkpointed", "mixed", "first-order")
+WAYS = (PEER, "reverse", "checkpointed", "first-order")
 EXACT = WAYS[:4]
-COMPARED = (("reverse", PEER), ("checkpointed", PEER), ("checkpointed", "reverse"), ("mixed", "reverse"))
+COMPARED = (("reverse", PEER), ("checkpointed", PEER), ("checkpointed", "reverse"))
 COLOURS = {
     PEER: "#444444",
     "reverse": "#b04a3a",
     "checkpointed": "#1b6ca8",
-    "mixed": "#6a9a3b",
     "first-order": "#9aa5ad",
 }
 TOLERANCE = 1e-4  # of the meta-gradient in float32, beside reverse mode's: sums in another order

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from benchmarks.meta_gradient import PEER, Task
-from metattn.cli._measure import peak_memory
+from metattn.measure import peak_memory
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import metattn
 from benchmarks.publish import publish
-from metattn.cli._measure import machine
+from metattn.measure import machine
 
 HEADS, FEATURES, POINTS = 2, 4, 3
 WIDTH = HEADS * FEATURES

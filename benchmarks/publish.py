@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metattn.cli._files import json_text
-from metattn.cli._report import rewrite
+from metattn.bench.files import json_text
+from metattn.bench.report import rewrite
 
 
 def publish(

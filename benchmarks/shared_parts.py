@@ -26,8 +26,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import metattn
 from benchmarks.publish import publish
 from metattn import host
-from metattn.cli._measure import machine
-from metattn.cli._report import rewrite
+from metattn.bench.report import rewrite
+from metattn.measure import machine
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

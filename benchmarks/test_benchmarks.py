@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from benchmarks import gpu_cases, gpu_measure, gpu_peers
-from metattn.cli import _cases, _contestants, _rows
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import peers as gpu_peers
+from metattn.bench import cases, peers, rows
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 ROWS = [
     pytest.param(case, step, contestant, id=f"{case.name}-{step}-{contestant.name}")
-    for case in _cases.CASES
+    for case in cases.CASES
     for step in case.steps
-    for contestant in _contestants.contestants()
-    if contestant.can(case, step)
+    for contestant in peers.contestants(case)
+    if step in contestant.steps
 ]
 GPU = torch.device("cuda")
 GPU_ROWS = [
@@ -39,14 +41,12 @@ GPU_ROWS = [
 
 
 @functools.lru_cache(maxsize=1)  # rows of a case follow each other
-def prepared(case: _cases.Case) -> _rows.Prepared:
-    return _rows.prepare(case, _contestants.contestants())
+def prepared(case: cases.Case) -> rows.Prepared:
+    return rows.prepare(case, peers.contestants(case))
 
 
 @pytest.mark.parametrize(("case", "step", "contestant"), ROWS)
-def test_step(
-    case: _cases.Case, step: str, contestant: _contestants.Contestant, benchmark: BenchmarkFixture
-) -> None:
+def test_step(case: cases.Case, step: str, contestant: peers.Contestant, benchmark: BenchmarkFixture) -> None:
     run, _, complaint = prepared(case).checked(contestant, step)
     assert complaint is None
     benchmark.group = f"{case.name}: {step}"
@@ -55,13 +55,13 @@ def test_step(
 
 
 @functools.lru_cache(maxsize=1)
-def prepared_for_gpu(case: gpu_cases.Case) -> gpu_measure.Prepared:
+def prepared_for_gpu(case: cases.Case) -> gpu_measure.Prepared:
     return gpu_measure.prepare(case, GPU)
 
 
 @pytest.mark.parametrize(("case", "step", "contestant"), GPU_ROWS)
 def test_step_on_gpu(
-    case: gpu_cases.Case, step: str, contestant: gpu_peers.Contestant, benchmark: BenchmarkFixture
+    case: cases.Case, step: str, contestant: peers.Contestant, benchmark: BenchmarkFixture
 ) -> None:
     """Each call waits for the GPU: the host's clock sees all of it, launches too."""
     row: gpu_measure.Row = {}

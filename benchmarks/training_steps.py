@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metattn
 from benchmarks.publish import publish
-from metattn.cli._measure import in_fresh_process, interleave, machine, per_round
-from metattn.cli._tables import ratio
+from metattn.bench.tables import ratio
+from metattn.measure import in_fresh_process, interleave, machine, per_round
 
 LAYERS, WIDTH, HEADS = 2, 128, 4
 TOLERANCE = 1e-3  # of all gradients together, float32

@@ -6,7 +6,7 @@ import json
 import sys
 
 from benchmarks.training_steps import step_of
-from metattn.cli._measure import peak_memory
+from metattn.measure import peak_memory
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from metattn.cli import _measure
-from metattn.cli._files import json_text
+from metattn import measure
+from metattn.bench.files import json_text
 from metattn.integrations.transformers import register
 
 register()
@@ -330,8 +330,8 @@ def times(name: str, seconds: float) -> dict[str, Any]:
     """Both attentions' second-order steps in turn."""
     model, inputs = make(name, LARGE), make_inputs(name, LARGE, batch=1)
     candidates = {who: step(model, inputs, who) for who in (OURS, THEIRS)}
-    timings = _measure.interleave(candidates, seconds=seconds, least=5, warmup=1)
-    ratio = _measure.per_round(timings[THEIRS].samples, timings[OURS].samples)
+    timings = measure.interleave(candidates, seconds=seconds, least=5, warmup=1)
+    ratio = measure.per_round(timings[THEIRS].samples, timings[OURS].samples)
     return {
         "seconds": {who: {**t.summary(), "samples": t.samples} for who, t in timings.items()},
         "ratio": ratio.summary(),
@@ -343,7 +343,7 @@ def memory(name: str, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "length": length}
     for who in (OURS, THEIRS):
         request = {"model": name, "length": length, "attention": who, "threads": torch.get_num_threads()}
-        found[who] = _measure.in_fresh_process("benchmarks.transformers_peak", request)["bytes"]
+        found[who] = measure.in_fresh_process("benchmarks.transformers_peak", request)["bytes"]
     return found
 
 
@@ -420,7 +420,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine = _measure.machine()
+    machine = measure.machine()
     rows = []
     for name in arguments.models:
         rows.append({"model": name, "what": MODELS[name][0], "errors": errors(name)})

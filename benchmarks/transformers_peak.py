@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.transformers_models import LARGE, make, make_inputs, step
-from metattn.cli import _measure
+from metattn import measure
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     model, inputs = make(name, size), make_inputs(name, size, batch=1)
     # threads, code and small buffers exist afterwards
     step(model, make_inputs(name, replace(size, length=32), batch=1), attention)()
-    print(json.dumps({"bytes": _measure.peak_memory(step(model, inputs, attention))}))
+    print(json.dumps({"bytes": measure.peak_memory(step(model, inputs, attention))}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a plain checkout
 
 import torch
 
-from metattn.cli._measure import machine
+from metattn.measure import machine
 
 OURS, THEIRS, TRUTH, PALE, THIRD = "#1b6ca8", "#b04a3a", "#444444", "#9aa5ad", "#6a9a3b"
 STYLE: dict[str, Any] = {

@@ -1,7 +1,9 @@
 """What every kernel is told: views of tensors, sizes, options; and what a program knows of its place.
 
 Tuples that hold tuples end with a None. Triton 3.6 derives a tuple's type again whenever it sets one of its
-own fields, last the constants in their order; after a field that is a tuple only such a constant does it.
+own fields, last the constants in their order; after a field that is a tuple only such a constant does it. To
+a constexpr_function it hands neither the names of a tuple's fields nor a None among them, so these are given
+single fields.
 """
 
 from __future__ import annotations

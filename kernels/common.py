@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import absent
 
-from metattn.kernels import memory, products, row_tiles, scores, tiles
+from . import memory, products, row_tiles, scores, tiles
+from .call import absent
 
 
 @triton.jit
@@ -84,11 +84,6 @@ def has_two_bytes(x):
     return len(x) > 0 and x[0].dtype != tl.float32
 
 
-@triton.constexpr_function
-def is_view_of_two_bytes(view):
-    return view is not None and view.ptr.dtype.element_ty != tl.float32
-
-
 @triton.jit
 def counted(lack, weights, x, hidden):
     """`lack` [rows] less the weights that x is multiplied by.
@@ -113,15 +108,6 @@ def part_mean(x, count):
     else:
         mean = tl.sum(x.to(tl.float32), 0) / count
         return tl.where(products.finite(mean), mean, 0.0)[None, :]
-
-
-@triton.constexpr_function
-def shares_keys(call, causal):
-    """Whether position tells which keys all rows of a block attend to, and each block has such.
-
-    `causal`: even if these are few.
-    """
-    return call.mask is None and call.bias is None and call.left is None and (causal or call.right is None)
 
 
 @triton.jit
@@ -153,14 +139,18 @@ def add_mean_key(
     KEYS: tl.constexpr = FORM[0]
     ROWS: tl.constexpr = FORM[1]
     PRECISION: tl.constexpr = FORM[4]
-    if absent(acc) | (not is_view_of_two_bytes(view)):
+    if absent(acc) | (view is None):  # noqa: SIM114 - Triton reads both sides of an `or`
+        return acc
+    elif view.ptr.dtype.element_ty == tl.float32:
         return acc
     else:
         call, span = block.call, block.span
+        # whether position tells which keys all rows of a block attend to, and each block has such
+        free: tl.constexpr = (call.mask is None) & (call.bias is None) & (call.left is None)
         if hidden is None:
             lack += known
         lack = tl.where(products.finite(lack), lack, 0.0)
-        if shares_keys(call, FEW):
+        if free & (FEW | (call.right is None)):
             return add_shared_key(acc, lack * factor, block, view, WIDTH, KEYS)
         else:
             rows = block.first + tl.arange(0, ROWS)

@@ -122,6 +122,7 @@ SHARED_MEMORY = {
 }
 
 # architecture → widest head dimension, in two-byte dtypes and in float32, whose tiles fit shared memory
+MOST_FEATURES = 256
 WIDEST = {
     "sm80": (256, 256),
     "sm86": (256, 128),

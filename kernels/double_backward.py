@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics, absent
-from metattn.kernels.jvp import block_of_means, finite_or_0, inverse_or_0, mean_tangent
-from metattn.kernels.vjp import row_statistics
-from metattn.kernels.vjp_jvp import second_order, sink_share
 
-from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
+from . import common, memory, products, row_tiles, rowstats, scores, tiles
+from .call import Block, Statistics, absent
+from .jvp import block_of_means, finite_or_0, inverse_or_0, mean_tangent
+from .vjp import row_statistics
+from .vjp_jvp import second_order, sink_share
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     ot = products.add_product(ot, pz, products.without(c, unseen), PRECISION)
     lack, lack_p = common.counted(lack, drt, k, call.softcap), common.counted(lack_p, slope, k, call.softcap)
     lack_b = common.counted(lack_b, dr, b, call.softcap)
-    if not as_of_keys(call):
+    if not as_of_keys(call.softcap, call.rng):
         lack_c = common.counted(lack_c, pz, c, call.rng)
     return excess + tl.sum(pt, 1), ot, dq, pk, lack, lack_p, lack_b, lack_c
 
@@ -61,7 +61,7 @@ def add_mean_by_weights(call, dq, lack, known, lack_p, pk, block, HEAD: tl.const
 
     So it takes off what an error of Dt has added, too. With a softcap the sum of s1∘P is not known.
     """
-    if call.softcap is None and common.is_view_of_two_bytes(call.k):
+    if (call.softcap is None) & (call.k.ptr.dtype.element_ty != tl.float32):
         lack += known
         share = tl.where(products.finite(lack) & (lack_p < 0.0), -lack / tl.minimum(lack_p, -1e-30), 0.0)
         return products.plus_finite(dq, (share * call.scale)[:, None], pk)
@@ -70,9 +70,9 @@ def add_mean_by_weights(call, dq, lack, known, lack_p, pk, block, HEAD: tl.const
 
 
 @triton.constexpr_function
-def as_of_keys(call):
+def as_of_keys(softcap, rng):
     """Whether C has the weights of (s1∘P)K."""
-    return call.softcap is None and call.rng is None
+    return softcap is None and rng is None
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def double_rows(
             of_keys = products.zeros(ROWS, HEAD)
             state = (zero, products.zeros(ROWS, VALUE), of_keys, of_keys, zero, zero, zero, zero)
             excess, ot, dq, pk, lack, lack_p, lack_b, lack_c = tiles.sweep(visit, state, block, span, FORM)
-            if as_of_keys(call):
+            if as_of_keys(call.softcap, call.rng):
                 lack_c = lack_p
             mass = common.known_mass(call, at, known)
             ot = common.add_mean_key(ot, lack_c, mass, call.rng, block, given.c, 1.0, VALUE, FORM, True)

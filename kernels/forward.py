@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block
 
-from metattn.kernels import memory, products, rowstats, scores, spans, tiles
+from . import memory, products, rowstats, scores, spans, tiles
+from .call import Block
 
 
 @triton.jit

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Statistics, absent
 
-from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
+from . import common, memory, products, row_tiles, rowstats, scores, tiles
+from .call import Block, Statistics, absent
 
 CANCELLATION = tl.constexpr(16.0)
 
@@ -26,7 +26,7 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     q, a = block.held
     seen, k = row_tiles.scores_of(block, q, start, MASKED, FORM)
     unseen = scores.unseen_keys(call, seen.s)
-    if scores.have_tangent(given, a):
+    if scores.have_tangent(a, given.b, given.beta, given.omega):
         _, t, _ = row_tiles.tangent_of(block, seen, q, k, a, start, MASKED, FORM)
         pt = scores.shown(call, seen.s, seen.p * (t - block.statistics.tau[:, None]), MASKED)
         excess += tl.sum(pt, 1)
@@ -79,7 +79,9 @@ def first_base(
 ):
     """t of the first sweep [rows]: O's weights were rounded, and (τ − t)·O brings that in."""
     base = tl.zeros_like(reference)
-    if (call.q.ptr.dtype.element_ty == tl.float32) | (not scores.have_tangent(given, given.a)):
+    if (call.q.ptr.dtype.element_ty == tl.float32) | (
+        not scores.have_tangent(given.a, given.b, given.beta, given.omega)
+    ):
         return base
     else:
         statistics = Statistics(reference, log_total, base, base, base)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import absent
 
-from metattn.kernels import products
+from . import products
+from .call import absent
 
 
 @triton.jit

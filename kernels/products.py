@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import absent
+
+from .call import absent
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Scores, Tile, absent
 
-from metattn.kernels import memory, products, rowstats, scores, tiles
+from . import memory, products, rowstats, scores, tiles
+from .call import Scores, Tile, absent
 
 
 @triton.jit

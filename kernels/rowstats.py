@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import LOG2E, Statistics, absent
 
-from metattn.kernels import memory, scores
+from . import memory, scores
+from .call import LOG2E, Statistics, absent
 
 
 @triton.jit

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import LOG2E, absent
 
-from metattn.kernels import memory
+from . import memory
+from .call import LOG2E, absent
 
 
 @triton.jit
@@ -164,9 +164,9 @@ def score_tangent(call, given, place, s, bend, tr, i, j, MASKED: tl.constexpr):
 
 
 @triton.constexpr_function
-def have_tangent(given, a):
-    """Whether something moves the scores; a: the tangent of q, or ()."""
-    return not absent(a) or given.b is not None or given.beta is not None or given.omega is not None
+def have_tangent(a, b, beta, omega):
+    """Whether something moves the scores; a: the tangent of q, a view or a block, None or ()."""
+    return not absent(a) or b is not None or beta is not None or omega is not None
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block
-from metattn.kernels.vjp import first_order
-from metattn.kernels.vjp_jvp import second_order
 
-from metattn.kernels import memory, row_tiles, rowstats, scores, tiles
+from . import memory, row_tiles, rowstats, scores, tiles
+from .call import Block
+from .vjp import first_order
+from .vjp_jvp import second_order
 
 
 class Parts(NamedTuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import absent
+
+from .call import absent
 
 SPAN = tl.constexpr(128)  # blocks
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Place, Span
-from metattn.kernels.spans import SPAN
 
-from metattn.kernels import spans
+from . import spans
+from .call import Place, Span
+from .spans import SPAN
 
 
 @triton.jit

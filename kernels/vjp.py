@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Scores, Statistics
 
-from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
+from . import common, memory, products, row_tiles, rowstats, scores, tiles
+from .call import Block, Scores, Statistics
 
 
 @triton.jit

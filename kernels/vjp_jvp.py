@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metattn.kernels.call import Block, Scores, Statistics, Tile, absent
-from metattn.kernels.vjp import (
+
+from . import common, memory, products, row_tiles, rowstats, scores, tiles
+from .call import Block, Scores, Statistics, Tile, absent
+from .vjp import (
     add_distances,
     d_of_all_keys,
     row_statistics,
     store_slope_shares,
     store_slope_shares_of_all,
 )
-
-from metattn.kernels import common, memory, products, row_tiles, rowstats, scores, tiles
 
 
 @triton.jit

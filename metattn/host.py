@@ -12,7 +12,8 @@ import functools
 import importlib
 from typing import Any
 
-from metattn import backends, installation
+from metattn import backends
+from metattn.backends import cpu
 
 
 def build_info() -> dict[str, Any]:
@@ -59,7 +60,7 @@ class _Library:
     """The functions of `metattn._host`, without it."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(installation.FOLDER / "libmetattn_cpu.so"))
+        self._library = ctypes.CDLL(str(cpu.LIBRARY))
 
     def build_info(self) -> dict[str, Any]:
         facts = {name: self._text(name) for name in ("compiler", "torch_target", "cuda")}

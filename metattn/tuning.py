@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from metattn import backends
-from metattn.backends import triton, tuned
-from metattn.backends.plans import Launch
-from metattn.cli._measure import Timing, interleave
+from metattn.backends import triton
+from metattn.backends.triton import devices, planner, tuned
+from metattn.backends.triton.plans import Launch
 from metattn.kernels import configs
 from metattn.kernels.configs import Config
+from metattn.measure import Timing, interleave
 from metattn.problem import NO_CONSTANTS, Constants, Primals, Problem
 
 MAPS = ("forward", "vjp", "jvp", "vjp_jvp")
@@ -184,8 +185,8 @@ def tune(
 
 def _check_choices(features: Sequence[int], dtypes: Sequence[torch.dtype], maps: Sequence[str]) -> None:
     for d in _elements("features", features, int, "integers from 1 to 256"):
-        if not 1 <= d <= triton.MOST_FEATURES:
-            raise ValueError(f"features: expected integers from 1 to {triton.MOST_FEATURES}, got {d}")
+        if not 1 <= d <= configs.MOST_FEATURES:
+            raise ValueError(f"features: expected integers from 1 to {configs.MOST_FEATURES}, got {d}")
     for dtype in _elements("dtypes", dtypes, torch.dtype, "torch dtypes"):
         if dtype not in TOLERANCE:
             raise ValueError(f"dtypes: expected any of {', '.join(map(str, TOLERANCE))}, got {dtype}")
@@ -233,13 +234,13 @@ def _check_flags(**flags: object) -> None:
 
 def _gpu() -> tuned.Gpu:
     reason = backends.unavailable_reason("triton")
-    if reason is None and triton.architecture(triton.device_at_hand()) is None:
+    if reason is None and devices.architecture(devices.device_at_hand()) is None:
         reason = "the GPU's compute capability is below 8.0"
     if reason is not None:
         raise NotImplementedError(
             f"tune: it searches for the backend triton, which cannot run here: {reason}"
         )
-    return triton.gpu(triton.device_at_hand())
+    return devices.gpu(devices.device_at_hand())
 
 
 def _file(gpu: tuned.Gpu, save: bool, path: str | os.PathLike[str] | None) -> Path | None:
@@ -330,13 +331,13 @@ def _error(found: Tensor, right: Tensor) -> float:
     return float((distance / size.clamp_min(1e-30)).max())
 
 
-class _Recorder(triton.Planner):
+class _Recorder(planner.Planner):
     """Plans the maps with tensors that have data, and keeps how to launch each kernel."""
 
     def __init__(self, problem: Problem, primals: Primals, constants: Constants) -> None:
         if constants.mask is not None:
             constants = constants._replace(mask=constants.mask.view(torch.uint8))
-        super().__init__(triton.setting(primals.q.device), problem, primals, constants)
+        super().__init__(planner.setting(primals.q.device), problem, primals, constants)
         self.steps: dict[str, Step] = {}
         self.known: set[int] = set()  # addresses of tensors that no later step is the first to write
         self.map = ""
@@ -352,7 +353,7 @@ class _Recorder(triton.Planner):
         return torch.empty_like(stand_in, device=self.here.device).fill_(0.0 if zero else math.nan)
 
     def add(self, launch: Launch, *arguments: Any) -> None:
-        with triton.on(self.here.device):
+        with devices.on(self.here.device):
             triton.run(launch, *arguments)
 
     def launch(self, kernel: Any, *arguments: Any, of_keys: bool = False, whole: bool = False) -> None:
@@ -417,7 +418,7 @@ class Workload:
 
     def _call(self) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor]:
         """problem, primals, tangents, constants, do, dlse."""
-        device = triton.device_at_hand()
+        device = devices.device_at_hand()
         small = device.type == "cpu" or self.everything
         n = self.length
         batch, heads = (1, 1) if small else (max(1, TOKENS // n), HEADS)
@@ -544,7 +545,7 @@ def timed(step: Step, config: Config) -> tuple[Timing, Timing]:
         "shipped": functools.partial(step.launch, step.shipped),
         "own": functools.partial(step.launch, config),
     }
-    if triton.interpreted():
+    if devices.interpreted():
         found = interleave(calls, seconds=SECONDS, least=ROUNDS)
     else:
         found = interleave(calls, seconds=SECONDS, least=ROUNDS, once=_once_on_gpu)

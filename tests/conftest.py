@@ -19,7 +19,8 @@ os.environ["METATTN_TUNED"] = "0"  # the shipped tiles, whatever somebody has tu
 
 import emulation
 
-from metattn.backends import available_backends, triton
+from metattn.backends import available_backends
+from metattn.backends.triton import devices
 
 if emulation.installed():
     emulation.install()
@@ -73,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
-    names = EXHAUSTIVE + SLOW_IN_TRITON if triton.interpreted() else ()
+    names = EXHAUSTIVE + SLOW_IN_TRITON if devices.interpreted() else ()
     if emulation.installed():
         names += tuple(name.replace("[triton-", "[cuda-") for name in EXHAUSTIVE)
         names += ("test_many_heads[cuda-*",)  # of a grid's limits, which the emulation has not

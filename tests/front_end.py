@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 from metattn.backends import triton as backend
-from metattn.backends.plans import Launch
+from metattn.backends.triton import devices
+from metattn.backends.triton.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
 GPU = GPUTarget("cuda", 90, 32)
@@ -142,7 +143,7 @@ def main() -> int:
     with (
         mock.patch.object(CUDABackend, "make_ttgir", stop),
         mock.patch.object(backend, "run", run),
-        mock.patch.object(backend, "architecture", return_value="sm90"),
+        mock.patch.object(devices, "architecture", return_value="sm90"),
         mock.patch.dict("os.environ", {"TRITON_ALWAYS_COMPILE": "1"}),
     ):
         for name, options in cases.items():

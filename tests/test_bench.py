@@ -13,27 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import metattn
-from metattn.cli import (
-    _cases,
-    _compare,
-    _contestants,
-    _goals,
-    _html,
-    _measure,
-    _pictures,
-    _report,
-    _rows,
-    _tables,
-    bench,
-    main,
-)
-from metattn.cli._contestants import CHECKPOINTED, COMPILED, FLASH, FULL, JAX, MATH
+from metattn import measure
+from metattn.bench import answers, cases, compare, goals, html_page, peers, pictures, report, rows, tables
+from metattn.bench.peers import CHECKPOINTED, COMPILED, FLASH, FULL, JAX, MATH
+from metattn.cli import bench, main
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = _cases.Case("tiny", 2, 4, 24, 8)
-MASKED = _cases.Case("masked", 1, 2, 24, 8, window=(5, 0), steps=("forward", "second-order step"))
+TINY = cases.Case("tiny", 2, 4, 24, 8)
+MASKED = cases.Case("masked", 1, 2, 24, 8, window=(5, 0), steps=("forward", "second-order step"))
 FUSED = metattn.available_backends()["cpu"] is None
 WHOLE = "second-order step"
 
@@ -47,21 +37,21 @@ def test_interleave_takes_turns_and_keeps_every_sample() -> None:
     def named(name: str) -> Any:
         return lambda: called.append(name)
 
-    timings = _measure.interleave({"a": named("a"), "b": named("b")}, seconds=0.0, least=3, warmup=1)
+    timings = measure.interleave({"a": named("a"), "b": named("b")}, seconds=0.0, least=3, warmup=1)
     assert called == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert [len(timing.samples) for timing in timings.values()] == [3, 3]
 
 
 def test_timing_median_and_quartiles() -> None:
-    timing = _measure.Timing((5.0, 1.0, 2.0, 4.0, 3.0))
+    timing = measure.Timing((5.0, 1.0, 2.0, 4.0, 3.0))
     assert timing.median == 3.0
     assert timing.quartiles == (2.0, 4.0)
-    assert _measure.Timing((7.0,)).quartiles == (7.0, 7.0)
+    assert measure.Timing((7.0,)).quartiles == (7.0, 7.0)
 
 
 def test_interleave_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="expected 1 <= least <= most, got 0 and 5"):
-        _measure.interleave({}, least=0, most=5)
+        measure.interleave({}, least=0, most=5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told by /proc")
@@ -70,7 +60,7 @@ def test_peak_memory_sees_a_buffer_that_is_freed_again() -> None:
         torch.ones(64 * _MIB, dtype=torch.uint8)
         return torch.ones(16 * _MIB, dtype=torch.uint8)
 
-    peak = _measure.peak_memory(step)
+    peak = measure.peak_memory(step)
     assert peak is not None
     assert 60 * _MIB < peak < 84 * _MIB
 
@@ -79,12 +69,12 @@ _MIB = 2**20
 
 
 def test_child_that_fails_is_told() -> None:
-    with pytest.raises(_measure.ChildError, match=r"No module named metattn\.nothing"):
-        _measure.in_fresh_process("metattn.nothing", {})
+    with pytest.raises(measure.ChildError, match=r"No module named metattn\.nothing"):
+        measure.in_fresh_process("metattn.nothing", {})
 
 
 def test_machine_names_what_a_figure_depends_on() -> None:
-    about = json.loads(json.dumps(_measure.machine()))
+    about = json.loads(json.dumps(measure.machine()))
     assert about["threads"] == torch.get_num_threads()
     assert about["versions"]["torch"] == torch.__version__
     assert about["cpu"]
@@ -97,55 +87,55 @@ def test_machine_names_what_a_figure_depends_on() -> None:
     "case",
     [
         TINY,
-        _cases.Case("causal", 2, 4, 24, 8, causal=True),
-        _cases.Case("grouped", 2, 4, 24, 8, kv_heads=2, causal=True),
-        _cases.Case("window", 2, 4, 24, 8, window=(5, 2)),
-        _cases.Case("causal window", 2, 4, 24, 8, causal=True, window=(5, 2)),
-        _cases.Case("bias", 2, 4, 24, 8, bias=True),
-        _cases.Case("double", 2, 4, 24, 8, dtype="float64"),
+        cases.Case("causal", 2, 4, 24, 8, causal="top-left"),
+        cases.Case("grouped", 2, 4, 24, 8, kv_heads=2, causal="top-left"),
+        cases.Case("window", 2, 4, 24, 8, window=(5, 2)),
+        cases.Case("causal window", 2, 4, 24, 8, causal="top-left", window=(5, 2)),
+        cases.Case("bias", 2, 4, 24, 8, bias="shared"),
+        cases.Case("double", 2, 4, 24, 8, dtype="float64"),
     ],
     ids=lambda case: case.name,
 )
 def test_every_contestant_agrees_with_float64_in_every_step(
-    case: _cases.Case, monkeypatch: pytest.MonkeyPatch
+    case: cases.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cases, "SCORES_AT_ONCE", 7 * 24 * 2)  # pieces of rows, uneven ones too
-    found = [c for c in _contestants.contestants() if c.name not in (COMPILED, JAX)]
-    prepared = _rows.prepare(case, found)
+    monkeypatch.setitem(answers.SCORES_AT_ONCE, "cpu", 7 * 24 * 2)  # pieces of rows, uneven ones too
+    found = peers.contestants(case, (COMPILED, JAX))
+    prepared = rows.prepare(case, found)
     compared = set()
     for contestant in found:
-        for step in _cases.PRODUCTS:
-            if contestant.can(case, step):
+        for step in cases.PRODUCTS:
+            if step in contestant.steps:
                 errors = prepared.checked(contestant, step)[1]
-                assert set(errors) == set(_cases.outputs_of(case, step))
+                assert set(errors) == set(answers.outputs_of(case, step))
                 assert max(errors.values()) < (1e-12 if case.dtype == "float64" else 3e-6), (contestant, step)
                 compared.add((contestant.name, step))
     assert {(MATH, WHOLE), (CHECKPOINTED, WHOLE)} <= compared
     assert (("metattn cpu" + FULL, WHOLE) in compared) == (FUSED and case.masked and case.kv_heads is None)
 
 
-@pytest.mark.skipif(JAX in _contestants.absent(), reason="JAX is not installed")
+@pytest.mark.skipif(JAX in peers.absent(), reason="JAX is not installed")
 @pytest.mark.parametrize(
     "case",
     [
-        _cases.Case("grouped window", 2, 4, 24, 8, kv_heads=2, causal=True, window=(5, 2)),
-        _cases.Case("bias", 2, 4, 24, 8, bias=True),
+        cases.Case("grouped window", 2, 4, 24, 8, kv_heads=2, causal="top-left", window=(5, 2)),
+        cases.Case("bias", 2, 4, 24, 8, bias="shared"),
     ],
     ids=lambda case: case.name,
 )
-def test_jax_agrees_with_float64(case: _cases.Case) -> None:
-    contestant = next(c for c in _contestants.contestants() if c.name == JAX)
-    prepared = _rows.prepare(case, [contestant])
-    steps = [step for step in _cases.PRODUCTS if contestant.can(case, step)]
+def test_jax_agrees_with_float64(case: cases.Case) -> None:
+    contestant = peers.contestant(case, JAX)
+    prepared = rows.prepare(case, [contestant])
+    steps = contestant.steps
     assert steps == ["forward", "vjp", "jvp", "double backward", WHOLE]
     for step in steps:
         assert max(prepared.checked(contestant, step)[1].values()) < 3e-6, step
 
 
-@pytest.mark.skipif(COMPILED in _contestants.absent(), reason="no C++ compiler")
+@pytest.mark.skipif(COMPILED in peers.absent(), reason="no C++ compiler")
 def test_compiled_math_agrees_with_float64() -> None:
-    compiled = _contestants.Contestant(COMPILED, frozenset({"forward", "vjp"}))
-    prepared = _rows.prepare(TINY, [compiled])
+    compiled = peers.contestant(TINY, COMPILED)
+    prepared = rows.prepare(TINY, [compiled])
     for step in ("forward", "vjp"):
         run, errors, complaint = prepared.checked(compiled, step)
         assert complaint is None
@@ -155,16 +145,16 @@ def test_compiled_math_agrees_with_float64() -> None:
 
 @pytest.mark.parametrize("name", [COMPILED, JAX])
 def test_who_is_not_there_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_contestants.shutil, "which", lambda program: None)
-    monkeypatch.setattr(_contestants.importlib.util, "find_spec", lambda module: None)
-    assert name in _contestants.absent()
-    assert name not in {contestant.name for contestant in _contestants.contestants()}
+    monkeypatch.setattr(peers.shutil, "which", lambda program: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda module: None)
+    assert name in peers.absent()
+    assert name not in {contestant.name for contestant in peers.contestants(TINY)}
 
 
 @pytest.mark.parametrize("window", [(5, 2), (3, 0)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_mask_is_what_its_operations_count(window: tuple[int, int], causal: bool) -> None:
-    case = _cases.Case("", 1, 1, 24, 8, causal=causal, window=window)
+@pytest.mark.parametrize("causal", ["top-left", None])
+def test_a_mask_is_what_its_operations_count(window: tuple[int, int], causal: Any) -> None:
+    case = cases.Case("", 1, 1, 24, 8, causal=causal, window=window)
     mask = case.mask(slice(0, 24), slice(0, 24))
     assert mask is not None
     assert case.operations("forward") == 2 * 2 * 8 * int(mask.sum())
@@ -174,36 +164,38 @@ def test_a_mask_is_what_its_operations_count(window: tuple[int, int], causal: bo
 
 
 def test_answer_of_the_last_queries_is_the_whole_ones() -> None:
-    inputs = _cases.make_inputs(TINY)
-    whole, last = _cases.exact(TINY, inputs), _cases.exact(TINY, inputs, last=5)
+    inputs = answers.make_inputs(TINY)
+    whole, last = answers.exact(TINY, inputs), answers.exact(TINY, inputs, last=5)
     assert set(last) == {"o", "dq", "dqt", "ot"}
     for name, part in last.items():
         torch.testing.assert_close(part, whole[name][:, :, -5:], rtol=1e-12, atol=1e-12)
-    outputs = tuple(whole[name].clone() for name in _cases.outputs_of(TINY))
-    assert max(_cases.errors(TINY, WHOLE, outputs, last).values()) < 1e-12
+    outputs = tuple(whole[name].clone() for name in answers.outputs_of(TINY))
+    assert max(answers.errors(TINY, WHOLE, outputs, last).values()) < 1e-12
     outputs[0][:, :, -1] += 1
-    assert _cases.errors(TINY, WHOLE, outputs, last)["o"] > 0.1
+    assert answers.errors(TINY, WHOLE, outputs, last)["o"] > 0.1
 
 
 def test_operations_are_counted_by_products() -> None:
     assert TINY.operations("double backward") == 15 * 2 * 2 * 4 * 24 * 24 * 8
-    assert _cases.Case("", 2, 4, 24, 8, causal=True).operations("vjp") == 5 * 2 * 4 * 24 * 24 * 8
+    assert cases.Case("", 2, 4, 24, 8, causal="top-left").operations("vjp") == 5 * 2 * 2 * 4 * 8 * (
+        24 * 25 // 2
+    )
 
 
 def test_cases_that_the_goals_are_stated_for_are_there() -> None:
-    cases = {case.name: case for case in _cases.CASES}
-    assert {(case.shape, case.dtype) for case in cases.values()} >= {
+    named = {case.name: case for case in cases.CASES}
+    assert {(case.shape, case.dtype) for case in named.values()} >= {
         (shape, dtype)
         for shape in ("B1 H8 N2048 d64", "B1 H8 N2048 d128", "B32 H8 N64 d32")
         for dtype in ("float32", "bfloat16")
     }
     for dtype in ("float32", "bfloat16"):
-        for name in (*_goals.LONG[dtype], *_goals.FEW_SHOT[dtype]):
-            assert cases[name].dtype == dtype
-    assert {"long causal", "window"} <= set(cases)
-    assert (cases["window"].length, cases["window"].window) == (8192, (256, 0))
-    assert cases["long causal"].length == 2048
-    assert [case.length for case in _cases.MEMORY_CASES] == [4096, 8192, 16384, 32768]
+        for name in (*goals.LONG[dtype], *goals.FEW_SHOT[dtype]):
+            assert named[name].dtype == dtype
+    assert {"long causal", "window"} <= set(named)
+    assert (named["window"].n, named["window"].window) == (8192, (256, 0))
+    assert named["long causal"].n == 2048
+    assert [case.n for case in cases.MEMORY_CASES] == [4096, 8192, 16384, 32768]
 
 
 # Rows.
@@ -211,7 +203,7 @@ def test_cases_that_the_goals_are_stated_for_are_there() -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    memory = _cases.Case("memory", 1, 2, 512, 32, steps=("second-order step",))
+    memory = cases.Case("memory", 1, 2, 512, 32, steps=("second-order step",))
     found = bench.measure([TINY, MASKED], [memory], seconds=0.01, least=2, progress=False, quick=True)
     return json.loads(json.dumps(found))  # as it comes back from the file
 
@@ -228,9 +220,9 @@ def test_rows_hold_timing_rate_and_errors(results: dict[str, Any]) -> None:
 def test_ratios_and_shares_are_those_of_the_rounds(results: dict[str, Any]) -> None:
     rows = [row for row in results["rows"] if row["case"]["name"] == "masked" and row["step"] == WHOLE]
     by_name = {row["contestant"]: row for row in rows}
-    mine, math = by_name[_tables.ours(results)], by_name[MATH]
+    mine, math = by_name[tables.ours(results)], by_name[MATH]
     of_each = [theirs / ours for theirs, ours in zip(math["samples"], mine["samples"], strict=True)]
-    assert mine["ratios"][MATH]["median"] == pytest.approx(_measure.Timing(tuple(of_each)).median)
+    assert mine["ratios"][MATH]["median"] == pytest.approx(measure.Timing(tuple(of_each)).median)
     assert set(mine["ratios"]) == set(by_name) - {mine["contestant"]}
     assert "ratios" not in math
     if FUSED:
@@ -245,14 +237,14 @@ def test_ratios_and_shares_are_those_of_the_rounds(results: dict[str, Any]) -> N
 
 
 def test_a_ratio_of_medians_may_be_another() -> None:
-    assert _measure.per_round([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]).samples == (2.0, 3.0, 4.0)
+    assert measure.per_round([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]).samples == (2.0, 3.0, 4.0)
 
 
 def test_product_takes_a_sixth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_measure, "SIZE", 64)
+    monkeypatch.setattr(measure, "SIZE", 64)
     clock = iter([0.0, 1.0, 1.0, 5.9, 6.0, 6.0, 8.0, 8.0])  # start, end, then: now?, now? start, end
-    monkeypatch.setattr(_measure.time, "perf_counter", lambda: next(clock))
-    product = _measure.Product(torch.float32)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    product = measure.Product(torch.float32)
     for _ in range(3):
         product()
     assert product.samples == [1.0, 2.0]
@@ -260,15 +252,15 @@ def test_product_takes_a_sixth_of_the_time_at_most(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_peer_that_fails_is_told_and_the_rest_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_step = _contestants.make_step
+    torch_path = peers.torch_path
 
-    def failing(contestant: _contestants.Contestant, *rest: Any) -> Any:
-        if contestant.name == FLASH:
+    def failing(case: cases.Case, kernel: SDPBackend, *rest: Any) -> Any:
+        if kernel == SDPBackend.FLASH_ATTENTION:
             raise RuntimeError("no such kernel\nmore")
-        return make_step(contestant, *rest)
+        return torch_path(case, kernel, *rest)
 
-    monkeypatch.setattr(_rows, "make_step", failing)
-    case = _cases.Case("tiny", 1, 1, 8, 4, steps=("forward",))
+    monkeypatch.setattr(peers, "torch_path", failing)
+    case = cases.Case("tiny", 1, 1, 8, 4, steps=("forward",))
     found = bench.measure([case], [], seconds=0.0, least=1, progress=False, quick=True)
     wrong = {row["contestant"]: row["wrong"] for row in found["rows"] if row["wrong"]}
     assert wrong == {FLASH: "failed: RuntimeError: no such kernel"}
@@ -289,7 +281,7 @@ def test_memory_rows_come_from_fresh_processes(results: dict[str, Any]) -> None:
 def test_wrong_numbers_disqualify(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = metattn.attention
     monkeypatch.setattr(metattn, "attention", lambda *args, **options: attention(*args, **options) * 1.001)
-    case = _cases.Case("tiny", 1, 1, 8, 4, steps=("forward",))
+    case = cases.Case("tiny", 1, 1, 8, 4, steps=("forward",))
     found = bench.measure([case], [], seconds=0.0, least=1, progress=False, quick=True)
     ours = [row for row in found["rows"] if row["contestant"].startswith("metattn")]
     assert all("o is off by 1.0e-03, allowed" in row["wrong"] for row in ours)
@@ -297,20 +289,18 @@ def test_wrong_numbers_disqualify(monkeypatch: pytest.MonkeyPatch) -> None:
     math = next(row for row in found["rows"] if row["contestant"] == MATH)
     assert math["wrong"] is None
     assert "median" in math
-    assert "| wrong |" in _report.markdown(found)
+    assert "| wrong |" in report.markdown(found)
 
 
 def test_nan_is_wrong() -> None:
-    assert _rows.complaint({"o": float("nan")}, {None: 1.0}) == "o is off by nan, allowed 1.0e+00"
-    assert _rows.complaint({"o": 1e-7}, {None: 5e-6}) is None
+    assert rows.complaint({"o": float("nan")}, {None: 1.0}) == "o is off by nan, allowed 1.0e+00"
+    assert rows.complaint({"o": 1e-7}, {None: 5e-6}) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is on the address space")
 def test_what_does_not_fit_is_found_by_trying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code = (
-        "import sys; from metattn.cli import _peak; _peak.available_memory = lambda: 64 * 2**20; _peak.main()"
-    )
-    case = _cases.Case("memory", 1, 2, 4096, 16, steps=("second-order step",))
+    code = "from metattn.bench import peak; peak.available_memory = lambda: 64 * 2**20; peak.main()"
+    case = cases.Case("memory", 1, 2, 4096, 16, steps=("second-order step",))
     request = {
         "case": case.asdict(),
         "contestant": MATH,
@@ -345,12 +335,12 @@ def test_bench_command_writes_and_renders(
     assert kept == results
 
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{_report.BLOCK[0]}\nold\n{_report.BLOCK[1]}\nbelow\n")
+    page.write_text(f"above\n{report.BLOCK[0]}\nold\n{report.BLOCK[1]}\nbelow\n")
     again = ["bench", "--render", str(tmp_path / "first/bench.json"), "--out", str(tmp_path / "second")]
     assert main([*again, "--page", str(page)]) == 0
     assert (tmp_path / "second/bench.md").read_text() == (tmp_path / "first/bench.md").read_text()
     assert (tmp_path / "second/bench.html").read_text() == (tmp_path / "first/bench.html").read_text()
-    for name in _pictures.TITLES:
+    for name in pictures.TITLES:
         assert (tmp_path / "second" / name).stat().st_size > 5000
     text = page.read_text()
     assert text.startswith("above\n")
@@ -366,33 +356,33 @@ def test_a_page_without_the_block_is_refused(results: dict[str, Any], tmp_path: 
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
     with pytest.raises(ValueError, match="expected the marks"):
-        _report.rewrite_block(page, results, tmp_path)
+        report.rewrite_block(page, results, tmp_path)
 
 
 def test_total_time_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
-    with _report.progress(95.0, shown=True) as advance:
+    with report.progress(95.0, shown=True) as advance:
         assert "about 2 minutes" in capsys.readouterr().out
         advance(95.0, "working")
-    assert _report.duration(30.2) == "30 seconds"
+    assert report.duration(30.2) == "30 seconds"
 
 
 def test_expected_time_is_of_the_right_size() -> None:
-    case = _cases.Case("small", 2, 4, 256, 32)
-    found = [c for c in _contestants.contestants() if c.name not in (COMPILED, JAX)]
-    expected = bench.expected_seconds(case, found, bench.matrix_product_rate(), 0.01, 2)
+    case = cases.Case("small", 2, 4, 256, 32)
+    found = peers.contestants(case, (COMPILED, JAX))
+    expected = bench.expected_seconds(case, (COMPILED, JAX), bench.matrix_product_rate(), 0.01, 2)
     start = time.perf_counter()
-    _rows.timed_rows(case, found, 0.01, 2, lambda part, doing: None)
+    rows.timed_rows(case, found, 0.01, 2, lambda part, doing: None)
     assert 0.05 < expected / (time.perf_counter() - start) < 20
 
 
 def test_html_stands_alone(results: dict[str, Any], tmp_path: Path) -> None:
     broken = copy.deepcopy(results)
     broken["rows"][0]["wrong"] = "<b> & co"
-    _pictures.draw(broken, tmp_path)
-    page = _html.page(broken, tmp_path)
+    pictures.draw(broken, tmp_path)
+    page = html_page.page(broken, tmp_path)
     assert not re.search(r"https?://|<link|<script|@import|url\(", page)
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == len(_pictures.TITLES)
+    assert len(sources) == len(pictures.TITLES)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "&lt;b&gt; &amp; co" in page
     assert results["machine"]["cpu"] in page
@@ -402,14 +392,14 @@ def test_html_stands_alone(results: dict[str, Any], tmp_path: Path) -> None:
 # Goals.
 
 
-def row(case: _cases.Case, step: str, contestant: str, median: float, **more: Any) -> dict[str, Any]:
+def row(case: cases.Case, step: str, contestant: str, median: float, **more: Any) -> dict[str, Any]:
     about = {"case": case.asdict(), "shape": case.shape, "options": case.options, "step": step}
     timing = {"median": median, "quartiles": [median * 0.99, median * 1.01], "wrong": None}
     return {**about, "contestant": contestant, **timing, "gflops": 1.0, **more}
 
 
 def made_up(*rows: dict[str, Any], memory: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
-    about = {**_measure.machine(), "cpu": "made up"}
+    about = {**measure.machine(), "cpu": "made up"}
     return {"machine": about, "started": "2026", "absent": {}, "rows": list(rows), "memory": list(memory)}
 
 
@@ -418,18 +408,18 @@ def times(ratio: float) -> dict[str, Any]:
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    found = [goal.cells() for goal in _goals.goals(results)]
+    found = [goal.cells() for goal in goals.goals(results)]
     return {what: (verdict, measured) for what, verdict, measured in found}
 
 
-CASES = {case.name: case for case in _cases.CASES}
+CASES = {case.name: case for case in cases.CASES}
 OURS = "metattn cpu"
 
 
 def flash_goal(*ratios: float) -> tuple[str, str]:
     rows = [
         row(CASES[name], "forward", OURS, 1.0, ratios={FLASH: times(ratio)})
-        for name, ratio in zip(_goals.LONG["float32"], ratios, strict=False)
+        for name, ratio in zip(goals.LONG["float32"], ratios, strict=False)
     ]
     return verdicts(made_up(*rows))["forward, float32: torch flash / ours ≥ 1.1"]
 
@@ -445,7 +435,7 @@ def test_goals_are_judged_by_the_worst_case() -> None:
 def test_goals_of_the_dtypes_are_their_own() -> None:
     rows = [
         row(CASES[name], "double backward", OURS, 1.0, ratios={MATH: times(4.0)})
-        for names in _goals.LONG.values()
+        for names in goals.LONG.values()
         for name in names
     ]
     found = verdicts(made_up(*rows))
@@ -468,8 +458,7 @@ def test_goal_where_ours_is_wrong_or_the_peer_is() -> None:
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.7, "reached"), (1.6, "not reached")])
 def test_goal_of_causal_masks(ratio: float, verdict: str) -> None:
     rows = [
-        row(CASES["long causal"], step, OURS, 1.0, ratios={OURS + FULL: times(ratio)})
-        for step in _goals.STEPS
+        row(CASES["long causal"], step, OURS, 1.0, ratios={OURS + FULL: times(ratio)}) for step in goals.STEPS
     ]
     found = verdicts(made_up(*rows))
     assert found["causal at least 1.7 times as fast as full: full / ours ≥ 1.7"][0] == verdict
@@ -479,7 +468,7 @@ def test_goal_of_causal_masks(ratio: float, verdict: str) -> None:
 def test_goal_of_the_share_of_the_product(share: float, verdict: str) -> None:
     rows = [
         row(CASES[name], "forward", OURS, 1.0, share_of_product=times(share))
-        for name in _goals.LONG["float32"]
+        for name in goals.LONG["float32"]
     ]
     found = verdicts(made_up(*rows))["forward, float32: at least 85% of the 2048³ product's rate"]
     assert found == (verdict, f"long {share:.0%}, long d128 {share:.0%}")
@@ -498,7 +487,7 @@ def test_goals_of_memory(peaks: tuple[int, ...], fits: str, grows: str) -> None:
         row(
             case, WHOLE, OURS, 0.0, bytes=(peak + 35) * 2**20, input_bytes=35 * 2**20, output_bytes=40 * 2**20
         )
-        for case, peak in zip(_cases.MEMORY_CASES, peaks, strict=False)
+        for case, peak in zip(cases.MEMORY_CASES, peaks, strict=False)
     )
     found = verdicts(made_up(memory=memory))
     verdict, said = found["extra memory of the second-order step at N=8192 ≤ 1.5 × (inputs + outputs)"]
@@ -580,16 +569,15 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(
 def test_quick_takes_as_long_as_is_said() -> None:
     """On two cores of 100 GFLOP/s, by the guess that a run announces."""
     timed, memory = bench.chosen(None, True)
-    found = [each for each in _contestants.contestants() if each.name not in bench.COMPILES]
-    work = [bench.expected_seconds(case, found, 1e11, 0.3, 3) for case in timed]
-    work += [bench.expected_seconds_for_memory(case, found, 1e11) for case in memory]
+    work = [bench.expected_seconds(case, bench.COMPILES, 1e11, 0.3, 3) for case in timed]
+    work += [bench.expected_seconds_for_memory(case, 1e11) for case in memory]
     assert 40 <= sum(work) <= 80, "--quick says that it takes about a minute"
 
 
 def test_compare_tells_rows_that_became_wrong() -> None:
     right = made_up(row(CASES["long"], "forward", OURS, 1.0))
     wrong = made_up(row(CASES["long"], "forward", OURS, 1.0, wrong="o is off"))
-    said = _compare.text(right, wrong)
+    said = compare.text(right, wrong)
     assert "wrong now: long (B1 H8 N2048 d64, float32), forward, metattn cpu: o is off" in said
-    assert "right now: long" in _compare.text(wrong, right)
-    assert "0 of 1 differ" in _compare.text(wrong, wrong)
+    assert "right now: long" in compare.text(wrong, right)
+    assert "0 of 1 differ" in compare.text(wrong, wrong)

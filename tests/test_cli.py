@@ -14,7 +14,7 @@ import torch
 
 import metattn
 from metattn import backends, host, installation
-from metattn.backends import native
+from metattn.backends import cpu
 from metattn.cli import doctor, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,9 +99,9 @@ def test_doctor_on_an_unloadable_library(
 ) -> None:
     broken = tmp_path / "libmetattn_cpu.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(native, "LIBRARY", broken)
+    monkeypatch.setattr(cpu, "LIBRARY", broken)
     monkeypatch.setattr("metattn.backends._reasons", {"triton": "absent", "cuda": "absent"})
-    native.unavailable_reason.cache_clear()
+    cpu.unavailable_reason.cache_clear()
     try:
         assert main(["doctor"]) == 1
         said = capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_doctor_on_an_unloadable_library(
             metattn.attention(*[torch.ones(1, 1, 2, 2)] * 3, backend="cpu")
         metattn.attention(*[torch.ones(1, 1, 2, 2)] * 3)  # the automatic choice goes on
     finally:
-        native.unavailable_reason.cache_clear()
+        cpu.unavailable_reason.cache_clear()
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_large_call_that_the_reference_serves_is_told_once() -> None:
 def test_a_large_call_where_something_was_built_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is there and does not take a call has its reason in explain."""
     monkeypatch.setattr(backends, "_reasons", {"cpu": None, "cuda": "absent", "triton": "absent"})
-    monkeypatch.setattr(native, "unsupported", lambda *_: "a call of another kind")
+    monkeypatch.setattr(cpu, "unsupported", lambda *_: "a call of another kind")
     long = torch.randn(1, 1, 1000, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -166,7 +166,7 @@ def test_a_large_call_where_something_was_built_is_not_told_of(monkeypatch: pyte
 @pytest.mark.usefixtures("unbuilt")
 def test_doctor_where_nothing_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cause that the build has left, or what can be said without."""
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libmetattn_cpu.so")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "libmetattn_cpu.so")
     monkeypatch.setattr(installation, "FOLDER", tmp_path)
     assert doctor.examine()["not_built"] == f"nothing in {tmp_path} says why"
     for text, why, first in (

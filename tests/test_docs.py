@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import training_steps
-from metattn.cli import _report
+from metattn.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -70,8 +70,8 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_figures_are_those_of_the_committed_results() -> None:
     page, results = ROOT / "docs/benchmark.md", ROOT / "benchmarks/results/cpu/bench.json"
-    between = page.read_text().partition(_report.BLOCK[0] + "\n")[2].partition(_report.BLOCK[1])[0]
-    assert between == _report.block(json.loads(results.read_text()), page, results.parent)
+    between = page.read_text().partition(report.BLOCK[0] + "\n")[2].partition(report.BLOCK[1])[0]
+    assert between == report.block(json.loads(results.read_text()), page, results.parent)
 
 
 def test_readmes_steps_are_those_of_the_committed_results() -> None:

@@ -22,7 +22,7 @@ from metattn.meta import (
     SGD,
     maml_loss,
 )
-from metattn.meta.exact import ExactDerivatives
+from metattn.meta.torch_fixes import ExactDerivatives
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -30,7 +30,8 @@ from torch import Tensor
 
 import metattn
 from metattn import backends, functional
-from metattn.backends import reference, triton
+from metattn.backends import reference
+from metattn.backends.triton import devices
 from metattn.cli import doctor
 from metattn.problem import Options, Primals, dense
 
@@ -43,13 +44,13 @@ DEVICES = {
     "reference": "cpu",
     "cpu": "cpu",
     "cuda": "cpu" if emulation.installed() else "cuda",
-    "triton": "cpu" if triton.interpreted() else "cuda",
+    "triton": "cpu" if devices.interpreted() else "cuda",
 }
 
 
 def in_interpreter(backend: str) -> bool:
     """Whether the backend's kernels run in Triton's interpreter."""
-    return backend == "triton" and triton.interpreted()
+    return backend == "triton" and devices.interpreted()
 
 
 # ------------------------------------------------------------------------------------ comparing with float64
@@ -1113,12 +1114,12 @@ class TestRow40BrokenExtension:
 
 
 def test_without_the_extension_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "metattn.backends.native", None)
+    monkeypatch.setitem(sys.modules, "metattn.backends.cpu", None)
     monkeypatch.delitem(backends._loaded, "cpu", raising=False)
     monkeypatch.delitem(backends._reasons, "cpu", raising=False)
     reason = metattn.available_backends()["cpu"]
     assert reason is not None
-    assert "metattn.backends.native" in reason
+    assert "metattn.backends.cpu" in reason
 
 
 def test_memory_is_poisoned_during_the_suite(backend: str) -> None:

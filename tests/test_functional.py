@@ -720,7 +720,7 @@ class TestImport:
             "new = set(sys.modules) - before; "
             "print(sorted(m for m in new if m.split('.')[0] != 'metattn'), "
             "[m for m in sys.modules if m.startswith(('triton', 'metattn.nn', 'metattn.meta'))], "
-            "'metattn.backends.native' in sys.modules)"
+            "'metattn.backends.cpu' in sys.modules)"
         )
         third_party = python(code)
         assert third_party.endswith("[] False"), third_party

@@ -16,8 +16,15 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 import metattn
-from benchmarks import gpu, gpu_cases, gpu_measure, gpu_peers, gpu_report, gpu_run
-from benchmarks.gpu_cases import FLEX, JAX, STEPS, WHOLE, Case
+from benchmarks.gpu import __main__ as gpu_main
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu.cases import FLEX, JAX, STEPS
+from metattn.bench import answers, peers
+from metattn.bench.cases import WHOLE, Case
 
 CPU = torch.device("cpu")
 PACKED = gpu_cases.packed("packed", 5, 2, 20, 3, 8, "float32")
@@ -28,7 +35,7 @@ CASES = (
         "window", 1, 2, 9, 16, m=20, dtype="float32", causal="bottom-right", window=(5, -1),
         compiled=(FLEX, JAX),
     ),
-    Case("bias", 2, 2, 9, 8, dtype="float32", bias=True),
+    Case("bias", 2, 2, 9, 8, dtype="float32", bias="own"),
     PACKED,
     Case("memory", 1, 1, 64, 8, dtype="float32", steps=(WHOLE,), memory=True),
 )  # fmt: skip
@@ -49,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     def call(*more: str, folder: str = "cpu") -> tuple[int, dict[str, Any], str]:
         stage = [] if "--smoke" in more else ["--stages", "benchmark", "--seconds", "0.01"]
         monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--out", str(tmp_path), *stage, *more])
-        code = gpu.main()
+        code = gpu_main.main()
         written = tmp_path / folder
         return code, json.loads((written / "gpu.json").read_text()), (written / "gpu.md").read_text()
 
@@ -119,9 +126,9 @@ def test_jax(run: Run) -> None:
 
 
 def test_wrong_numbers_are_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, raw = gpu_peers.ours, gpu_peers.raw_vjp_jvp
-    monkeypatch.setattr(gpu_peers, "ours", lambda *arguments: right(*arguments) * 1.01)
-    monkeypatch.setattr(gpu_peers, "raw_vjp_jvp", lambda *a: lambda: [t * 1.01 for t in raw(*a)()])
+    right, raw = peers.our_function, peers.raw_vjp_jvp
+    monkeypatch.setattr(peers, "our_function", lambda *arguments: right(*arguments) * 1.01)
+    monkeypatch.setattr(peers, "raw_vjp_jvp", lambda *a: lambda: [t * 1.01 for t in raw(*a)()])
     code, results, report = run("--cases", "plain")
     assert code == 1
     ours = rows_of(results, "metattn cpu")
@@ -136,7 +143,7 @@ def test_packed_sequences_do_not_see_each_other(run: Run, monkeypatch: pytest.Mo
         assert isinstance(o, torch.Tensor)
         return o[0].transpose(0, 1)
 
-    monkeypatch.setattr(gpu_peers, "ours", one_sequence)
+    monkeypatch.setattr(peers, "our_function", one_sequence)
     code, results, _ = run("--cases", "packed")
     assert code == 1
     ours = [row for row in rows_of(results, "metattn cpu") if row["step"] != "vjp_jvp"]
@@ -149,12 +156,13 @@ def test_too_large_is_refused_untried(run: Run, monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("it was tried")
 
     monkeypatch.setattr(gpu_peers, "device_memory", lambda device: 3 * 2000.0)
-    monkeypatch.setattr(gpu_peers, "torch_path", tried)
+    for module in (peers, gpu_peers):
+        monkeypatch.setattr(module, "torch_path", tried)
     code, results, report = run("--cases", "window", "packed", "memory")
     assert code == 0
     refused = [row for name in ("torch math", "torch checkpointed") for row in rows_of(results, name)]
     assert refused
-    assert all(row["cannot"] == "would need 0 GiB" for row in refused)
+    assert {row["cannot"] for row in refused} == {"would need 0 GiB"}
     assert "would need 0 GiB" in report
     assert all("median" in row for row in rows_of(results, "metattn cpu"))
     memory = {row["contestant"]: row.get("cannot") for row in results["memory"]}
@@ -193,14 +201,14 @@ def test_smoke(run: Run) -> None:
 
 def test_unknown_case(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--cases", "plane"])
-    assert gpu.main() == 2
+    assert gpu_main.main() == 2
     assert "there is no plane" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu"])
-    assert gpu.main() == 2
+    assert gpu_main.main() == 2
     assert "nothing was measured" in capsys.readouterr().err
 
 
@@ -223,7 +231,7 @@ def test_attended_pairs() -> None:
         if case.lengths:
             assert case.pairs() == sum(n * (n + 1) // 2 for n in case.lengths)
             continue
-        mask = gpu_cases.position_mask(case, CPU)
+        mask = case.mask(slice(0, case.n), slice(0, case.keys))
         assert case.pairs() == case.batch * (case.n * case.keys if mask is None else int(mask.sum()))
 
 
@@ -231,10 +239,10 @@ def test_attended_pairs() -> None:
 def test_answer_by_pieces(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows at a time, with the keys that they attend to alone, give what all at once give."""
     case = dataclasses.replace(case, dtype="float64")
-    inputs = gpu_cases.make_inputs(case, CPU)
-    whole = gpu_cases.answers(case, inputs, gpu_cases.written_out, torch.float64)
-    monkeypatch.setattr(gpu_cases, "SCORES_AT_ONCE", 3 * case.keys)
-    pieces = gpu_cases.answers(case, inputs, gpu_cases.written_out, torch.float64)
+    inputs = answers.make_inputs(case)
+    whole = gpu_cases.answers(case, inputs, answers.written_out, torch.float64)
+    monkeypatch.setitem(answers.SCORES_AT_ONCE, "cpu", 3 * case.keys)
+    pieces = gpu_cases.answers(case, inputs, answers.written_out, torch.float64)
     for a, b in zip(whole, pieces, strict=True):
         assert a.keys() == b.keys()
         for name, t in a.items():
@@ -393,27 +401,27 @@ def python(code: str) -> list[str]:
 
 
 def test_checks(tmp_path: Path) -> None:
-    commands = gpu.checks(gpu.STAGES, "/bin/compute-sanitizer")
-    assert list(commands) == [*gpu.TESTS, "memcheck", "racecheck", "initcheck", "synccheck"]
+    commands = gpu_main.checks(gpu_main.STAGES, "/bin/compute-sanitizer")
+    assert list(commands) == [*gpu_main.TESTS, "memcheck", "racecheck", "initcheck", "synccheck"]
     assert commands["initcheck"][:3] == ["/bin/compute-sanitizer", "--tool", "initcheck"]
-    assert list(gpu.checks(("sanitizer",), None)) == []
+    assert list(gpu_main.checks(("sanitizer",), None)) == []
     say = "import os; print('cache', os.environ.get('PYTORCH_NO_CUDA_MEMORY_CACHING')); raise SystemExit({})"
     given = {
         "tests": python(say.format(0)),
         "memcheck": python(say.format(9)),
         "hangs": python("while 1: pass"),
     }
-    said = gpu.run_checks(given, tmp_path, time.time() + 3)
+    said = gpu_main.run_checks(given, tmp_path, time.time() + 3)
     assert said["tests"] == "exit 0: cache None"
     assert said["memcheck"] == "exit 9: cache 1"
     assert said["hangs"].startswith("stopped: out of time")
 
 
 def test_compiling() -> None:
-    commands = gpu.compiling([f"case {i}" for i in range(6)], "cuda")
+    commands = gpu_main.compiling([f"case {i}" for i in range(6)], "cuda")
     shares = [command[command.index("--cases") + 1 :] for command in commands.values()]
     assert sorted(name for share in shares for name in share) == [f"case {i}" for i in range(6)]
-    assert len(gpu.compiling(["one"], "cuda")) == 1
+    assert len(gpu_main.compiling(["one"], "cuda")) == 1
 
 
 def test_compile_runs_each_step_of_ours(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +430,7 @@ def test_compile_runs_each_step_of_ours(run: Run, monkeypatch: pytest.MonkeyPatc
     def start(case: Case, backend: str, step: str, inputs: Any) -> Callable[[], None]:
         return lambda: ran.append(f"{case.name} {step}")
 
-    monkeypatch.setattr(gpu_peers, "ours_step", start)
+    monkeypatch.setattr(gpu_peers, "our_step", start)
     monkeypatch.setattr(
         sys, "argv", ["run", "--compile-only", "--device", "cpu", "--cases", "bias", "packed"]
     )

@@ -13,6 +13,7 @@ import torch
 
 import metattn
 from metattn import backends, host
+from metattn.backends import cpu
 
 if backends.unavailable_reason("cpu") is not None:
     pytest.skip(f"backend cpu: {backends.unavailable_reason('cpu')}", allow_module_level=True)
@@ -102,7 +103,7 @@ def test_environment_names_the_isa(way: str) -> None:
 def test_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "metattn._host", None)
     monkeypatch.setitem(backends._reasons, "cpu", "the extension was not built: of no reason")
-    monkeypatch.setattr("metattn.installation.FOLDER", tmp_path)
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "libmetattn_cpu.so")
     host._source.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="the extension was not built: of no reason"):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import metattn
-from metattn.backends import available_backends, native
+from metattn.backends import available_backends, cpu
 
-if native.unavailable_reason() is not None:
-    pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)
+if cpu.unavailable_reason() is not None:
+    pytest.skip(f"backend cpu: {cpu.unavailable_reason()}", allow_module_level=True)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

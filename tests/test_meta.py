@@ -76,7 +76,7 @@ def meta_gradient(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, values, materialize_grads=True), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "mixed", "first-order"])
+@pytest.mark.parametrize("kind", ["reverse", "checkpointed", "first-order"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("pooling", [None, "attention"])
 def test_maml_against_unrolled_autograd(pooling: str | None, steps: int, kind: str) -> None:
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("way", ["reverse", "mixed"])
+@pytest.mark.parametrize("way", ["reverse", "checkpointed"])
 @pytest.mark.parametrize("kind", [Norms, Encoder])
 def test_maml_of_models_with_normalisation(kind: type[nn.Module], way: str) -> None:
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def test_the_second_order_term_is_there() -> None:
     shrunk = 1 - lr * curvature
     for kind, term in (
         ("reverse", shrunk),
-        ("mixed", shrunk),
+        ("checkpointed", shrunk),
         ("first-order", torch.ones_like(shrunk)),
     ):
         loss = maml_loss(
@@ -212,7 +212,7 @@ def test_first_order_differs_from_exact_in_every_attention_parameter(pooling: st
             ),
             model,
         )
-        for kind in ("mixed", "first-order")
+        for kind in ("checkpointed", "first-order")
     )
     names = ["attention.in_proj_weight", "attention.out_proj.weight"] + (
         ["pooling.score.weight"] if pooling else []
@@ -324,7 +324,7 @@ def test_randomness_of_tasks() -> None:
         ),
         (
             {"meta_gradient": "exact"},
-            "meta_gradient: expected one of reverse, checkpointed, mixed, first-order, implicit",
+            "meta_gradient: expected one of reverse, checkpointed, first-order, implicit",
         ),
         ({"tasks": "threads"}, 'tasks: expected "vmap" or "loop", got \'threads\''),
         ({"support": [(torch.zeros(3, 1, 5, 2), torch.zeros(3, 1, 5, 3))] * 2}, "support: expected one pair"),
@@ -479,7 +479,7 @@ def test_layers_mix_the_set(layers: int) -> None:
     torch.testing.assert_close(model(padded, mask)[1:, :4], model(x[1:, :4]))
 
 
-@pytest.mark.parametrize("way", ["reverse", "checkpointed", "mixed"])
+@pytest.mark.parametrize("way", ["reverse", "checkpointed"])
 def test_maml_of_a_learner_with_context(way: str) -> None:
     """Gradient steps on top of attending to a context; tasks together and one by one."""
     model = with_context()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import metattn
-from metattn.backends import available_backends, plans, triton, tuned
+from metattn.backends import available_backends
+from metattn.backends.triton import devices, planner, plans, tuned
 
 needs_triton = pytest.mark.skipif(
     available_backends()["triton"] is not None, reason=f"backend triton: {available_backends()['triton']}"
@@ -21,19 +22,19 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def no_plans() -> Iterator[None]:
-    triton._plan.cache_clear()
+    planner.plan_of.cache_clear()
     yield
-    triton._plan.cache_clear()
+    planner.plan_of.cache_clear()
 
 
 def made() -> int:
     """Plans that were made so far."""
-    return triton._plan.cache_info().misses
+    return planner.plan_of.cache_info().misses
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    where = triton.device_at_hand()
+    where = devices.device_at_hand()
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(where, dtype)
 
 
@@ -106,11 +107,11 @@ class TestWhenPlansAreShared:
         torch.testing.assert_close(o, metattn.attention(q, q, q, backend="reference"), rtol=1e-5, atol=1e-6)
 
     def test_what_torch_allows_of_float32(self) -> None:
-        device, of_torch = triton.device_at_hand(), torch.backends.cuda.matmul
-        before, precision = triton.setting(device), of_torch.fp32_precision
+        device, of_torch = devices.device_at_hand(), torch.backends.cuda.matmul
+        before, precision = planner.setting(device), of_torch.fp32_precision
         of_torch.fp32_precision = "tf32"
         try:
-            assert triton.setting(device) == before._replace(tf32=True) != before
+            assert planner.setting(device) == before._replace(tf32=True) != before
         finally:
             of_torch.fp32_precision = precision
 

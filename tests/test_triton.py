@@ -36,8 +36,9 @@ from four_maps import (
 from torch import Tensor
 
 import metattn
-from metattn.backends import available_backends, interpreter, reference, triton
-from metattn.backends.plans import Launch
+from metattn.backends import available_backends, reference, triton
+from metattn.backends.triton import devices, interpreter, planner
+from metattn.backends.triton.plans import Launch
 from metattn.problem import Constants, Primals, Problem, Results
 
 if available_backends()["triton"] is not None:
@@ -47,10 +48,10 @@ import triton.language as tl
 
 from metattn.kernels import configs, tiles
 
-ON_DEVICE = Moved(triton, "cpu" if triton.interpreted() else "cuda")
+ON_DEVICE = Moved(triton, "cpu" if devices.interpreted() else "cuda")
 
 
-interpreted = pytest.mark.skipif(not triton.interpreted(), reason="it compares CPU tensors")
+interpreted = pytest.mark.skipif(not devices.interpreted(), reason="it compares CPU tensors")
 
 
 def check(call: Call, terms: int = 1) -> None:
@@ -99,10 +100,10 @@ def test_low_precision(name: str, sizes: tuple[int, ...], dtype: torch.dtype) ->
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sums that are put aside after two blocks."""
     monkeypatch.setattr(tiles, "SPAN", tl.constexpr(2))
-    monkeypatch.setattr(triton, "LONG", 3)
-    triton._plan.cache_clear()
+    monkeypatch.setattr(planner, "LONG", 3)
+    planner.plan_of.cache_clear()
     yield
-    triton._plan.cache_clear()
+    planner.plan_of.cache_clear()
 
 
 @interpreted
@@ -168,7 +169,7 @@ def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_double_backward_in_one_sweep(name: str, dtype: torch.dtype) -> None:
     options = {**OPTIONS[name], **({"bias": (0, 1, 1, 1)} if "bias" in OPTIONS[name] else {})}
-    if dtype == torch.float32 and not triton.interpreted():
+    if dtype == torch.float32 and not devices.interpreted():
         pytest.skip("float32 takes two sweeps on a GPU")
     launched, found, exact = one_sweep(Call((2, *LONG[1:]), dtype, **options))
     assert launched[:2] == ["double_rows", "vjp_jvp_keys"]
@@ -404,8 +405,8 @@ class TestConfigurations:
 
     def test_architectures(self) -> None:
         named = {80: "sm80", 86: "sm86", 89: "sm86", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm86"}
-        assert {capability: triton.architecture_of(capability) for capability in named} == named
-        assert triton.architecture_of(75) is None
+        assert {capability: devices.architecture_of(capability) for capability in named} == named
+        assert devices.architecture_of(75) is None
 
 
 def test_compilers_front_end() -> None:

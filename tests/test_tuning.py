@@ -19,10 +19,11 @@ import torch
 
 import metattn
 from metattn import backends
-from metattn.backends import triton, tuned
-from metattn.backends.plans import Launch
+from metattn.backends import triton
+from metattn.backends.triton import devices, tuned
+from metattn.backends.triton.plans import Launch
 from metattn.cli import doctor
-from metattn.cli._measure import Timing
+from metattn.measure import Timing
 
 if backends.unavailable_reason("triton") is not None:
     pytest.skip(f"backend triton: {backends.unavailable_reason('triton')}", allow_module_level=True)
@@ -46,13 +47,13 @@ Timer = Callable[[tuning.Step, Config], tuple[Timing, Timing]]
 
 @pytest.fixture
 def gpu() -> None:
-    if triton.interpreted():
+    if devices.interpreted():
         pytest.skip("no GPU")
 
 
 @pytest.fixture(autouse=True)
 def interpreter(request: pytest.FixtureRequest) -> None:
-    if not triton.interpreted() and "gpu" not in request.fixturenames:
+    if not devices.interpreted() and "gpu" not in request.fixturenames:
         pytest.skip("it goes by the interpreter's tiles")
 
 

@@ -28,7 +28,7 @@ IMPORTING_PROCESS = os.getpid()  # a child that was forked from it has none of i
 NAMES = ("reference", "cpu", "cuda", "triton")
 MODULES = {
     "reference": "metattn.backends.reference",
-    "cpu": "metattn.backends.native",
+    "cpu": "metattn.backends.cpu",
     "cuda": "metattn.backends.cuda",
     "triton": "metattn.backends.triton",
 }

@@ -11,9 +11,9 @@ from metattn.layout import Layout, Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
 if TYPE_CHECKING:  # mypy holds the modules to it
-    from metattn.backends import cuda, native, reference, triton
+    from metattn.backends import cpu, cuda, reference, triton
 
-    _all: tuple[Backend, ...] = (reference, native, cuda, triton)
+    _all: tuple[Backend, ...] = (reference, cpu, cuda, triton)
 
 
 class ReusesDq(Protocol):

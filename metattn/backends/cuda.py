@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from metattn import installation
-from metattn.backends import native, operators
+from metattn.backends import cpu, operators
 from metattn.problem import Constants, Primals, Problem
 
 LIBRARY = Path(__file__).resolve().parents[1] / "libmetattn_cuda.so"
@@ -30,15 +30,15 @@ def unavailable_reason() -> str | None:
     if os.environ.get("METATTN_DISABLE_CUDA", "") not in ("", "0"):
         return "METATTN_DISABLE_CUDA is set"
     if not LIBRARY.exists():
-        if not native.LIBRARY.exists():
-            return native.unavailable_reason()
+        if not cpu.LIBRARY.exists():
+            return cpu.unavailable_reason()
         why = installation.record().get("cuda") or f"{LIBRARY.name} is not there"
         return f"the extension was built without CUDA: {why}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
-    schemas = native.unavailable_reason()  # the library of the CPU's operators defines them
+    schemas = cpu.unavailable_reason()  # the library of the CPU's operators defines them
     if schemas is not None:
         return schemas
     try:

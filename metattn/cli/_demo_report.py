@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metattn.cli._contestants import MATH
+from metattn.bench.peers import MATH
 
 OURS, THEIRS, TRUTH, PALE = "#1b6ca8", "#b04a3a", "#444444", "#9aa5ad"
 STAGES = {

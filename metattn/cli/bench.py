@@ -6,27 +6,27 @@ import argparse
 import datetime
 import importlib
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metattn.cli import _compare, _files, _html, _pictures, _report
-from metattn.cli._cases import CASES, MEMORY_CASES, PRODUCTS, QUICK_MEMORY_CASES, Case
-from metattn.cli._contestants import (
+from metattn.bench import compare, files, html_page, pictures, report
+from metattn.bench.cases import CASES, MEMORY_CASES, PRODUCTS, QUICK_MEMORY_CASES, Case
+from metattn.bench.peers import (
     CHECKPOINTED,
     COMPILED,
     FLASH,
     FULL,
     JAX,
     MATH,
-    Contestant,
     absent,
     contestants,
 )
-from metattn.cli._measure import SIZE, interleave, machine
-from metattn.cli._rows import LAST, LONGEST_CHECKED, Advance, measured_for_memory, memory_rows, timed_rows
+from metattn.bench.rows import LAST, LONGEST_CHECKED, Advance, measured_for_memory, memory_rows, timed_rows
+from metattn.measure import SIZE, interleave, machine
 
 # Only the announced duration rests on these guesses: each contestant's share of the matrix product's rate,
 ASSUMED_SHARE = {
@@ -76,15 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.compare is not None:
-        before, after = (_files.results_of("--compare", path) for path in args.compare)
-        print(_compare.text(before, after))
+        before, after = (files.results_of("--compare", path) for path in args.compare)
+        print(compare.text(before, after))
         return 0
     for needed in ("rich", "matplotlib"):  # missing ones are told now, not after minutes of measuring
         importlib.import_module(needed)
-    earlier = None if args.render is None else _files.results_of("--render", args.render)
+    earlier = None if args.render is None else files.results_of("--render", args.render)
     if args.page is not None:
-        _files.page("--page", args.page)
-    _files.writable("--out", args.out)
+        files.page("--page", args.page)
+    files.writable("--out", args.out)
     if earlier is not None:
         results = earlier
     else:
@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
         least = 3 if args.quick else 4
         results = measure(timed, memory, seconds=args.seconds, least=least, quick=args.quick)
     if args.render is None:
-        (args.out / "bench.json").write_text(_files.json_text(results))
-    (args.out / "bench.md").write_text(_report.markdown(results))
-    _pictures.draw(results, args.out)
-    (args.out / "bench.html").write_text(_html.page(results, args.out))
+        (args.out / "bench.json").write_text(files.json_text(results))
+    (args.out / "bench.md").write_text(report.markdown(results))
+    pictures.draw(results, args.out)
+    (args.out / "bench.html").write_text(html_page.page(results, args.out))
     if args.page is not None:
-        _report.rewrite_block(args.page, results, args.out)
-    _report.show(results)
+        report.rewrite_block(args.page, results, args.out)
+    report.show(results)
     print(f"written to {args.out}")
     wrong = [row for row in (*results["rows"], *results["memory"]) if row.get("wrong")]
     return 1 if any(row["contestant"].startswith("metattn") for row in wrong) else 0  # a peer's is told above
@@ -127,10 +127,9 @@ def measure(
     """All rows of the given cases, with the machine they were measured on."""
     started = time.time()
     missing = absent() | (dict.fromkeys(COMPILES, "not in a quick run") if quick else {})
-    found = [contestant for contestant in contestants() if contestant.name not in missing]
     rate = matrix_product_rate()
-    work = [expected_seconds(case, found, rate, seconds, least) for case in timed]
-    work += [expected_seconds_for_memory(case, found, rate) for case in memory]
+    work = [expected_seconds(case, missing, rate, seconds, least) for case in timed]
+    work += [expected_seconds_for_memory(case, rate) for case in memory]
     results: dict[str, Any] = {
         "machine": machine(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -141,13 +140,13 @@ def measure(
         "products": [],
         "memory": [],
     }
-    with _report.progress(sum(work), progress) as advance:
+    with report.progress(sum(work), progress) as advance:
         for case, weight in zip([*timed, *memory], work, strict=True):
             share = partial(_share, advance, weight)
             if case in memory:
-                results["memory"] += memory_rows(case, found, share)
+                results["memory"] += memory_rows(case, share)
             else:
-                rows, products = timed_rows(case, found, seconds, least, share)
+                rows, products = timed_rows(case, contestants(case, missing), seconds, least, share)
                 results["rows"] += rows
                 results["products"] += products
     results["seconds"] = round(time.time() - started, 1)
@@ -164,13 +163,14 @@ def matrix_product_rate() -> float:
     return 2 * SIZE**3 / interleave({"product": lambda: left @ right}, seconds=0.0, least=3)["product"].median
 
 
-def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: float, least: int) -> float:
+def expected_seconds(case: Case, without: Collection[str], rate: float, seconds: float, least: int) -> float:
     """A guess for all steps of a case, for the announcement and the bar."""
+    found = contestants(case, without)
     total = case.operations("second-order step") / (EXACT_SHARE * rate)
-    if any(contestant.full and contestant.can(case, "forward") for contestant in found):
+    if any(contestant.full for contestant in found):
         total += case.full().operations("second-order step") / case.heads / (EXACT_SHARE * rate)
     for step in case.steps:
-        able = [contestant for contestant in found if contestant.can(case, step)]
+        able = [contestant for contestant in found if step in contestant.steps]
         # a window saves torch nothing
         calls = [
             (case if contestant.backend and not contestant.full else case.full()).operations(step)
@@ -184,11 +184,11 @@ def expected_seconds(case: Case, found: list[Contestant], rate: float, seconds: 
     return total
 
 
-def expected_seconds_for_memory(case: Case, found: list[Contestant], rate: float) -> float:
+def expected_seconds_for_memory(case: Case, rate: float) -> float:
     operations = case.operations("second-order step")
-    able = measured_for_memory(case, found)
+    able = measured_for_memory(case)
     runs = sum(CHILD_START + operations / (ASSUMED_SHARE[contestant.name] * rate) for contestant in able)
-    checked = min(1.0, LAST / case.length) if case.length > LONGEST_CHECKED else 1.0
+    checked = min(1.0, LAST / case.n) if case.n > LONGEST_CHECKED else 1.0
     return runs + checked * operations / case.heads / (EXACT_SHARE * rate)
 
 

@@ -20,11 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
 import metattn
-from metattn.cli._cases import Case, make_inputs
-from metattn.cli._contestants import MATH, Contestant, make_step
-from metattn.cli._files import json_text
-from metattn.cli._measure import in_fresh_process, interleave, machine
+from metattn.bench.answers import make_inputs
+from metattn.bench.cases import Case
+from metattn.bench.files import json_text
+from metattn.bench.peers import MATH, contestant
 from metattn.cli.tasks import Samples, Sinusoids, handwritten_digits, nearest_centroid, rows
+from metattn.measure import in_fresh_process, interleave, machine
 from metattn.meta import SGD, AttentionMetaLearner, adapt, maml_loss
 
 EXTRAS = ("matplotlib", "numpy", "rich", "sklearn")
@@ -71,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     if args.seconds <= 0:
         raise ValueError(f"--seconds: expected more than 0, got {args.seconds}")
-    from metattn.cli import _demo_report, _files
+    from metattn.bench import files
+    from metattn.cli import _demo_report
 
-    _files.writable("--out", args.out)
+    files.writable("--out", args.out)
     size = QUICK if args.quick else FULL
     started = time.perf_counter()
     with _demo_report.progress() as advance:
@@ -339,11 +341,10 @@ def second_order_steps(size: Size, advance: Advance) -> list[dict[str, Any]]:
     names = [f"metattn {automatic_backend()}", MATH]
     for index, length in enumerate(size.lengths):
         case = Case("demo", 1, 2, length, 64, steps=(step,))
-        contestants = {name: Contestant(name, frozenset({step})) for name in names}
         inputs = make_inputs(case)
         advance("second-order step", index / len(size.lengths), f"N = {length}")
         timings = interleave(
-            {name: make_step(contestant, case, step, inputs) for name, contestant in contestants.items()},
+            {name: contestant(case, name).start(step, inputs) for name in names},
             seconds=size.seconds,
             least=3,
             warmup=1,
@@ -361,7 +362,7 @@ def second_order_steps(size: Size, advance: Advance) -> list[dict[str, Any]]:
                     "length": length,
                     "contestant": name,
                     "seconds": timings[name].median,
-                    "bytes": in_fresh_process("metattn.cli._peak", request)["bytes"],
+                    "bytes": in_fresh_process("metattn.bench.peak", request)["bytes"],
                 }
             )
     advance("second-order step", 1.0, "")

@@ -12,8 +12,9 @@ import torch
 
 import metattn
 from metattn import backends, host, installation
-from metattn.backends import native, tuned
-from metattn.cli._measure import machine
+from metattn.backends import cpu
+from metattn.backends.triton import devices, tuned
+from metattn.measure import machine
 
 OLDEST_TORCH = (2, 10)
 # Working float32 attention at the size below is off by less than 1e-6, a broken kernel by far more.
@@ -59,7 +60,7 @@ def examine() -> dict[str, Any]:
                 f"this is {installation.FOLDER}, and hides the installation in {', '.join(hidden)}: "
                 "start Python in another folder, or without PYTHONPATH"
             )
-    built = backends["cpu"] is None or native.LIBRARY.exists()
+    built = backends["cpu"] is None or cpu.LIBRARY.exists()
     return {
         "ok": not problems,
         "problems": problems,
@@ -78,14 +79,9 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _triton() -> Any:
-    """The module, for what no other backend has."""
-    return backends.load("triton")
-
-
 def self_test(backend: str) -> float:
     """Relative error of a small second-order step beside torch's math path in float64, the worst output's."""
-    interpreted = backend == "triton" and _triton().interpreted()
+    interpreted = backend == "triton" and devices.interpreted()
     device = "cpu" if interpreted or backend in ("reference", "cpu") else "cuda"
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, 2, 33, 16, generator=generator) for _ in range(7)]
@@ -113,8 +109,7 @@ def tiles() -> dict[str, Any]:
     """How many tuned tiles the Triton backend uses here, from which file, and why none are."""
     if backends.unavailable_reason("triton") is not None:
         return {"tuned": 0, "file": None, "reason": "backend triton is unavailable"}
-    triton = _triton()
-    table = tuned.table(triton.gpu(triton.device_at_hand()))
+    table = tuned.table(devices.gpu(devices.device_at_hand()))
     return {"tuned": len(table.tiles), "file": table.path and str(table.path), "reason": table.reason}
 
 

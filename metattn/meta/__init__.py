@@ -1,13 +1,13 @@
 """Meta-learners and inner loops, built on torch.func."""
 
 from metattn.meta.adapt import adapt
+from metattn.meta.checkpointed import Checkpointed
 from metattn.meta.compiled import Compiled
 from metattn.meta.implicit import Implicit
-from metattn.meta.inner import FirstOrder, Reverse
+from metattn.meta.inner_loop import FirstOrder, Reverse
 from metattn.meta.learner import AttentionMetaLearner
+from metattn.meta.losses import maml_loss, reptile_loss
 from metattn.meta.optimizers import SGD, Adam, InnerOptimizer, MetaSGD
-from metattn.meta.stepwise import Checkpointed, Mixed
-from metattn.meta.tasks import maml_loss, reptile_loss
 
 __all__ = [
     "SGD",
@@ -19,7 +19,6 @@ __all__ = [
     "Implicit",
     "InnerOptimizer",
     "MetaSGD",
-    "Mixed",
     "Reverse",
     "adapt",
     "maml_loss",

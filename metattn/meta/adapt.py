@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module  # functional_call's, for two modules at once
 
-from metattn.meta.exact import ExactDerivatives
+from metattn.meta.checkpointed import Checkpointed
 from metattn.meta.implicit import Implicit
-from metattn.meta.inner import FirstOrder, InnerLoop, MetaGradient, Reverse, samples_of
+from metattn.meta.inner_loop import FirstOrder, InnerLoop, MetaGradient, Reverse, samples_of
 from metattn.meta.optimizers import SGD, Adam, InnerOptimizer, MetaSGD, Params
-from metattn.meta.stepwise import Checkpointed, Mixed
+from metattn.meta.torch_fixes import ExactDerivatives
 
 Samples: TypeAlias = tuple[Any, Any]  # (inputs, targets)
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]  # (outputs, targets) → scalar
@@ -22,7 +22,6 @@ LossFunction: TypeAlias = Callable[[Any, Any], Tensor]  # (outputs, targets) →
 META_GRADIENTS: dict[str, MetaGradient] = {
     "reverse": Reverse(),
     "checkpointed": Checkpointed(),
-    "mixed": Mixed(),
     "first-order": FirstOrder(),
     "implicit": Implicit(),
 }
@@ -61,7 +60,6 @@ def adapt(
             * "reverse": exact, by recording every step.
             * "checkpointed", or :class:`Checkpointed`: exact, step by step, each computed again; memory for
               one step and the parameters' trajectory.
-            * "mixed", or :class:`Mixed`: the same in forward mode over reverse mode.
             * "first-order": inner gradients are taken for constants.
             * :class:`Compiled`: exact, by steps that are compiled once for all.
             * "implicit", or :class:`Implicit`: of the inner problem's solution, whatever the steps to it.
@@ -69,7 +67,7 @@ def adapt(
     Returns the adapted parameters, by name: functions of ``params``, of the model's and loss_fn's other
     parameters and buffers, and of tensors in ``support`` and ``optimizer``. Under ``torch.no_grad()`` the
     steps are taken and nothing is recorded.
-    Differentiable: "reverse", "checkpointed" and "mixed" as often as the model allows, under autograd,
+    Differentiable: "reverse" and "checkpointed" as often as the model allows, under autograd,
     torch.func.grad and vmap; "reverse" in forward mode too; :class:`Compiled` once, under autograd and vmap.
     Errors: ValueError for a negative step count, for a name the model lacks, for a step size that is missing,
     for a support that is no pair or a list of another length than steps, for a meta_gradient that is none,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from metattn.meta.explicit import is_recorded
-from metattn.meta.inner import InnerLoop, samples_of
+from metattn.meta.inner_loop import InnerLoop, samples_of
 from metattn.meta.optimizers import Params, State
+from metattn.meta.recorded_call import is_recorded
 from metattn.meta.replay import Replay
 from metattn.torch_internals import (
     Vmap,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metattn.meta.explicit import Call, is_recorded
-from metattn.meta.inner import InnerLoop
+from metattn.meta.inner_loop import InnerLoop
 from metattn.meta.optimizers import Params
+from metattn.meta.recorded_call import RecordedCall, is_recorded
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Implicit:
         if isinstance(others["support"], list):
             raise ValueError('support: expected one pair of inputs and targets for "implicit", got a list')
         tensors: list[Tensor] = []
-        call = Call(loop, params, others, tensors)
+        call = RecordedCall(loop, params, others, tensors)
         if torch.is_grad_enabled() and call.tuned([is_recorded(x) for x in tensors]):
             raise ValueError(
                 "optimizer: expected no field that requires a gradient, for the implicit one does not depend "
@@ -76,7 +76,7 @@ class Implicit:
 
     def cotangents(
         self,
-        call: Call,
+        call: RecordedCall,
         tensors: Sequence[Tensor],
         solution: Sequence[Tensor],
         given: Sequence[Tensor | None],
@@ -106,7 +106,7 @@ class _Solution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: Call, implicit: Implicit, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: RecordedCall, implicit: Implicit, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.detach() for x in tensors[: call.count])
 
     @staticmethod

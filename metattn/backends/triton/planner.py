@@ -1,55 +1,36 @@
-"""The Triton backend: launches the kernels of metattn.kernels on CUDA and ROCm devices.
-
-Under TRITON_INTERPRET=1 the kernels run in Python on CPU tensors instead. No maths here: a call is turned
-into a plan of allocations and launches, and the plan is run; the next call that is alike finds it made.
-"""
+"""From a call to its plan: views of its tensors as kernels take them, tiles, allocations, launches."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metattn.backends import interpreter, operators, tuned
-from metattn.backends.maps import Maps
+from metattn.backends import operators
 from metattn.backends.operators import ROUNDED
-from metattn.backends.plans import Launch, Like, Made, Plan, likes, stand_in
-from metattn.layout import FORWARD, MAPS, NO_PRIMALS, Layout, Needs
-from metattn.layout import Given as GivenTensors
+from metattn.backends.triton import devices, tuned
+from metattn.backends.triton.plans import Launch, Like, Made, Plan, stand_in
+from metattn.kernels import configs
+from metattn.kernels.call import Call, Given, Room, View, Wanted
+from metattn.kernels.configs import Config
+from metattn.kernels.double_backward import double_rows
+from metattn.kernels.forward import forward_rows
+from metattn.kernels.jvp import jvp_rows
+from metattn.kernels.shared import Parts, bias_sums, share_sums
+from metattn.kernels.spans import SPAN
+from metattn.kernels.vjp import vjp_keys, vjp_rows
+from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
+from metattn.layout import FORWARD, MAPS, NO_PRIMALS, Needs
 from metattn.problem import Constants, Primals, Problem, Results
 
-try:
-    import triton
-
-    from metattn.kernels import configs
-    from metattn.kernels.call import Call, Given, Room, View, Wanted
-    from metattn.kernels.configs import Config
-    from metattn.kernels.double_backward import double_rows
-    from metattn.kernels.forward import forward_rows
-    from metattn.kernels.jvp import jvp_rows
-    from metattn.kernels.shared import Parts, bias_sums, share_sums
-    from metattn.kernels.spans import SPAN
-    from metattn.kernels.vjp import vjp_keys, vjp_rows
-    from metattn.kernels.vjp_jvp import vjp_jvp_keys, vjp_jvp_rows
-
-    LONG = 4 * SPAN.value  # blocks of a sweep that is cut into spans
-    IMPORT_ERROR: str | None = None
-except ModuleNotFoundError as error:
-    IMPORT_ERROR = f"{error.name} is not installed"
-except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
-    IMPORT_ERROR = f"triton cannot be imported: {error}"
-
-OLDEST_COMPILER = (3, 6)  # comes with torch 2.10, the oldest that is supported
-MOST_FEATURES = 256
+LONG = 4 * SPAN.value  # blocks of a sweep that is cut into spans
 PLANS = 1024  # plans are kept for so many different calls, those that were used last
 STATISTICS = 5  # fields of kernels.call.Statistics
-WIDE = 2**31 // (2 * MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
+WIDE = 2**31 // (2 * configs.MOST_FEATURES)  # strides from which offsets within a block pass 31 bits
 BIAS_PROGRAMS = 512  # a sum over fewer tiles than this is cut into parts
 # What a kernel sums up of each row or key: numbers, accumulators as wide as q and as wide as v.
 SUMS = {
@@ -61,104 +42,6 @@ SUMS = {
     "vjp_jvp_keys": (0, 1, 1),
     "double_rows": (5, 2, 1),
 }
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
-
-
-# Triton decides when a kernel is defined, which was now, whether it is interpreted.
-UNMENDED = interpreter.mend() if IMPORT_ERROR is None and interpreted() else None
-
-
-@functools.cache
-def unavailable_reason() -> str | None:
-    """Why no kernel can be launched on this machine, or None."""
-    if os.environ.get("METATTN_DISABLE_TRITON", "") not in ("", "0"):
-        return "METATTN_DISABLE_TRITON is set"
-    if IMPORT_ERROR is not None:
-        return IMPORT_ERROR
-    if interpreted():
-        return None
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_COMPILER:
-        return f"Triton {triton.__version__} is installed; the kernels need the compiler of 3.6 or later"
-    if torch.cuda.is_available():
-        return None
-    return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
-
-
-def unsupported(problem: Problem, primals: Primals, constants: Constants) -> str | None:
-    """Why the kernels cannot serve a call, or None."""
-    q, v = primals.q, primals.v
-    expected = "cpu" if interpreted() else "cuda"
-    if q.device.type != expected:
-        return f"it works on {expected} tensors, these are on {q.device}"
-    if q.dtype == torch.float64:
-        return "it computes in float32, these tensors are float64"
-    if UNMENDED is not None and q.dtype in ROUNDED:
-        return UNMENDED
-    row = architecture(q.device)
-    if row is None:
-        return "the GPU has no tensor cores that Triton's kernels can use (compute capability 8.0 or later)"
-    widest = configs.WIDEST[row][0 if q.dtype in ROUNDED else 1]
-    if max(q.shape[3], v.shape[3]) > widest:
-        here = "" if widest == MOST_FEATURES else f" in {q.dtype} on this GPU"
-        return f"a head dimension of at most {widest}{here}, got {max(q.shape[3], v.shape[3])}"
-    return None
-
-
-@functools.cache
-def architecture(device: torch.device) -> str | None:
-    """The row of the configuration table for a device; None where there is none."""
-    if interpreted():
-        return "interpreter"
-    if torch.version.hip is not None:
-        return "gfx9"
-    capability = torch.cuda.get_device_capability(device)
-    return architecture_of(10 * capability[0] + capability[1])
-
-
-def architecture_of(capability: int) -> str | None:
-    """The same for an NVIDIA compute capability, as 90."""
-    if capability < 80:
-        return None
-    if capability in (80, 87):
-        return "sm80"
-    if capability < 90 or capability >= 120:
-        return "sm86"  # 99 KiB of shared memory a program
-    return "sm90" if capability < 100 else "sm100"
-
-
-def device_at_hand() -> torch.device:
-    """Where kernels run: the current GPU, in the interpreter the CPU."""
-    return torch.device("cpu") if interpreted() else torch.device("cuda", torch.cuda.current_device())
-
-
-@functools.cache
-def gpu(device: torch.device) -> tuned.Gpu:
-    """What a table of tuned tiles is made for."""
-    if interpreted():
-        return tuned.Gpu("interpreter", "interpreter")
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return tuned.Gpu(properties.name, properties.gcnArchName.partition(":")[0])
-    return tuned.Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: the tensors' own."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def run(launch: Launch, *arguments: Any) -> None:
-    """Every launch goes through here."""
-    launch(*arguments)
-
-
-# A call as kernels take it.
 
 
 def _view(t: Tensor | None, *, rows_of_all: bool = False, broadcast: bool = False) -> View | None:
@@ -198,11 +81,10 @@ class Setting(NamedTuple):
 
 def setting(device: torch.device) -> Setting:
     """What holds now for tensors on a device."""
-    row = architecture(device)
+    row = devices.architecture(device)
     assert row is not None  # unsupported() said so
-    return Setting(
-        device, row, operators.allows_tf32(), None if device.type == "meta" else tuned.table(gpu(device))
-    )
+    tiles = None if device.type == "meta" else tuned.table(devices.gpu(device))
+    return Setting(device, row, operators.allows_tf32(), tiles)
 
 
 class Planner:
@@ -528,11 +410,8 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, copy=True)
 
 
-# Plans are made and run here.
-
-
 @functools.lru_cache(maxsize=PLANS)
-def _plan(
+def plan_of(
     map_: str, here: Setting, problem: Problem, needs: Needs | None, of: tuple[Like | None, ...]
 ) -> Plan:
     """The plan of a map's call: on the tensors of its layout, and dq after them."""
@@ -548,76 +427,7 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _reuses_dq(here: Setting, problem: Problem, needs: Needs, of: tuple[Like | None, ...]) -> bool:
+def reuses_dq(here: Setting, problem: Problem, needs: Needs, of: tuple[Like | None, ...]) -> bool:
     """Planner.reuses_dq of a call whose primals and constants are given."""
     given = FORWARD.split([stand_in(each) for each in of])
     return Planner(here, problem, given.primals, given.constants).reuses_dq(needs)
-
-
-def _in_memory(t: Tensor) -> Tensor:
-    """torch's own operators see to the negative bit, and to zeros without memory; a pointer does not."""
-    return t.clone() if t._is_zerotensor() else t.resolve_neg()
-
-
-class Launches(Maps):
-    """The maps, launched."""
-
-    def run(
-        self,
-        layout: Layout,
-        problem: Problem,
-        given: GivenTensors,
-        needs: Needs | None,
-        dq: Tensor | None = None,
-    ) -> tuple[Any, ...]:
-        """Plans a map's call, or finds the plan of one that was alike, and runs it."""
-        constants = given.constants
-        if constants.mask is not None:
-            given = given._replace(constants=constants._replace(mask=constants.mask.view(torch.uint8)))
-        tensors = [None if t is None else _in_memory(t) for t in (*layout.join(given), dq)]
-        device = given.primals.q.device
-        plan = _plan(layout.name, setting(device), problem, needs, likes(tensors))
-        with on(device):
-            return plan.run(tensors, device, run)
-
-
-def _traced(q: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(q) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-class _Backend(Launches):
-    """The same; by operators what cannot be launched: what is traced, a mode looks at, or has no data."""
-
-    def reuses_dq(self, problem: Problem, primals: Primals, constants: Constants, needs: Needs) -> bool:
-        if _traced(primals.q):  # operators take none
-            return False
-        of = likes((*primals, *constants))
-        return _reuses_dq(setting(primals.q.device), problem, needs, of)
-
-    def run(
-        self,
-        layout: Layout,
-        problem: Problem,
-        given: GivenTensors,
-        needs: Needs | None,
-        dq: Tensor | None = None,
-    ) -> tuple[Any, ...]:
-        return (
-            OPERATORS.run(layout, problem, given, needs)
-            if _traced(given.primals.q)
-            else super().run(layout, problem, given, needs, dq)
-        )
-
-
-OPERATORS = operators.Operators("metattn_triton")
-operators.define("metattn_triton", "triton", Launches())
-operators.describe("metattn_triton", lambda q: "triton")
-
-_BACKEND = _Backend()
-forward, vjp, jvp, vjp_jvp = _BACKEND.forward, _BACKEND.vjp, _BACKEND.jvp, _BACKEND.vjp_jvp
-double_backward, reuses_dq = _BACKEND.double_backward, _BACKEND.reuses_dq
-run_plain = None

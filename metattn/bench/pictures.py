@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metattn.cli._cases import WHOLE
-from metattn.cli._contestants import CHECKPOINTED, COMPILED, FLASH, FULL, JAX, MATH
-from metattn.cli._tables import Results, cases, extra, names, needed, ours, row_of
+from metattn.bench.cases import WHOLE
+from metattn.bench.peers import CHECKPOINTED, COMPILED, FLASH, FULL, JAX, MATH
+from metattn.bench.tables import Results, cases, extra, names, needed, ours, row_of
 
 STEPS = ("forward", "vjp", "double backward", WHOLE)
 TITLES = {
@@ -148,21 +148,21 @@ def length(results: Results) -> Any:
 
     rows = [row for row in results["memory"] if not row["wrong"]]
     measured = [row for row in rows if row["bytes"] is not None]
-    lengths = sorted({row["case"]["length"] for row in rows})
+    lengths = sorted({row["case"]["n"] for row in rows})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for name in names(measured):
         mine = [row for row in measured if row["contestant"] == name]
-        places = [row["case"]["length"] for row in mine]
+        places = [row["case"]["n"] for row in mine]
         look = {"marker": "o", "label": name, "color": COLOURS[name]}
         right.plot(places, [extra(row) / 2**20 for row in mine], **look)
-        timed = [(row["case"]["length"], row["seconds"]) for row in mine if "seconds" in row]
+        timed = [(row["case"]["n"], row["seconds"]) for row in mine if "seconds" in row]
         if timed:
             left.plot(*zip(*timed, strict=True), **look)
-    sizes = {row["case"]["length"]: needed(row) / 2**20 for row in rows}
+    sizes = {row["case"]["n"]: needed(row) / 2**20 for row in rows}
     right.plot(sizes.keys(), sizes.values(), color="#222222", linestyle=":", label="inputs + outputs")
     for row in rows:
         if "does_not_fit_in" in row:
-            mark = (row["case"]["length"], row["does_not_fit_in"] / 2**20)
+            mark = (row["case"]["n"], row["does_not_fit_in"] / 2**20)
             right.plot(*mark, marker="x", markersize=9, color=COLOURS[row["contestant"]])
             right.annotate(
                 "does not fit", mark, (-8, -12), textcoords="offset points", ha="right", fontsize=8

@@ -7,8 +7,8 @@ import html
 import json
 from pathlib import Path
 
-from metattn.cli import _goals, _pictures, _tables
-from metattn.cli._cases import PRODUCTS
+from metattn.bench import goals, pictures, tables
+from metattn.bench.cases import PRODUCTS
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 80rem;
@@ -25,22 +25,22 @@ pre { background: #f4f4f4; padding: 1rem; overflow-x: auto; font-size: 12px }
 """
 
 
-def page(results: _tables.Results, folder: Path) -> str:
+def page(results: tables.Results, folder: Path) -> str:
     """The whole file; the pictures are read from where they were drawn."""
     steps = tuple(PRODUCTS)
-    parts = [_heading("Goals"), table(_goals.table(results), 3)]
-    for name, title in _pictures.TITLES.items():
+    parts = [_heading("Goals"), table(goals.table(results), 3)]
+    for name, title in pictures.TITLES.items():
         parts += [_heading(title), picture(folder / name, title)]
     if results["rows"]:
-        parts += [_heading("Ratios"), table(_tables.ratio_table(results, steps), 2)]
-        parts += [_heading("Times"), table(_tables.timing_table(results, steps), 2)]
+        parts += [_heading("Ratios"), table(tables.ratio_table(results, steps), 2)]
+        parts += [_heading("Times"), table(tables.timing_table(results, steps), 2)]
     if results["memory"]:
-        parts += [_heading("Memory"), table(_tables.memory_table(results), 1)]
-    wrong = _tables.wrong(results)
+        parts += [_heading("Memory"), table(tables.memory_table(results), 1)]
+    wrong = tables.wrong(results)
     if wrong:
         parts += [_heading("Wrong or failed"), *(f"<p>{html.escape(said)}</p>" for said in wrong)]
     parts.append(_heading("How it was measured"))
-    parts += [f"<p>{html.escape(said)}</p>" for said in _tables.notes(results)]
+    parts += [f"<p>{html.escape(said)}</p>" for said in tables.notes(results)]
     parts.append(f"<pre>{html.escape(json.dumps(results['machine'], indent=1))}</pre>")
     body = "\n".join(parts)
     return (
@@ -60,7 +60,7 @@ def picture(path: Path, title: str) -> str:
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
 
-def table(content: _tables.Table, left: int) -> str:
+def table(content: tables.Table, left: int) -> str:
     header, lines = content
     cells = [_cell("th", said, index < left) for index, said in enumerate(header)]
     rows = ["".join(cells)]

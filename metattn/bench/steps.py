@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metattn import backends
-from metattn.cli._cases import PRODUCTS, SCORES_AT_ONCE, Inputs
-from metattn.cli._measure import chunks
+from metattn.bench.answers import Inputs
+from metattn.bench.cases import PRODUCTS
+from metattn.measure import chunks
 from metattn.problem import Call, Primals
 
 Attend = Callable[..., Tensor]
@@ -46,6 +47,12 @@ def step_of(attend: Attend, step: str, inputs: Inputs) -> Step:
     raise ValueError(f"step: expected one of {', '.join(PRODUCTS)}, got {step!r}")
 
 
+def step_of_compiled(attend: Attend, step: str, inputs: Inputs) -> Step:
+    """The same for a compiled function, whose backward runs many times: it must not free what it reads."""
+    with torch._functorch.config.patch(donated_buffer=False):
+        return step_of(attend, step, inputs)
+
+
 def raw_vjp_jvp(backend: str, call: Call, do: Tensor, tangents: tuple[Tensor, ...]) -> Step:
     """The fourth map by itself, straight from the backend: no public call runs it without the third.
 
@@ -72,7 +79,7 @@ def raw_vjp_jvp(backend: str, call: Call, do: Tensor, tangents: tuple[Tensor, ..
 
 
 def checkpointed_step(
-    math: Attend, forward: Attend, inputs: Inputs, scores_at_once: int = SCORES_AT_ONCE
+    math: Attend, forward: Attend, inputs: Inputs, scores_at_once: int
 ) -> tuple[Tensor, ...]:
     """The cheapest right second order that torch has: a flash forward, then the gradient of the math path,
     a few (batch, head) pairs at a time, checkpointed, so that only their matrices exist at once."""

@@ -1,4 +1,4 @@
-"""One memory measurement: `python -m metattn.cli._peak` reads a request, and answers, in JSON."""
+"""One memory measurement: `python -m metattn.bench.peak` reads a request, and answers, in JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from metattn.cli._cases import Case, errors, make_inputs
-from metattn.cli._contestants import Contestant, make_step
-from metattn.cli._measure import available_memory, peak_memory
+from metattn.bench.answers import errors, make_inputs
+from metattn.bench.cases import Case
+from metattn.bench.peers import contestant
+from metattn.measure import available_memory, peak_memory
 
 
 def limit_memory(more: int) -> None:
@@ -24,11 +25,11 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + more, hard))
 
 
-def measure(case: Case, contestant: Contestant, step: str, answer_path: str | None) -> dict[str, object]:
+def measure(case: Case, name: str, step: str, answer_path: str | None) -> dict[str, object]:
     """Peak bytes of the step with all its inputs counted, its seconds, and its errors."""
-    small = replace(case, length=64)
+    small = replace(case, n=64)
     # threads, code and small buffers exist afterwards
-    make_step(contestant, small, step, make_inputs(small))()
+    contestant(small, name).start(step, make_inputs(small))()
     available = available_memory()
     if available is not None and sys.platform == "linux":
         limit_memory(int(0.9 * available))
@@ -37,7 +38,7 @@ def measure(case: Case, contestant: Contestant, step: str, answer_path: str | No
     answer: dict[str, object] = {}
 
     def whole() -> None:
-        run_step = make_step(contestant, case, step, make_inputs(case))
+        run_step = contestant(case, name).start(step, make_inputs(case))
         start = time.perf_counter()
         kept.append(run_step())
         answer["seconds"] = time.perf_counter() - start
@@ -56,10 +57,9 @@ def measure(case: Case, contestant: Contestant, step: str, answer_path: str | No
 
 def main() -> None:
     request = json.load(sys.stdin)
-    case = Case(**request["case"])
+    case = Case.of(request["case"])
     torch.set_num_threads(request["threads"])
-    contestant = Contestant(request["contestant"], frozenset({request["step"]}))
-    print(json.dumps(measure(case, contestant, request["step"], request["answer"])))
+    print(json.dumps(measure(case, request["contestant"], request["step"], request["answer"])))
 
 
 if __name__ == "__main__":

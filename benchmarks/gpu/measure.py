@@ -1,4 +1,4 @@
-"""Timing and peak memory of gpu.py's contestants, and the state of the GPU they were measured on."""
+"""Timing and peak memory of the GPU benchmark's contestants, and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_cases
-from benchmarks.gpu_cases import WHOLE, Case
-from benchmarks.gpu_peers import Contestant, contestants
-from metattn.cli._cases import Inputs
-from metattn.cli._measure import interleave, once
-from metattn.cli._steps import Step
+from benchmarks.gpu import cases
+from benchmarks.gpu.peers import contestants, refusal
+from metattn.bench.answers import Inputs, Outputs, make_inputs, written_out
+from metattn.bench.cases import WHOLE, Case
+from metattn.bench.peers import Contestant
+from metattn.bench.steps import Step
+from metattn.measure import interleave, once
 
 GRAPH = ", CUDA graph"
 PEERS_SLACK = 4.0  # a peer may be off by this many times what we may: less exact ones are timed too
@@ -103,14 +104,14 @@ class Prepared:
     """A case's inputs, their float64 answer, and what each output may be off by."""
 
     inputs: Inputs
-    truth: tuple[gpu_cases.Outputs, gpu_cases.Outputs]
+    truth: tuple[Outputs, Outputs]
     limits: dict[str, float]
 
 
 def prepare(case: Case, device: torch.device) -> Prepared:
-    inputs = gpu_cases.make_inputs(case, device)
-    truth = gpu_cases.answers(case, inputs, gpu_cases.written_out, torch.float64)
-    return Prepared(inputs, truth, gpu_cases.allowed(case, inputs, truth))
+    inputs = make_inputs(case, device)
+    truth = cases.answers(case, inputs, written_out, torch.float64)
+    return Prepared(inputs, truth, cases.allowed(case, inputs, truth))
 
 
 def measure_case(case: Case, device: torch.device, seconds: float, end: float, rows: list[Row]) -> list[str]:
@@ -152,15 +153,15 @@ def checked(
     """The started step if its numbers are right; else None, and the row says why."""
     inputs, device = prepared.inputs, prepared.inputs.do.device
     slack = 1.0 if contestant.name.startswith("metattn") else PEERS_SLACK
-    refusal = contestant.refusal(step, device)
-    if refusal is not None:
-        row["cannot"] = refusal
+    refused = refusal(contestant, step, device)
+    if refused is not None:
+        row["cannot"] = refused
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of every path that it cannot take
             run = contestant.start(step, inputs)
-            row["errors"] = gpu_cases.errors(case, step, contestant.tensors(run()), prepared.truth)
+            row["errors"] = cases.errors(case, step, contestant.tensors(run()), prepared.truth)
     except Exception as error:  # a peer that lacks it, or memory: told, and the others go on
         row["cannot"] = first_line(error)
         recover(device)
@@ -190,15 +191,15 @@ def recover(device: torch.device) -> None:
 
 def measure_memory(case: Case, device: torch.device, rows: list[Row]) -> None:
     """Adds the peak bytes of each contestant's second-order step over the inputs."""
-    inputs = gpu_cases.make_inputs(case, device)
+    inputs = make_inputs(case, device)
     for contestant in contestants(case):
         if WHOLE not in contestant.steps or contestant.own_clock:  # another allocator's memory is not seen
             continue
         row: Row = {"case": asdict(case), "contestant": contestant.name, "input_bytes": inputs.nbytes()}
         rows.append(row)
-        refusal = contestant.refusal(WHOLE, device)
-        if refusal is not None:
-            row["cannot"] = refusal
+        refused = refusal(contestant, WHOLE, device)
+        if refused is not None:
+            row["cannot"] = refused
             continue
         try:
             run = contestant.start(WHOLE, inputs)

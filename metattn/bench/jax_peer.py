@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metattn.cli._cases import Case, Inputs
+from metattn.bench.answers import Inputs
+from metattn.bench.cases import WHOLE, Case
 
-STEPS = ("forward", "vjp", "jvp", "double backward", "second-order step")
+# Before JAX is imported: it would take most of a GPU's memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".4")
+
+STEPS = ("forward", "vjp", "jvp", "double backward", WHOLE)
 Attend = Callable[..., Any]
 
 
@@ -36,18 +42,18 @@ def mask(case: Case) -> Any:
     """Case.mask of all rows and columns, for XLA to make."""
     import jax.numpy as jnp
 
-    places = jnp.arange(case.length)
-    distance = places - places[:, None]
-    attends = distance <= (0 if case.causal else case.length)
-    if case.window is not None:
-        attends = attends & (distance >= -case.window[0]) & (distance <= case.window[1])
-    return attends
+    left, right = case.reach
+    distance = jnp.arange(case.keys) - jnp.arange(case.n)[:, None] - case.offset
+    return (distance >= -left) & (distance <= right)
 
 
-def start(attend: Attend, step: str, inputs: Inputs) -> Callable[[], Any]:
+def start(case: Case, step: str, inputs: Inputs) -> Callable[[], Any]:
     """The step, compiled by its first call; each call waits for its results."""
     import jax
 
+    if inputs.do.device.type == "cuda" and not any(device.platform == "gpu" for device in jax.devices()):
+        raise RuntimeError("this JAX has no GPU")
+    attend = partial(attention, partial(mask, case) if case.masked else None)
     primals, tangents = (tuple(map(given, ts)) for ts in (inputs.primals, inputs.tangents))
     do = given(inputs.do)
     if step == "forward":
@@ -60,7 +66,7 @@ def start(attend: Attend, step: str, inputs: Inputs) -> Callable[[], Any]:
     if step == "double backward":
         graph = jax.jit(lambda p, cotangent: jax.vjp(partial(gradients, attend), p, cotangent)[1])
         return waiting(jax.jit(pulled_back), graph(primals, do), tangents)
-    if step == "second-order step":
+    if step == WHOLE:
         return waiting(jax.jit(partial(second_order, attend)), primals, do, tangents)
     raise ValueError(f"step: expected one of {', '.join(STEPS)}, got {step!r}")
 

@@ -1,12 +1,13 @@
-"""gpu.py's results as Markdown: a short summary with ratios and goals, and every contestant's times."""
+"""The GPU benchmark's results as Markdown: a summary with ratios and goals, and every contestant's times."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.gpu_cases import CASES, STEPS, WHOLE
-from metattn.cli._goals import Goal
+from benchmarks.gpu.cases import CASES, STEPS
+from metattn.bench.cases import WHOLE
+from metattn.bench.goals import Goal
 
 Row = dict[str, Any]
 Results = dict[str, Any]
@@ -70,7 +71,7 @@ HVP = ((512, 512, 18.3), (256, 1024, 27.2), (128, 2048, 44.8), (64, 4096, 80.2))
 def goals(results: Results) -> list[Goal]:
     table = Table(results)
     timed = [case for case in CASES if "forward" in case.steps]
-    fused = [case.name for case in timed if not (case.masked or case.bias)]
+    fused = [case.name for case in timed if not (case.needs_mask or case.bias)]
     d128 = [case.name for case in timed if case.d == 128]
     at_4096 = [case.name for case in timed if case.n == 4096 and case.kv_heads is None]
     return [

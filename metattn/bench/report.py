@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from metattn.cli import _goals, _pictures, _tables
-from metattn.cli._cases import PRODUCTS
+from metattn.bench import goals, pictures, tables
+from metattn.bench.cases import PRODUCTS
 
 BLOCK = ("<!-- bench:begin (written by `make bench`) -->", "<!-- bench:end -->")
 STEPS = tuple(PRODUCTS)
@@ -43,18 +43,18 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
-def tables(results: _tables.Results, steps: tuple[str, ...]) -> list[tuple[str, _tables.Table, int]]:
+def sections(results: tables.Results, steps: tuple[str, ...]) -> list[tuple[str, tables.Table, int]]:
     """Title, table and the number of its columns of words, of all that was measured."""
-    found = [("goals", _goals.table(results), 3)]
+    found = [("goals", goals.table(results), 3)]
     if results["rows"]:
-        found.append(("ratios", _tables.ratio_table(results, steps), 2))
-        found.append(("times in ms", _tables.timing_table(results, steps), 2))
+        found.append(("ratios", tables.ratio_table(results, steps), 2))
+        found.append(("times in ms", tables.timing_table(results, steps), 2))
     if results["memory"]:
-        found.append(("peak memory", _tables.memory_table(results), 1))
+        found.append(("peak memory", tables.memory_table(results), 1))
     return found
 
 
-def show(results: _tables.Results) -> None:
+def show(results: tables.Results) -> None:
     """Prints the goals, a table of ratios for each case, memory, and what was wrong."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -71,36 +71,36 @@ def show(results: _tables.Results) -> None:
             table.add_row(*line)
         console.print(table)
 
-    for goal in _goals.goals(results):
+    for goal in goals.goals(results):
         what, verdict, measured = goal.cells()
         console.print(f"{what}: [bold]{verdict}[/bold]; {measured}", highlight=False)
     if results["rows"]:
-        (_, *header), lines = _tables.ratio_table(results, STEPS)
+        (_, *header), lines = tables.ratio_table(results, STEPS)
         for case in dict.fromkeys(line[0] for line in lines):
             here = [line[1:] for line in lines if line[0] == case]
             used = [i for i in range(len(header)) if any(line[i] != "–" for line in here)]
             show_table(case, [header[i] for i in used], [[line[i] for i in used] for line in here], 1)
     if results["memory"]:
-        show_table("peak memory", *_tables.memory_table(results), 1)
-    for said in _tables.wrong(results):
+        show_table("peak memory", *tables.memory_table(results), 1)
+    for said in tables.wrong(results):
         console.print(f"wrong: {said}", highlight=False)
-    for said in _tables.notes(results):
+    for said in tables.notes(results):
         console.print(said, highlight=False)
 
 
-def _markdown_table(content: _tables.Table, words: int) -> str:
+def _markdown_table(content: tables.Table, words: int) -> str:
     header, lines = content
     rule = ["---"] * words + ["---:"] * (len(header) - words)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
 
 
-def markdown(results: _tables.Results) -> str:
+def markdown(results: tables.Results) -> str:
     """Every table, and how it was measured."""
-    parts = [_markdown_table(content, words) for _, content, words in tables(results, STEPS)]
-    return "\n".join([*parts, *(f"* {said}" for said in _tables.notes(results))]) + "\n"
+    parts = [_markdown_table(content, words) for _, content, words in sections(results, STEPS)]
+    return "\n".join([*parts, *(f"* {said}" for said in tables.notes(results))]) + "\n"
 
 
-def rewrite_block(page: Path, results: _tables.Results, folder: Path) -> None:
+def rewrite_block(page: Path, results: tables.Results, folder: Path) -> None:
     """Replaces a page's share of the results."""
     rewrite(page, BLOCK, block(results, page, folder))
 
@@ -114,16 +114,16 @@ def rewrite(page: Path, marks: tuple[str, str], text: str) -> None:
     page.write_text(before[: begin + len(marks[0])] + "\n" + text + before[end:])
 
 
-def block(results: _tables.Results, page: Path, folder: Path) -> str:
+def block(results: tables.Results, page: Path, folder: Path) -> str:
     """A page's share: two pictures and the short tables."""
     at = Path(os.path.relpath(folder, page.parent))
-    pictures = [
-        f"![{_pictures.TITLES[name]}]({(at / name).as_posix()})" for name in ("speedup.png", "length.png")
+    drawn = [
+        f"![{pictures.TITLES[name]}]({(at / name).as_posix()})" for name in ("speedup.png", "length.png")
     ]
     shown = [
         _markdown_table(content, words)
-        for title, content, words in tables(results, SHORT)
+        for title, content, words in sections(results, SHORT)
         if title != "times in ms"
     ]
-    said = [f"* {said}" for said in _tables.notes(results)]
-    return "\n" + "\n\n".join(pictures) + "\n\n" + "\n".join([*shown, *said]) + "\n\n"
+    said = [f"* {said}" for said in tables.notes(results)]
+    return "\n" + "\n\n".join(drawn) + "\n\n" + "\n".join([*shown, *said]) + "\n\n"

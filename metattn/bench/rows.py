@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from metattn.cli._cases import TOLERANCES, WHOLE, Case, Inputs, errors, exact, make_inputs
-from metattn.cli._contestants import CHECKPOINTED, MATH, Contestant, make_step
-from metattn.cli._measure import SIZE, ChildError, Product, Timing, in_fresh_process, interleave, per_round
+from metattn.bench.answers import TOLERANCES, Inputs, Outputs, errors, exact, make_inputs
+from metattn.bench.cases import WHOLE, Case
+from metattn.bench.peers import CHECKPOINTED, MATH, Contestant, backend_of, contestants
+from metattn.measure import SIZE, ChildError, Product, Timing, in_fresh_process, interleave, per_round
 
 Advance = Callable[[float, str], None]
 Row = dict[str, Any]
@@ -29,30 +29,29 @@ class Prepared:
 
     case: Case
     inputs: Inputs
-    answer: dict[str, Tensor]
-    unmasked: dict[str, Tensor]  # of the first head without the mask, where somebody leaves it away
+    answer: Outputs
+    unmasked: Outputs  # of the first head without the mask, where somebody leaves it away
     allowed: dict[str | None, float]
 
     def checked(
         self, contestant: Contestant, step: str
     ) -> tuple[Callable[[], Any], dict[str, float], str | None]:
         """The contestant's step, warm, the errors of its outputs, and what is wrong with them."""
-        run_step = make_step(contestant, self.case, step, self.inputs)
+        run_step = contestant.start(step, self.inputs)
         answer = self.unmasked if contestant.full else self.answer
         found = errors(self.case, step, contestant.tensors(run_step()), answer)
         return run_step, found, complaint(found, self.allowed)
 
 
 def prepare(case: Case, found: list[Contestant]) -> Prepared:
-    able = [contestant for contestant in found if contestant.can(case, WHOLE)]
     inputs = make_inputs(case)
     answer, unmasked = exact(case, inputs), {}
-    if any(contestant.full for contestant in able):
+    if any(contestant.full for contestant in found):
         unmasked = exact(replace(case.full(), heads=1), inputs.first_head())
-    math = next((contestant for contestant in able if contestant.name == MATH), None)
+    math = next((contestant for contestant in found if contestant.name == MATH), None)
     its_errors = {}
     if math is not None:
-        its_errors = errors(case, WHOLE, make_step(math, case, WHOLE, inputs)(), answer)
+        its_errors = errors(case, WHOLE, math.start(WHOLE, inputs)(), answer)
     return Prepared(case, inputs, answer, unmasked, allowed_errors(case, its_errors))
 
 
@@ -64,8 +63,7 @@ def timed_rows(
     Returns the contestants' rows, and those of the matrix product that was timed among them.
     """
     advance(0.0, f"{case.name}: float64 answer")
-    able = [contestant for contestant in found if any(contestant.can(case, step) for step in case.steps)]
-    prepared = prepare(case, able)
+    prepared = prepare(case, found)
     rows: list[Row] = []
     products: list[Row] = []
     for step in case.steps:
@@ -73,8 +71,8 @@ def timed_rows(
         about = {"case": case.asdict(), "shape": case.shape, "options": case.options, "step": step}
         here: dict[str, Row] = {}
         right: dict[str, Callable[[], Any]] = {}
-        for contestant in able:
-            if not contestant.can(case, step):
+        for contestant in found:
+            if step not in contestant.steps:
                 continue
             row: Row = about | {"contestant": contestant.name}
             row["operations"] = (case.full() if contestant.full else case).operations(step)
@@ -108,7 +106,7 @@ def figures(
         "share_of_product": per_round([operations / t for t in timing.samples], product.rates).summary(),
         "samples": timing.samples,
     }
-    if Contestant(name, frozenset()).backend is not None:
+    if backend_of(name) is not None:
         row["ratios"] = {
             other: per_round(theirs.samples, timing.samples).summary()
             for other, theirs in timings.items()
@@ -117,10 +115,10 @@ def figures(
     return row
 
 
-def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[Row]:
+def memory_rows(case: Case, advance: Advance) -> list[Row]:
     """Measures the peak of the second-order step, each contestant in a process of its own."""
-    able = measured_for_memory(case, found)
-    advance(0.0, f"memory at N={case.length}: float64 answer of one head")
+    able = measured_for_memory(case)
+    advance(0.0, f"memory at N={case.n}: float64 answer of one head")
     one_head = replace(case, heads=1)
     inputs = make_inputs(case)
     sizes = {"input_bytes": inputs.nbytes(), "output_bytes": inputs.output_nbytes()}
@@ -131,14 +129,14 @@ def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[R
     allowed = allowed_errors(case, {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answer.pt"
-        torch.save(exact(one_head, first, None if case.length <= LONGEST_CHECKED else LAST), path)
+        torch.save(exact(one_head, first, None if case.n <= LONGEST_CHECKED else LAST), path)
         for contestant in able:
-            advance(1 / (len(able) + 1), f"memory at N={case.length}: {contestant.name}")
+            advance(1 / (len(able) + 1), f"memory at N={case.n}: {contestant.name}")
             about = {"case": case.asdict(), "shape": case.shape, "options": case.options, "step": WHOLE}
             row: Row = about | {"contestant": contestant.name, **sizes, "wrong": None}
             try:
                 row |= in_fresh_process(
-                    "metattn.cli._peak",
+                    "metattn.bench.peak",
                     {
                         "case": case.asdict(),
                         "contestant": contestant.name,
@@ -152,19 +150,15 @@ def memory_rows(case: Case, found: list[Contestant], advance: Advance) -> list[R
             if "errors" in row:
                 row["wrong"] = complaint(row["errors"], allowed)
             rows.append(row)
-    advance(1 / (len(able) + 1), f"memory at N={case.length}")
+    advance(1 / (len(able) + 1), f"memory at N={case.n}")
     return rows
 
 
-def measured_for_memory(case: Case, found: list[Contestant]) -> list[Contestant]:
+def measured_for_memory(case: Case) -> list[Contestant]:
     """The contestants of a memory case: ours, and to LONGEST_PEER torch's paths that have a second order."""
-    peers = (MATH, CHECKPOINTED)
-    return [
-        contestant
-        for contestant in found
-        if (case.length <= LONGEST_PEER and contestant.name in peers)
-        or (contestant.backend is not None and contestant.can(case, WHOLE))
-    ]
+    ours = [contestant for contestant in contestants(case) if contestant.backend is not None]
+    found = contestants(case, patient=True) if case.n <= LONGEST_PEER else []
+    return ours + [contestant for contestant in found if contestant.name in (MATH, CHECKPOINTED)]
 
 
 def allowed_errors(case: Case, math: dict[str, float]) -> dict[str | None, float]:

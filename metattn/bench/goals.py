@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from metattn.cli._cases import WHOLE
-from metattn.cli._contestants import CHECKPOINTED, FLASH, FULL, MATH
-from metattn.cli._tables import Results, Table, extra, needed, ours, ratio, row_of
+from metattn.bench.cases import WHOLE
+from metattn.bench.peers import CHECKPOINTED, FLASH, FULL, MATH
+from metattn.bench.tables import Results, Table, extra, needed, ours, ratio, row_of
 
 STEPS = ("forward", "vjp", "double backward", WHOLE)
 LONG = {"float32": ("long", "long d128"), "bfloat16": ("long bf16", "long d128 bf16")}
@@ -110,7 +110,7 @@ def share_of_product(results: Results, step: str, dtype: str, least: float) -> G
 
 def peaks(results: Results) -> dict[int, dict[str, Any]]:
     rows = [row for row in results["memory"] if row["contestant"] == ours(results)]
-    return {row["case"]["length"]: row for row in rows if row["bytes"] is not None or row["wrong"]}
+    return {row["case"]["n"]: row for row in rows if row["bytes"] is not None or row["wrong"]}
 
 
 def peak(results: Results, length: int, most: float) -> Goal:
@@ -134,6 +134,6 @@ def linear(results: Results, lengths: tuple[int, ...]) -> Goal:
     growth = [extra(longer) / extra(shorter) for shorter, longer in pairwise(rows)]
     if not growth:
         return Goal(what)
-    said = ", ".join(f"N={row['case']['length']} {g:.2f}×" for row, g in zip(rows[1:], growth, strict=True))
+    said = ", ".join(f"N={row['case']['n']} {g:.2f}×" for row, g in zip(rows[1:], growth, strict=True))
     reached = max(growth) <= 2.1
     return Goal(what, said, None if len(rows) < len(lengths) and reached else reached)

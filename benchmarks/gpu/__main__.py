@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_cases, gpu_report
-from benchmarks.gpu_measure import gpu_state, target, versions
-from benchmarks.gpu_run import ROOT, benchmark, load, save, start_to, supervise, wait_for
-from metattn.cli._measure import machine
+from benchmarks.gpu import cases, report
+from benchmarks.gpu.measure import gpu_state, target, versions
+from benchmarks.gpu.run import ROOT, benchmark, load, save, start_to, supervise, wait_for
+from metattn.measure import machine
 
 STAGES = ("tests", "sanitizer", "benchmark")
 TESTS = ("test_triton", "test_cuda", "test_faults", "test_precision")
@@ -53,7 +53,7 @@ def checks(stages: tuple[str, ...], sanitizer: str | None) -> dict[str, list[str
 
 def compiling(names: list[str], device: str) -> dict[str, list[str]]:
     """The commands that compile our kernels for the cases, which are dealt out to a few processes."""
-    how = [sys.executable, "-m", "benchmarks.gpu_run", "--compile-only", "--device", device, "--cases"]
+    how = [sys.executable, "-m", "benchmarks.gpu.run", "--compile-only", "--device", device, "--cases"]
     shares = [names[first::COMPILERS] for first in range(COMPILERS)]
     return {f"compile {i}": [*how, *share] for i, share in enumerate(shares, 1) if share}
 
@@ -97,7 +97,7 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU that torch can use: nothing was measured", file=sys.stderr)
         return 2
-    every = gpu_cases.SMOKE_CASES if args.smoke else gpu_cases.CASES
+    every = cases.SMOKE_CASES if args.smoke else cases.CASES
     unknown = set(args.cases or ()) - {case.name for case in every}
     if unknown:
         print(f"--cases: there is no {', '.join(sorted(unknown))}", file=sys.stderr)
@@ -133,7 +133,7 @@ def main() -> int:
     results = load(folder)
     results["state"]["after"] = gpu_state()
     save(folder, results)
-    print(gpu_report.summary(results))
+    print(report.summary(results))
     return 1 if failed(results) else 0
 
 
@@ -156,7 +156,7 @@ def measure_all(
         "--end",
         str(end),
     ]
-    command = [sys.executable, "-m", "benchmarks.gpu_run", *how, "--cases"]
+    command = [sys.executable, "-m", "benchmarks.gpu.run", *how, "--cases"]
     supervise(folder, lambda left: [*command, *left], names, log, end)
 
 

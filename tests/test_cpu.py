@@ -19,11 +19,11 @@ from torch import Tensor
 
 import metattn
 from metattn import host
-from metattn.backends import native, reference
+from metattn.backends import cpu, reference
 from metattn.problem import NO_CONSTANTS, Primals, Problem, Results
 
-if native.unavailable_reason() is not None:
-    pytest.skip(f"backend cpu: {native.unavailable_reason()}", allow_module_level=True)
+if cpu.unavailable_reason() is not None:
+    pytest.skip(f"backend cpu: {cpu.unavailable_reason()}", allow_module_level=True)
 
 BROADCASTS = list(itertools.product((0, 1), repeat=4))
 EVERYTHING = Call(
@@ -110,7 +110,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_four_maps_in_float64(isa: str, name: str) -> None:
-    assert_close(four_maps(native, CALLS[name]), by_reference(CALLS[name]), 1e-12)
+    assert_close(four_maps(cpu, CALLS[name]), by_reference(CALLS[name]), 1e-12)
 
 
 # Rounding of the inputs is common to both, so what is left is rounding inside: a few units in the last place.
@@ -126,7 +126,7 @@ def test_four_maps_in_float64(isa: str, name: str) -> None:
 )
 def test_four_maps_in_low_precision(isa: str, name: str, dtype: torch.dtype, relative: float) -> None:
     call = Call(**{**vars(CALLS[name]), "dtype": dtype})
-    assert_close(four_maps(native, call), by_reference(call, wide=True), relative, relative * 1e-2)
+    assert_close(four_maps(cpu, call), by_reference(call, wide=True), relative, relative * 1e-2)
 
 
 # With more than 256 keys (64 of few heads, 128 in bfloat16) the operator runs the two maps.
@@ -153,14 +153,10 @@ def test_double_backward_is_jvp_and_vjp_jvp(isa: str, name: str, given: str) -> 
         problem, primals, tangents, constants, do, dlse = call.make()
         cotangents = do if given != "dlse" else None, dlse if given != "do" else None
         needs = tuple(primal is not None for primal in primals)
-        results = native.forward(problem, primals, constants)
-        moved, found = native.double_backward(
-            problem, primals, constants, results, *cotangents, tangents, needs
-        )
-        right_moved = native.jvp(problem, primals, constants, results, tangents)
-        right = native.vjp_jvp(
-            problem, primals, constants, results, *cotangents, tangents, right_moved, needs
-        )
+        results = cpu.forward(problem, primals, constants)
+        moved, found = cpu.double_backward(problem, primals, constants, results, *cotangents, tangents, needs)
+        right_moved = cpu.jvp(problem, primals, constants, results, tangents)
+        right = cpu.vjp_jvp(problem, primals, constants, results, *cotangents, tangents, right_moved, needs)
         names = ("ot", "lt", *(f"d{name}t" for name in Primals._fields))
         assert_close(
             dict(zip(names, (*moved[:2], *found), strict=True)),
@@ -172,12 +168,12 @@ def test_double_backward_is_jvp_and_vjp_jvp(isa: str, name: str, given: str) -> 
 
 def test_double_backward_leaves_out_what_is_not_asked_for() -> None:
     problem, primals, tangents, constants, do, _ = Call((1, 2, 2, 20, 30, 8, 8)).make()
-    results = native.forward(problem, primals, constants)
+    results = cpu.forward(problem, primals, constants)
     given = problem, primals, constants, results, do, None
-    _, whole = native.double_backward(*given, tangents, OF_QKV)
+    _, whole = cpu.double_backward(*given, tangents, OF_QKV)
     for index in range(3):
         needs = tuple(i == index for i in range(6))
-        _, found = native.double_backward(*given, tangents, needs)
+        _, found = cpu.double_backward(*given, tangents, needs)
         assert [g is not None for g in found] == list(needs)
         assert torch.equal(found[index], whole[index])
     # an absent tangent counts as zeros
@@ -187,8 +183,8 @@ def test_double_backward_leaves_out_what_is_not_asked_for() -> None:
             *(t if i == index or t is None else torch.zeros_like(t) for i, t in enumerate(tangents))
         )
         needs = OF_QKV
-        moved, found = native.double_backward(*given, alone, needs)
-        right_moved, right = native.double_backward(*given, zeros, needs)
+        moved, found = cpu.double_backward(*given, alone, needs)
+        right_moved, right = cpu.double_backward(*given, zeros, needs)
         for mine, other in zip((*moved[:2], *found[:3]), (*right_moved[:2], *right[:3]), strict=True):
             assert (mine - other).norm() <= 1e-12 * (1 + other.norm()), name
 
@@ -223,10 +219,10 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = four_maps(native, call)
+        alone = four_maps(cpu, call)
         for threads in (2, 3, 7):
             torch.set_num_threads(threads)
-            for key, value in four_maps(native, call).items():
+            for key, value in four_maps(cpu, call).items():
                 right = alone[key]
                 assert (value is None and right is None) or torch.equal(value, right), key
     finally:
@@ -236,12 +232,12 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
 def test_a_row_that_is_swept_again_leaves_its_neighbours_alone() -> None:
     """A peaked row's tangent loses digits in a first sweep; threads decide who is swept with it."""
     problem, primals, tangents, constants, _, _ = Call((1, 1, 1, 96, 512, 64, 64), dtype=torch.float32).make()
-    results = native.forward(problem, primals, constants)
-    alone = native.jvp(problem, primals, constants, results, tangents).o
+    results = cpu.forward(problem, primals, constants)
+    alone = cpu.jvp(problem, primals, constants, results, tangents).o
     primals.q[:, :, 5] = 8 * primals.k[:, :, 7]
     tangents.q[:, :, 5] = 100 * primals.k[:, :, 7]
-    results = native.forward(problem, primals, constants)
-    beside = native.jvp(problem, primals, constants, results, tangents).o
+    results = cpu.forward(problem, primals, constants)
+    beside = cpu.jvp(problem, primals, constants, results, tangents).o
     others = torch.arange(96) != 5
     assert torch.equal(alone[:, :, others], beside[:, :, others])
     assert not torch.equal(alone, beside)
@@ -300,7 +296,7 @@ def test_exponentials_are_as_exact_as_stated(isa: str) -> None:
     shape = (1, 1, 64, 1)
     primals = Primals(torch.ones(1, 1, 1, 1), score.view(shape), torch.eye(64)[None, None], None, None, None)
     problem = replace(Call().make()[0], scale=1.0)
-    o = native.forward(problem, primals, NO_CONSTANTS).o.flatten().double()
+    o = cpu.forward(problem, primals, NO_CONSTANTS).o.flatten().double()
     error = (o / o[0] / score.double().exp() - 1).abs()
     ulp = torch.finfo(torch.float32).eps / 2
     assert (error <= 2 * 1.7e-7 + ulp * (4 - 3 * score.double())).all()
@@ -315,7 +311,7 @@ def test_probabilities_keep_their_digits_where_scores_are_large(offset: float) -
     primals = primals._replace(bias=torch.full_like(primals.bias, -offset))
     needs = OF_QKV
     found, exact = [], []
-    for backend, results, cast in ((native, found, Tensor.float), (reference, exact, Tensor.double)):
+    for backend, results, cast in ((cpu, found, Tensor.float), (reference, exact, Tensor.double)):
         p = Primals(*(None if t is None else cast(t) for t in primals))
         if offset > 1e30:  # what float32 scores of that size are: all equal
             p = p._replace(q=torch.zeros_like(p.q))
@@ -334,12 +330,12 @@ def test_maps_round_large_products_alike(size: float, isa: str) -> None:
         q, k = (x * size**0.5 for x in primals[:2])
         primals = Primals(q, k, torch.ones_like(primals.v), None, None, None)
         of_v = Primals(None, None, torch.ones_like(primals.v), None, None, None)
-        results = native.forward(problem, primals, constants)
-        moved = native.jvp(problem, primals, constants, results, of_v)
-        first = native.vjp(
+        results = cpu.forward(problem, primals, constants)
+        moved = cpu.jvp(problem, primals, constants, results, of_v)
+        first = cpu.vjp(
             problem, primals, constants, results, do, None, (False, False, True, False, False, False)
         )
-        both = native.double_backward(problem, primals, constants, results, do, None, of_v, OF_QKV)[0]
+        both = cpu.double_backward(problem, primals, constants, results, do, None, of_v, OF_QKV)[0]
         for sums in (results.o, moved.o, both.o):
             torch.testing.assert_close(sums, torch.ones_like(sums))
         torch.testing.assert_close(first.v.sum(), do.sum(), rtol=1e-4, atol=1e-4)
@@ -365,7 +361,7 @@ def test_finite_masks_of_several_levels(levels: tuple[float, float], dtype: torc
         second = backend.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
         return [results.o, moved.o, *first[:3], *second[:3]]
 
-    for mine, right in zip(both_orders(native), both_orders(reference), strict=True):
+    for mine, right in zip(both_orders(cpu), both_orders(reference), strict=True):
         assert (mine - right).norm() <= 2e-5 * right.norm()
 
 
@@ -379,8 +375,8 @@ def test_empty_blocks_are_skipped() -> None:
         best = float("inf")
         for _ in range(3):
             start = time.process_time()
-            o, lse = native.forward(problem, primals, constants)[:2]
-            native.vjp(
+            o, lse = cpu.forward(problem, primals, constants)[:2]
+            cpu.vjp(
                 problem,
                 primals,
                 constants,
@@ -404,10 +400,10 @@ def test_a_dead_row_with_a_sink_leaks_nothing() -> None:
     needs = (True, True, True, False, True, False)
 
     def both_orders() -> Outputs:
-        results = native.forward(problem, primals, constants)
-        moved = native.jvp(problem, primals, constants, results, tangents)
-        first = native.vjp(problem, primals, constants, results, do, None, needs)
-        second = native.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
+        results = cpu.forward(problem, primals, constants)
+        moved = cpu.jvp(problem, primals, constants, results, tangents)
+        first = cpu.vjp(problem, primals, constants, results, do, None, needs)
+        second = cpu.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
         named = {**results._asdict(), **{f"d{k}": x for k, x in first._asdict().items()}}
         return {**named, "ot": moved.o, **{f"d{k}t": x for k, x in second._asdict().items()}}
 
@@ -425,9 +421,9 @@ def test_an_infinite_query_under_a_softcap(isa: str, dtype: torch.dtype) -> None
     primals.q[0, 0, 0] = torch.inf
     needs = OF_QKV
     tangents = tangents._replace(k=None)
-    results = native.forward(problem, primals, constants)
-    first = native.vjp(problem, primals, constants, results, do, None, needs)
-    _, second = native.double_backward(problem, primals, constants, results, do, None, tangents, needs)
+    results = cpu.forward(problem, primals, constants)
+    first = cpu.vjp(problem, primals, constants, results, do, None, needs)
+    _, second = cpu.double_backward(problem, primals, constants, results, do, None, tangents, needs)
     assert not first.q[0, 0, 0].any()
     assert not second.q[0, 0, 0].any()
 
@@ -436,13 +432,13 @@ def test_a_tangent_under_a_mask_is_nobodys_business() -> None:
     call = Call((1, 2, 1, 4, 5, 4, 4), bias=(0, 0, 1, 1))
     problem, primals, tangents, constants, do, _ = call.make()
     primals.bias[..., 2] = -torch.inf
-    results = native.forward(problem, primals, constants)
+    results = cpu.forward(problem, primals, constants)
     outputs = []
     for value in (1.0, torch.inf, torch.nan):
         tangents.bias[..., 2] = value
-        moved = native.jvp(problem, primals, constants, results, tangents)
+        moved = cpu.jvp(problem, primals, constants, results, tangents)
         needs = (True, True, True, True, False, False)
-        second = native.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
+        second = cpu.vjp_jvp(problem, primals, constants, results, do, None, tangents, moved, needs)
         outputs.append({"ot": moved.o, "lt": moved.lse, **second._asdict()})
     for other in outputs[1:]:
         assert_close(other, outputs[0], 1e-14)
@@ -453,9 +449,9 @@ def test_an_output_beyond_float16_leaves_finite_gradients() -> None:
     problem, primals, _, constants, do, _ = call.make()
     primals = primals._replace(v=torch.full_like(primals.v, 5e4))
     needs = OF_QKV
-    results = native.forward(problem, primals, constants)
+    results = cpu.forward(problem, primals, constants)
     assert torch.isinf(results.o).any()
-    found = native.vjp(problem, primals, constants, results, do * 1e-4, None, needs)
+    found = cpu.vjp(problem, primals, constants, results, do * 1e-4, None, needs)
     right = reference.vjp(problem, primals, constants, results, do * 1e-4, None, needs)
     for mine, exact in zip(found[:3], right[:3], strict=True):
         assert (mine - exact).norm() <= 2e-2 * exact.norm()
@@ -464,18 +460,18 @@ def test_an_output_beyond_float16_leaves_finite_gradients() -> None:
 def test_a_generous_bound_of_packed_lengths_costs_nothing() -> None:
     call = Call(lengths=((3, 4), (4, 3)))
     problem, primals, _, constants, _, _ = call.make()
-    o = native.forward(problem, primals, constants).o
+    o = cpu.forward(problem, primals, constants).o
     generous = replace(problem, max_q=2**31 - 1, max_k=2**31 - 1)
-    assert torch.equal(native.forward(generous, primals, constants).o, o)
+    assert torch.equal(cpu.forward(generous, primals, constants).o, o)
 
 
 def test_outputs_keep_the_layout_of_their_inputs() -> None:
     q = torch.randn(2, 7, 3, 8).transpose(1, 2)
     problem, _, _, constants, _, _ = Call().make()
-    o, lse = native.forward(problem, Primals(q, q, q, None, None, None), constants)[:2]
+    o, lse = cpu.forward(problem, Primals(q, q, q, None, None, None), constants)[:2]
     assert o.stride() == q.stride()
     needs = OF_QKV
-    gradients = native.vjp(
+    gradients = cpu.vjp(
         problem, Primals(q, q, q, None, None, None), constants, Results(o, lse), o, None, needs
     )
     assert all(gradient.stride() == q.stride() for gradient in gradients[:3])
@@ -484,42 +480,42 @@ def test_outputs_keep_the_layout_of_their_inputs() -> None:
 def test_absent_cotangents_and_tangents_are_zeros() -> None:
     problem, primals, tangents, constants, do, dlse = CALLS["everything"].make()
     needs = (True,) * 6
-    o, lse = native.forward(problem, primals, constants)[:2]
+    o, lse = cpu.forward(problem, primals, constants)[:2]
     zero = Primals(*(torch.zeros_like(t) for t in tangents))
     for chosen in itertools.product((False, True), repeat=6):
         some = Primals(*(t if one else None for t, one in zip(tangents, chosen, strict=True)))
         full = Primals(*(t if one else z for t, z, one in zip(tangents, zero, chosen, strict=True)))
         results = []
         for t in (some, full):
-            ot, lt = native.jvp(problem, primals, constants, Results(o, lse), t)[:2]
-            second = native.vjp_jvp(
+            ot, lt = cpu.jvp(problem, primals, constants, Results(o, lse), t)[:2]
+            second = cpu.vjp_jvp(
                 problem, primals, constants, Results(o, lse), do, None, t, Results(ot, lt), needs
             )
             results.append({"ot": ot, "lt": lt, **second._asdict()})
         assert_close(results[0], results[1], 1e-12)
     for cotangents in ((do, None), (None, dlse)):
         d_o, d_l = cotangents
-        found = native.vjp(problem, primals, constants, Results(o, lse), d_o, d_l, needs)
+        found = cpu.vjp(problem, primals, constants, Results(o, lse), d_o, d_l, needs)
         full_o, full_l = (
             (torch.zeros_like(do) if d_o is None else do),
             (torch.zeros_like(dlse) if d_l is None else dlse),
         )
-        right = native.vjp(problem, primals, constants, Results(o, lse), full_o, full_l, needs)
+        right = cpu.vjp(problem, primals, constants, Results(o, lse), full_o, full_l, needs)
         assert_close(found._asdict(), right._asdict(), 1e-12)
 
 
 def test_only_needed_gradients_come_back() -> None:
     problem, primals, tangents, constants, do, dlse = CALLS["everything"].make()
-    o, lse = native.forward(problem, primals, constants)[:2]
-    ot, lt = native.jvp(problem, primals, constants, Results(o, lse), tangents)[:2]
+    o, lse = cpu.forward(problem, primals, constants)[:2]
+    ot, lt = cpu.jvp(problem, primals, constants, Results(o, lse), tangents)[:2]
     every = (True,) * 6
-    first = native.vjp(problem, primals, constants, Results(o, lse), do, dlse, every)
-    second = native.vjp_jvp(
+    first = cpu.vjp(problem, primals, constants, Results(o, lse), do, dlse, every)
+    second = cpu.vjp_jvp(
         problem, primals, constants, Results(o, lse), do, dlse, tangents, Results(ot, lt), every
     )
     for needs in itertools.product((False, True), repeat=6):
-        some_first = native.vjp(problem, primals, constants, Results(o, lse), do, dlse, needs)
-        some_second = native.vjp_jvp(
+        some_first = cpu.vjp(problem, primals, constants, Results(o, lse), do, dlse, needs)
+        some_second = cpu.vjp_jvp(
             problem, primals, constants, Results(o, lse), do, dlse, tangents, Results(ot, lt), needs
         )
         for some, whole in ((some_first, first), (some_second, second)):
@@ -542,10 +538,10 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
     }
     for broken in wrong.values():
         with pytest.raises(RuntimeError, match="metattn"):
-            native.forward(problem, broken, constants)
-    o, lse = native.forward(problem, primals, constants)[:2]
+            cpu.forward(problem, broken, constants)
+    o, lse = cpu.forward(problem, primals, constants)[:2]
     with pytest.raises(RuntimeError, match="lse must be float64"):
-        native.vjp(
+        cpu.vjp(
             problem,
             primals,
             constants,
@@ -557,7 +553,7 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
     cu = torch.tensor([0, 40, 35], dtype=torch.int32)
     packed = Primals(q[:1], k[:1, :, :35], v[:1, :, :35], None, None, None)
     with pytest.raises(RuntimeError, match="must not decrease"):
-        native.forward(
+        cpu.forward(
             Problem(1.0, None, None, (-1, -1), 0.0, 40, 40, "cpu"),
             packed,
             constants._replace(cu_q=cu, cu_k=cu),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metattn.meta.adapt import LossFunction, Samples, Whole, adapt, pair_of
 from metattn.meta.compiled import Compiled
-from metattn.meta.inner import MetaGradient
+from metattn.meta.inner_loop import MetaGradient
 from metattn.meta.optimizers import InnerOptimizer
 
 

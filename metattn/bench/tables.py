@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metattn.cli._contestants import NAMES
+from metattn.bench.peers import NAMES
 
 Table = tuple[list[str], list[list[str]]]
 Results = dict[str, Any]

@@ -1,12 +1,8 @@
 """Exact meta-gradients with the memory of one inner step and the parameters' trajectory.
 
-A step is θ' = U(θ, s, g), g = ∇θ L(θ, φ). Going back through it, the cotangent of g, call it v, becomes that
-of θ and of φ by the second derivatives of L, which are symmetric:
-
-    (∂g/∂θ)ᵀ v = d/dε ∇θ L(θ + εv, φ),    (∂g/∂φ)ᵀ v = d/dε ∇φ L(θ + εv, φ)
-
-The right sides are one derivative in direction v (forward mode) of one gradient of L (reverse mode), the left
-sides reverse mode twice. Either way nothing need be kept from the way there but θ, s and g.
+A step is θ' = U(θ, s, g), g = ∇θ L(θ, φ). Going back through it, the cotangent v of g becomes (∂g/∂θ)ᵀ v and
+(∂g/∂φ)ᵀ v, by reverse mode over a gradient that is computed again. Nothing need be kept from the way there
+but θ, s and g.
 """
 
 from __future__ import annotations
@@ -20,45 +16,13 @@ from torch import Tensor
 from torch.func import vjp
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from metattn.meta.explicit import Call
-from metattn.meta.inner import InnerLoop
+from metattn.meta.inner_loop import InnerLoop
 from metattn.meta.optimizers import Params
+from metattn.meta.recorded_call import RecordedCall
 
 
 @dataclass(frozen=True)
-class _Stepwise:
-    """What both ways share: what is kept, and how far apart."""
-
-    save_every: int = 1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.save_every, int) or self.save_every < 1:
-            raise ValueError(f"save_every: expected an integer of 1 or more, got {self.save_every!r}")
-
-    def adapted(self, loop: InnerLoop, params: Params, others: Any) -> Params:
-        if not torch.is_grad_enabled():
-            return loop.run(params, others)
-        tensors: list[Tensor] = []
-        run = _Run(loop, params, others, tensors, self)
-        kept = run.constants(tensors)
-        outputs = _Steps.apply(run, len(kept), *kept, *tensors)
-        return dict(zip(params, outputs[: len(params)], strict=True))
-
-    def through(
-        self,
-        call: Call,
-        tensors: Sequence[Tensor],
-        learned: Sequence[int],
-        index: int,
-        params: Params,
-        v: Params,
-    ) -> tuple[Params, list[Tensor]]:
-        """(∂g/∂θ)ᵀ v and (∂g/∂φ)ᵀ v of a step."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Checkpointed(_Stepwise):
+class Checkpointed:
     """Exact: back through the steps one by one, each computed again, by reverse mode over reverse mode.
 
     Memory: parameters, gradients and the optimizer's state of every step, and what a single step needs. Time:
@@ -75,47 +39,30 @@ class Checkpointed(_Stepwise):
     autograd's error.
     """
 
-    def through(
-        self,
-        call: Call,
-        tensors: Sequence[Tensor],
-        learned: Sequence[int],
-        index: int,
-        params: Params,
-        v: Params,
-    ) -> tuple[Params, list[Tensor]]:
-        pull = call.pullback(tensors, learned, index, params)
-        return pull(v, retain_graph=torch.is_grad_enabled())  # used once: its graph goes as it is passed
+    save_every: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.save_every, int) or self.save_every < 1:
+            raise ValueError(f"save_every: expected an integer of 1 or more, got {self.save_every!r}")
+
+    def adapted(self, loop: InnerLoop, params: Params, others: Any) -> Params:
+        if not torch.is_grad_enabled():
+            return loop.run(params, others)
+        tensors: list[Tensor] = []
+        call = _CheckpointedCall(loop, params, others, tensors, self.save_every)
+        kept = call.constants(tensors)
+        outputs = _Steps.apply(call, len(kept), *kept, *tensors)
+        return dict(zip(params, outputs[: len(params)], strict=True))
 
 
-@dataclass(frozen=True)
-class Mixed(_Stepwise):
-    """As :class:`Checkpointed`, but each step by forward mode over reverse mode.
-
-    Operations without a forward-mode derivative raise what torch says.
-    Source: MixFlow-MG (arXiv 2505.00793), equation 6.
-    """
-
-    def through(
-        self,
-        call: Call,
-        tensors: Sequence[Tensor],
-        learned: Sequence[int],
-        index: int,
-        params: Params,
-        v: Params,
-    ) -> tuple[Params, list[Tensor]]:
-        return call.along(tensors, learned, index, params, v)
-
-
-class _Run(Call):
+class _CheckpointedCall(RecordedCall):
     """One call, and what is kept of it."""
 
     def __init__(
-        self, loop: InnerLoop, params: Params, others: Any, tensors: list[Tensor], way: _Stepwise
+        self, loop: InnerLoop, params: Params, others: Any, tensors: list[Tensor], every: int
     ) -> None:
         super().__init__(loop, params, others, tensors)
-        self.way, self.every = way, way.save_every
+        self.every = every
         self.moment: TreeSpec  # the structure of (θ, state)
 
     def constants(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -131,7 +78,7 @@ class _Run(Call):
             ):
                 raise ValueError(
                     "optimizer: expected a state of floating-point tensors whose structure never changes, "
-                    f'for "checkpointed" and "mixed"; it is {moment} before step {index}. "reverse" takes any'
+                    f'for "checkpointed"; it is {moment} before step {index}. "reverse" takes any'
                 )
             if index == self.loop.steps:
                 last = params
@@ -169,7 +116,9 @@ class _Run(Call):
             sooner, direction, of_fields = pull(later)
             add(tuned, of_fields)
             direction = _plus(direction, kept.gradients)
-            curved, mixed = self.way.through(self, tensors, learned, index, moment[0], direction)
+            through = self.pullback(tensors, learned, index, moment[0])
+            # used once: its graph goes as it is passed
+            curved, mixed = through(direction, retain_graph=torch.is_grad_enabled())
             add(learned, mixed)
             later = _plus(_plus(sooner, list(curved.values())), kept.moment)
         add(range(self.count), list(later[0].values()))
@@ -177,7 +126,7 @@ class _Run(Call):
 
     def _backwards(
         self, tensors: Sequence[Tensor], outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-    ) -> Iterator[tuple[int, Any, Params, _Kept]]:
+    ) -> Iterator[tuple[int, Any, Params, _Cotangents]]:
         """(index, (θ, state), gradient) of the steps, the last first, with cotangents of what was kept."""
         params, others, hyper = self.arguments(tensors)
         names, count, steps = list(params), self.count, self.loop.steps
@@ -197,7 +146,7 @@ class _Run(Call):
             if self.every == 1:
                 part = slice(count * (start + 1), count * (start + 2))
                 gradients = dict(zip(names, outputs[part], strict=True))
-                yield start, moment, gradients, _Kept(of_moment, cotangents[part])
+                yield start, moment, gradients, _Cotangents(of_moment, cotangents[part])
                 continue
             passed = []
             for index in range(start, min(start + self.every, steps)):
@@ -207,11 +156,11 @@ class _Run(Call):
                 moment = self.step(index, moment, gradients, hyper)
             while passed:
                 index, moment, gradients = passed.pop()
-                yield index, moment, gradients, _Kept(of_moment if index == start else ())
+                yield index, moment, gradients, _Cotangents(of_moment if index == start else ())
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Cotangents:
     """Cotangents of what a step left among the outputs, in the order of leaves; empty where nothing."""
 
     moment: Sequence[Tensor | None] = ()
@@ -224,12 +173,12 @@ class _Steps(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(run: _Run, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: _CheckpointedCall, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.detach() for x in tensors[:count])  # others than the inputs, and the same memory
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.run, ctx.constants, *tensors = inputs
+        ctx.call, ctx.constants, *tensors = inputs
         ctx.save_for_backward(*tensors[ctx.constants :], *output)
         ctx.set_materialize_grads(False)
 
@@ -239,14 +188,14 @@ class _Steps(torch.autograd.Function):
         saved = ctx.saved_tensors
         count = len(saved) - ctx.constants
         needed = ctx.needs_input_grad[before:]
-        found = ctx.run.backward(saved[:count], saved[count:], cotangents, needed)
+        found = ctx.call.backward(saved[:count], saved[count:], cotangents, needed)
         return (*(None for _ in range(before)), *found)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(
-            'meta_gradient: "checkpointed" and "mixed" have no forward-mode derivative of their result; use '
-            '"reverse" for jvp, jacfwd and hessian'
+            'meta_gradient: "checkpointed" has no forward-mode derivative of its result; use "reverse" for '
+            "jvp, jacfwd and hessian"
         )
 
 

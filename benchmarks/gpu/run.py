@@ -1,7 +1,7 @@
-"""The benchmark of gpu.py, in a process of its own: measures cases and saves after each.
+"""The GPU benchmark, in a process of its own: measures cases and saves after each.
 
-    python -m benchmarks.gpu_run --folder FOLDER --device cuda --seconds 0.3 --end TIME --cases NAME …
-    python -m benchmarks.gpu_run --compile-only --cases NAME …
+    python -m benchmarks.gpu.run --folder FOLDER --device cuda --seconds 0.3 --end TIME --cases NAME …
+    python -m benchmarks.gpu.run --compile-only --cases NAME …
 
 Reads FOLDER/gpu.json, adds to it, and keeps in it which case is being measured: a process that dies, or
 loses the GPU (exit 3), is followed by another for the cases that are left. See supervise.
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_cases, gpu_peers, gpu_report
-from benchmarks.gpu_measure import (
+from benchmarks.gpu import cases, peers, report
+from benchmarks.gpu.measure import (
     DeviceLostError,
     first_line,
     measure_case,
@@ -32,22 +32,25 @@ from benchmarks.gpu_measure import (
     predicted,
     recover,
 )
-from metattn.cli._files import json_text
+from metattn.bench.answers import make_inputs
+from metattn.bench.cases import Case
+from metattn.bench.files import json_text
+from metattn.bench.peers import ends, whole_mask
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOST = 3  # the exit status of a process that lost its GPU
 MARGIN = 15.0  # seconds before the end in which no step is begun
 
 
-def named(name: str) -> gpu_cases.Case:
-    return next(case for case in (*gpu_cases.CASES, *gpu_cases.SMOKE_CASES) if case.name == name)
+def named(name: str) -> Case:
+    return next(case for case in (*cases.CASES, *cases.SMOKE_CASES) if case.name == name)
 
 
 def save(folder: Path, results: dict[str, Any]) -> None:
     """Replaces gpu.json and gpu.md, each at once: a process that is killed leaves whole files."""
     for name, text in (
         ("gpu.json", json_text(results)),
-        ("gpu.md", gpu_report.summary(results) + gpu_report.details(results)),
+        ("gpu.md", report.summary(results) + report.details(results)),
     ):
         new = folder / f".{name}"
         new.write_text(text)
@@ -83,9 +86,7 @@ def benchmark(
     return True
 
 
-def measure(
-    case: gpu_cases.Case, device: torch.device, seconds: float, end: float, results: dict[str, Any]
-) -> None:
+def measure(case: Case, device: torch.device, seconds: float, end: float, results: dict[str, Any]) -> None:
     """Adds a case to the results; an error in it is told there."""
     try:
         if case.memory:
@@ -99,8 +100,8 @@ def measure(
     except Exception as error:  # the cases that were measured stay
         results["failed"].append(f"{case.name}: {first_line(error)}")
     finally:
-        gpu_cases.position_mask.cache_clear()
-        gpu_cases.ends.cache_clear()
+        whole_mask.cache_clear()
+        ends.cache_clear()
     recover(device)
 
 
@@ -109,8 +110,8 @@ def compile_ours(names: list[str], device: torch.device) -> None:
     for case in map(named, names):
         if case.memory:
             continue
-        inputs = gpu_cases.make_inputs(case, device)
-        for contestant in gpu_peers.contestants(case):
+        inputs = make_inputs(case, device)
+        for contestant in peers.contestants(case):
             for step in contestant.steps if contestant.name.startswith("metattn") else ():
                 try:
                     contestant.start(step, inputs)()
@@ -119,9 +120,9 @@ def compile_ours(names: list[str], device: torch.device) -> None:
                     recover(device)
 
 
-def add_predictions(results: dict[str, Any], case: gpu_cases.Case) -> None:
+def add_predictions(results: dict[str, Any], case: Case) -> None:
     for row in results["rows"]:
-        if (row["case"]["name"], row["step"]) == (case.name, "forward") and gpu_report.is_ours(row):
+        if (row["case"]["name"], row["step"]) == (case.name, "forward") and report.is_ours(row):
             path = ROOT / "benchmarks" / "results" / "aot.json"
             row["predicted_tflops"] = predicted(case, results["target"], path)
 

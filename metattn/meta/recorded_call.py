@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch.func import grad, jvp, vjp
+from torch.func import vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from metattn.meta.inner import InnerLoop
+from metattn.meta.inner_loop import InnerLoop
 from metattn.meta.optimizers import Params, State
 from metattn.meta.replay import Replay
 
 _TENSOR = object()  # where a tensor was among the leaves
 
 
-class Call:
+class RecordedCall:
     """One call: the loop, what is no tensor among its arguments, and how to repeat what it computes.
 
     The tensors are those of (params, others, hyper), in this order; `tensors` is what they are now.
@@ -92,33 +92,11 @@ class Call:
         with self.replay.again(("step", index)):
             return self.loop.step(index, moment[0], gradients, moment[1], hyper)
 
-    def along(
-        self,
-        tensors: Sequence[Tensor],
-        learned: Sequence[int],
-        index: int,
-        params: Params,
-        direction: Params,
-    ) -> tuple[Params, list[Tensor]]:
-        """How the inner gradients, in θ and in the learned tensors, change along a direction of θ."""
-
-        def gradients(current: Params) -> tuple[Params, list[Tensor]]:
-            def loss(current: Params, values: list[Tensor]) -> Tensor:
-                return self.loop.loss(current, self.replaced(tensors, learned, values)[1], index)
-
-            found: tuple[Params, list[Tensor]] = grad(loss, argnums=(0, 1))(
-                current, [tensors[place] for place in learned]
-            )
-            return found
-
-        with self.replay.again(("gradient", index)):
-            change: tuple[Params, list[Tensor]] = jvp(gradients, (params,), (direction,))[1]
-        return change
-
     def pullback(
         self, tensors: Sequence[Tensor], learned: Sequence[int], index: int, params: Params
     ) -> Callable[..., tuple[Params, list[Tensor]]]:
-        """The same as a function of the direction, by reverse mode over the inner gradient, computed once.
+        """(∂g/∂θ)ᵀ v and (∂g/∂φ)ᵀ v as a function of v, of an inner gradient g in θ and the
+        learned tensors φ: by reverse mode over it, which is computed once.
 
         The function takes retain_graph too, as torch.func.vjp's does.
         """

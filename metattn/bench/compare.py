@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metattn.cli._tables import Results, milliseconds
+from metattn.bench.tables import Results, milliseconds
 
 Key = tuple[str, str, str, str, str]
 MEMORY_SPREAD = 0.02  # a peak is measured once
