@@ -103,7 +103,7 @@ race-check: build
 
 # Errors and faults of the CPU's kernels on each instruction set that runs here.
 isa-check: build
-	for isa in $$($(PY) -c 'from metattn import _host; print(*_host.usable_isas())'); do \
+	for isa in $$($(PY) -c 'from metattn import host; print(*host.usable_isas())'); do \
 		echo "METATTN_ISA=$$isa"; \
 		METATTN_ISA=$$isa OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto -k cpu tests/test_precision.py \
 			tests/test_faults.py; \
@@ -125,13 +125,13 @@ cuda-report: $(ENVIRONMENT)
 	METATTN_BUILD_EXT=1 METATTN_CUDA=1 $(PY) setup.py build_ext --inplace
 	$(PY) -m benchmarks.cuda_build --out benchmarks/results
 
-# make wheel: dist/metattn-X.Y.Z+cpu-…; make wheel CUDA=13.0: +cu130, on any machine with that nvcc.
+# make wheel: dist/metattn-X.Y.Z+cpu-…, one for every Python; make wheel CUDA=13.0: +cu130, on any machine with that nvcc.
 # torch's libraries and the driver's are not grafted in: they come with torch and with the GPU.
 CUDA :=
 LABEL := $(if $(CUDA),cu$(subst .,,$(CUDA)),cpu)
 wheel: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: $(ENVIRONMENT)
-	rm -rf build/wheel-$(LABEL)
+	rm -rf build/wheel-$(LABEL) dist/metattn-*+$(LABEL)-*.whl
 	mkdir -p build
 	METATTN_BUILD_EXT=1 METATTN_CUDA=$(if $(CUDA),1,0) METATTN_CUDA_VERSION=$(CUDA) \
 		$(PY) setup.py -q egg_info --egg-base build --tag-build=+$(LABEL) build --build-base build/wheel-$(LABEL) \
@@ -139,10 +139,12 @@ wheel: $(ENVIRONMENT)
 	PATH="$(dir $(PY)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
 		--exclude 'libcuda.so.*' --wheel-dir dist build/wheel-$(LABEL)/dist/*.whl
 
-# Installs each wheel in dist/ beside each of several torch versions, and takes a second-order step.
+# Installs each wheel in dist/ beside several torch versions, and under each Python of pyproject.toml's classifiers that
+# is here, and takes second-order steps. PYTHONS names others: PYTHONS="python3.12 /opt/python3.13/bin/python".
 TORCHES ?= 2.10 2.11 2.13 2.14
+PYTHONS ?=
 check-wheel: $(ENVIRONMENT)
-	$(PY) tests/check_wheel.py --torch $(TORCHES)
+	$(PY) tests/check_wheel.py --torch $(TORCHES) $(if $(PYTHONS),--python $(PYTHONS))
 
 clean:
 	rm -rf build dist *.egg-info metattn-demo metattn-bench .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -2,7 +2,8 @@
 
 All linked by one ninja file: `metattn/libmetattn_cpu.so`, the operators against LibTorch's stable ABI (any
 torch >= 2.10, any Python), `metattn/libmetattn_cuda.so`, the same operators on NVIDIA GPUs, and
-`metattn._host`, the pybind11 module that tells about them.
+`metattn._host`, the pybind11 module that tells about them. That is for the Python that builds; under others
+metattn.host asks the first library, so that one wheel serves all.
 
 Environment: METATTN_BUILD_EXT=0 builds none (pure Python); unset or auto, none is built where there is no
 compiler, and =1 makes that an error. Whatever else goes wrong is an error. Why something was not built is
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -292,12 +294,9 @@ class NinjaBuildExt(build_ext):
             f"-isystem{torch / 'include'}",
         ]
         host_flags = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
-        host_flags += [
-            f'-DMETATTN_TORCH_TARGET="{major}.{minor}"',
-            f'-DMETATTN_ISAS="{",".join(built_isas)}"',
-        ]
+        facts = [f'-DMETATTN_TORCH_TARGET="{major}.{minor}"']
         if self.with_cuda:
-            host_flags.append(f'-DMETATTN_CUDA="{cuda_version()}"')
+            facts.append(f'-DMETATTN_CUDA="{cuda_version()}"')
         link = [*shlex.split(os.environ.get("LDFLAGS", "")), "-shared"]
         if sys.platform == "linux":
             link.append("-Wl,-z,defs")
@@ -323,6 +322,7 @@ class NinjaBuildExt(build_ext):
             isa_macros = [f"-DMETATTN_HAS_{isa.upper()}" for isa in built_isas]
             objects = [
                 compile_object("ops.cpp", "ops", torch_flags),
+                compile_object("facts.cpp", "facts", facts),
                 compile_object("cpu/dispatch.cpp", "dispatch", isa_macros),
                 compile_object(
                     "cpu/finish.cpp", "finish", ["-DMETATTN_ISA=baseline", *built_isas["baseline"]]
@@ -457,6 +457,14 @@ class BuildPy(build_py):
             record(ROOT if self.editable_mode else Path(self.build_lib), cause=ASKED_FOR_NONE)
 
 
+class WheelForEveryPython(bdist_wheel):
+    """The libraries need no Python, and `metattn._host` is looked for only by the one that built it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        *_, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
 setup(
     package_dir={"metattn.kernels": "kernels"},
     packages=[
@@ -474,5 +482,5 @@ setup(
     ext_modules=[]
     if build_backend.asked() == "0"
     else [Extension(name, [], optional=True) for name in (CPU_LIBRARY, CUDA_LIBRARY, HOST_MODULE)],
-    cmdclass={"build_ext": NinjaBuildExt, "build_py": BuildPy},
+    cmdclass={"bdist_wheel": WheelForEveryPython, "build_ext": NinjaBuildExt, "build_py": BuildPy},
 )

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import metattn
 from benchmarks.publish import publish
-from metattn import _host
+from metattn import host
 from metattn.bench.report import rewrite
 from metattn.measure import machine
 
@@ -125,7 +125,7 @@ def markdown(results: dict[str, Any], before: dict[str, Any] | None, offsets: Se
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--isa", default=_host.isa(), choices=_host.usable_isas())
+    parser.add_argument("--isa", default=host.isa(), choices=host.usable_isas())
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shared-parts"))
     parser.add_argument("--name", default="shared_parts", help="of the files")
@@ -135,7 +135,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    _host.set_isa(args.isa)
+    host.set_isa(args.isa)
     rows = measure(getattr(torch, args.dtype))
     results = {"machine": machine(), "isa": args.isa, "dtype": args.dtype, "rows": rows}
     before = json.loads(args.before.read_text()) if args.before else None

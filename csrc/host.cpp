@@ -1,4 +1,4 @@
-// The pybind11 module `metattn._host`: what was built, what this CPU can do, and which ISA the kernels use.
+// The pybind11 module `metattn._host`: the library's facts, for the Python that it was built with.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "facts.h"
 
 namespace py = pybind11;
 
@@ -19,42 +19,12 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> found;
-#if defined(__x86_64__)
-#define METATTN_FEATURE(name) \
-  if (__builtin_cpu_supports(name)) found.push_back(name)
-  METATTN_FEATURE("sse4.2");
-  METATTN_FEATURE("avx");
-  METATTN_FEATURE("avx2");
-  METATTN_FEATURE("fma");
-  METATTN_FEATURE("avx512f");
-  METATTN_FEATURE("avx512bw");
-  METATTN_FEATURE("avx512dq");
-  METATTN_FEATURE("avx512vl");
-#if __GNUC__ >= 12 || defined(__clang__)
-  METATTN_FEATURE("avx512bf16");
-#endif
-#undef METATTN_FEATURE
-#endif
-  return found;
-}
-
 py::dict build_info() {
   py::dict info;
-  info["compiler"] =
-#if defined(__clang__)
-      "clang " __clang_version__;
-#else
-      "gcc " __VERSION__;
-#endif
-  info["torch_target"] = METATTN_TORCH_TARGET;
-#ifdef METATTN_CUDA
-  info["cuda"] = METATTN_CUDA;
-#else
-  info["cuda"] = py::none();
-#endif
-  info["isas"] = split(METATTN_ISAS);
+  info["compiler"] = metattn_compiler();
+  info["torch_target"] = metattn_torch_target();
+  info["cuda"] = metattn_cuda();
+  info["isas"] = split(metattn_isas());
   return info;
 }
 
@@ -69,7 +39,8 @@ void set_isa(const std::string& name) {
 PYBIND11_MODULE(_host, module) {
   module.doc() = "What the extension was built for, what this CPU can do, and which ISA its kernels use.";
   module.def("build_info", &build_info, "Compiler, oldest torch served, CUDA version (None: no CUDA), ISAs built.");
-  module.def("cpu_features", &cpu_features, "The instruction sets of this CPU that matter here.");
+  module.def("cpu_features", [] { return split(metattn_cpu_features()); },
+             "The instruction sets of this CPU that matter here.");
   module.def("usable_isas", [] { return split(metattn_usable_isas()); }, "ISAs built and runnable here, best first.");
   module.def("isa", [] { return std::string(metattn_isa()); }, "The ISA in use.");
   module.def("set_isa", &set_isa, py::arg("name"), "Use an ISA by name, '' for the best; ValueError if it cannot run.");

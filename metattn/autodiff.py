@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from metattn import backends
 from metattn import torch_internals as internals
@@ -156,7 +155,7 @@ def _of_tensors(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     return (None, None, *gradients)
 
 
-class Forward(Function):
+class Forward(internals.SingleLevelFunction):
     """o, lse, o_lo."""
 
     @staticmethod
@@ -196,7 +195,7 @@ def _with_results(ctx: Any) -> Arguments:
     return FORWARD.split(tensors)._replace(results=Results(o, lse, o_lo))
 
 
-class Vjp(Function):
+class Vjp(internals.SingleLevelFunction):
     """The gradients of the primals, None where not needed."""
 
     @staticmethod
@@ -244,7 +243,7 @@ class Vjp(Function):
             return _lying_as(_gradients_lie_as(given.primals), found)
 
 
-class Jvp(Function):
+class Jvp(internals.SingleLevelFunction):
     """The tangents of o, lse and o_lo."""
 
     @staticmethod
@@ -271,7 +270,7 @@ class Jvp(Function):
             )
 
 
-class VjpJvp(Function):
+class VjpJvp(internals.SingleLevelFunction):
     """The tangents of Vjp's gradients."""
 
     @staticmethod
@@ -296,7 +295,7 @@ class VjpJvp(Function):
             return _lying_as(_gradients_lie_as(given.primals), found)
 
 
-class DoubleBackward(Function):
+class DoubleBackward(internals.SingleLevelFunction):
     """Jvp's results, then VjpJvp's."""
 
     @staticmethod

@@ -63,10 +63,12 @@ def how_to_mend() -> list[str]:
     # pip keeps the wheel without the extension, and would install it again
     command = f"METATTN_BUILD_EXT=1 {python} -m pip install --no-deps --force-reinstall --no-cache-dir"
     installed = distribution()
-    origin = (_origin(installed) if installed else "") or "metattn"
-    if origin.endswith(".whl"):  # which has none, however often it is installed
+    origin = _origin(installed) if installed else None
+    if origin is None or origin.endswith(
+        ".whl"
+    ):  # a mere copy; a wheel has none, however often it is installed
         return [*([first] if first else []), f"cd FOLDER_OF_THE_SOURCES && {command} ."]
-    return [*([first] if first else []), f"{command} {shlex.quote(origin)}"]
+    return [*([first] if first else []), f"{command} {shlex.quote(origin or 'metattn')}"]
 
 
 def distribution() -> metadata.Distribution | None:

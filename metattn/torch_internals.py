@@ -12,13 +12,24 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import coerce_cinterpreter, temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 # Function.apply binds default arguments first, 70 µs a call, and hands the call to functorch's interpreters,
 # which make a class for each. Replaced by: an autograd Function of C++ in the stable ABI.
 _bare_apply = torch._C._FunctionBase.__dict__["apply"]
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
 _TORCHS_OWN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+class SingleLevelFunction(_SingleLevelFunction):
+    """An autograd Function for apply_function alone.
+
+    From torch 2.14 on the bare apply too hands a Function to functorch's interpreters, by its class.
+    Replaced by: as above.
+    """
+
+    _compiled_autograd_key = staticmethod(Function._compiled_autograd_key)
 
 
 def transformed() -> bool:

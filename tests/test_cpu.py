@@ -18,12 +18,12 @@ from four_maps import OF_QKV, OPTIONS, SHORT_LENGTHS, Call, Outputs, assert_clos
 from torch import Tensor
 
 import metattn
+from metattn import host
 from metattn.backends import cpu, reference
 from metattn.problem import NO_CONSTANTS, Primals, Problem, Results
 
 if cpu.unavailable_reason() is not None:
     pytest.skip(f"backend cpu: {cpu.unavailable_reason()}", allow_module_level=True)
-from metattn import _host
 
 BROADCASTS = list(itertools.product((0, 1), repeat=4))
 EVERYTHING = Call(
@@ -100,12 +100,12 @@ def by_reference(call: Call, wide: bool = False) -> Outputs:
     return four_maps(reference, call, wide)
 
 
-@pytest.fixture(params=_host.usable_isas())
+@pytest.fixture(params=host.usable_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _host.isa()
-    _host.set_isa(request.param)
+    before = host.isa()
+    host.set_isa(request.param)
     yield request.param
-    _host.set_isa(before)
+    host.set_isa(before)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -558,23 +558,3 @@ def test_raw_operators_refuse_what_would_read_out_of_bounds() -> None:
             packed,
             constants._replace(cu_q=cu, cu_k=cu),
         )
-
-
-def test_isa_override() -> None:
-    with pytest.raises(ValueError, match="expected one of"):
-        _host.set_isa("mmx")
-    code = "import metattn; metattn.available_backends(); from metattn import _host; print(_host.isa())"
-    for name in _host.usable_isas():
-        environment = {**os.environ, "METATTN_ISA": name}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == name
-    code = "import metattn; print(metattn.available_backends()['cpu'])"
-    environment = {**os.environ, "METATTN_ISA": "mmx"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert "METATTN_ISA=mmx" in done.stdout
-    assert set(_host.usable_isas()) <= set(_host.build_info()["isas"])
-    assert "baseline" in _host.usable_isas()

@@ -206,6 +206,24 @@ def declared_version() -> str:
     return found[1]
 
 
+def test_a_release_is_one_everywhere() -> None:
+    """The version and its date, or that it is not released."""
+    changes, readme, citation = (
+        (ROOT / name).read_text() for name in ("CHANGELOG.md", "README.md", "CITATION.cff")
+    )
+    heading = re.search(r"^## (\S+), (not released|\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)
+    assert heading is not None
+    version, date = heading[1], heading[2]
+    assert version == declared_version()
+    assert f"\nversion: {version}\n" in citation
+    status = re.search(r"^Status: (\d+\.\d+\.\d+)(, not released)?\.", readme, re.MULTILINE)
+    assert status is not None
+    assert status[1] == version
+    assert (status[2] is not None) == (date == "not released")
+    released = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    assert (released and released[1]) == (None if date == "not released" else date)
+
+
 @pytest.mark.parametrize("command", cli.EXTRAS)
 def test_commands_ask_for_what_the_extras_do(command: str) -> None:
     found = re.search(rf"^{command} = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)
@@ -218,6 +236,9 @@ def test_archives_hold_what_they_should(wheel: Path, sdist: Path) -> None:
     assert "metattn/kernels/__init__.py" in in_wheel
     assert "metattn/py.typed" in in_wheel
     assert "metattn/libmetattn_cpu.so" in in_wheel
+    assert f"metattn/_host{sysconfig.get_config_var('EXT_SUFFIX')}" in in_wheel
+    platform_tag = re.sub(r"\W", "_", sysconfig.get_platform())
+    assert wheel.name == f"metattn-{declared_version()}-py3-none-{platform_tag}.whl"  # for every Python
     assert RECORD in in_wheel
     tops = {name.split("/")[0] for name in in_wheel}
     assert tops == {"metattn", f"metattn-{declared_version()}.dist-info"}

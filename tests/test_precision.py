@@ -22,7 +22,7 @@ from helpers import (
     with_offset,
 )
 
-from metattn import _host
+from metattn import host
 
 SHAPE = Shape(
     batch=2,
@@ -141,18 +141,18 @@ class TestWhatRowsShare:
         call = make_call(options, Shape(batch=1, heads=1, n=131, m=147, d=16, dv=16, kv_heads=1), dtype)
         check_offsets(call, offsets, backend, dtype)
 
-    @pytest.mark.parametrize("isa", [isa for isa in _host.usable_isas() if isa in ("amx", "avx512_bf16")])
+    @pytest.mark.parametrize("isa", [isa for isa in host.usable_isas() if isa in ("amx", "avx512_bf16")])
     @pytest.mark.parametrize("name", list(SHARED))
     def test_every_instruction_set(self, name: str, isa: str) -> None:
         """Those with products of bfloat16. Several chunks of keys besides, whose parts of dq are summed."""
-        before = _host.isa()
-        _host.set_isa(isa)
+        before = host.isa()
+        host.set_isa(isa)
         try:
             options, offsets = SHARED[name]
             shape = Shape(batch=1, heads=1, n=200, m=300, d=24, dv=40, kv_heads=1)
             check_offsets(make_call(options, shape, torch.bfloat16), offsets, "cpu", torch.bfloat16)
         finally:
-            _host.set_isa(before)
+            host.set_isa(before)
 
     def test_masked_keys_stay_out_of_it(self, backend: str) -> None:
         """Keys that nobody attends to, 1e30 large, are in no mean; later keys are in no earlier row's."""

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #if defined(METATTN_HAS_AMX) || defined(METATTN_HAS_AVX512_BF16)
@@ -14,6 +15,7 @@
 #include <unistd.h>
 #endif
 
+#include "facts.h"
 #include "finish.h"
 #include "geometry.h"
 
@@ -98,6 +100,13 @@ const Isa* find_isa(const char* name) {
   for (const Isa& isa : kIsas)
     if (isa.usable() && (*name == '\0' || strcmp(isa.name, name) == 0)) return &isa;
   return nullptr;
+}
+
+std::string names_of_isas(bool usable) {
+  std::string names;
+  for (const Isa& isa : kIsas)
+    if (!usable || isa.usable()) names += (names.empty() ? "" : ",") + std::string(isa.name);
+  return names;
 }
 
 std::atomic<const Isa*>& active_isa() {
@@ -356,18 +365,14 @@ Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) 
 
 const char* metattn_isa() { return metattn::active_isa().load()->name; }
 
+const char* metattn_isas() {
+  static const std::string names = metattn::names_of_isas(false);
+  return names.c_str();
+}
+
 const char* metattn_usable_isas() {
-  static const std::vector<char> names = [] {
-    std::vector<char> text;
-    for (const auto& isa : metattn::kIsas) {
-      if (!isa.usable()) continue;
-      if (!text.empty()) text.push_back(',');
-      text.insert(text.end(), isa.name, isa.name + strlen(isa.name));
-    }
-    text.push_back('\0');
-    return text;
-  }();
-  return names.data();
+  static const std::string names = metattn::names_of_isas(true);
+  return names.c_str();
 }
 
 int metattn_set_isa(const char* name) {

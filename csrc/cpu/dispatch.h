@@ -25,11 +25,3 @@ bool fits_double_backward(const Params& p);
 void plan_key_sweep(Params& p, MapName map);
 
 }  // namespace metattn
-
-extern "C" {
-// For the host module: the ISA in use; the ISAs built and runnable here, comma-separated; and choosing one by name
-// (empty: automatic), 0 on success.
-__attribute__((visibility("default"))) const char* metattn_isa();
-__attribute__((visibility("default"))) const char* metattn_usable_isas();
-__attribute__((visibility("default"))) int metattn_set_isa(const char* name);
-}

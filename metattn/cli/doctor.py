@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import re
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 import metattn
-from metattn import backends, installation
+from metattn import backends, host, installation
 from metattn.backends import cpu
 from metattn.backends.triton import devices, tuned
 from metattn.measure import machine
@@ -61,7 +60,6 @@ def examine() -> dict[str, Any]:
                 f"this is {installation.FOLDER}, and hides the installation in {', '.join(hidden)}: "
                 "start Python in another folder, or without PYTHONPATH"
             )
-    host = host_module()
     built = backends["cpu"] is None or cpu.LIBRARY.exists()
     return {
         "ok": not problems,
@@ -77,7 +75,7 @@ def examine() -> dict[str, Any]:
         "interpreter": f"{platform.python_implementation()} {platform.python_version()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "tiles": tiles(),
-        **host,
+        **extension(),
     }
 
 
@@ -115,13 +113,12 @@ def tiles() -> dict[str, Any]:
     return {"tuned": len(table.tiles), "file": table.path and str(table.path), "reason": table.reason}
 
 
-def host_module() -> dict[str, Any]:
-    """What the compiled host module tells, or why there is none."""
+def extension() -> dict[str, Any]:
+    """What the extension tells about itself and the processor, or why it does not."""
     try:
-        _host = importlib.import_module("metattn._host")
-    except ImportError as error:
+        return {"build": host.build_info(), "isa": host.isa(), "cpu_features": host.cpu_features()}
+    except RuntimeError as error:
         return {"build": None, "build_missing": str(error), "isa": None, "cpu_features": None}
-    return {"build": dict(_host.build_info()), "isa": _host.isa(), "cpu_features": list(_host.cpu_features())}
 
 
 def text(report: dict[str, Any]) -> str:
@@ -149,7 +146,7 @@ def text(report: dict[str, Any]) -> str:
         lines += ["extension", f"  not built: {report['not_built']}"]
         lines += [f"  to have it: {step}" for step in report["mend"]]
     elif report["build"] is None:
-        lines.append(f"extension\n  not here: {report['build_missing']}")
+        lines.append(f"extension\n  {report['build_missing']}")
     else:
         lines.append(f"  features     {', '.join(report['cpu_features']) or 'none beyond the baseline'}")
         lines.append(f"  code used    {report['isa']}")
