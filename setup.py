@@ -464,6 +464,7 @@ setup(
         "metattn.backends",
         "metattn.cli",
         "metattn.integrations",
+        "metattn.integrations.transformers",
         "metattn.kernels",
         "metattn.meta",
         "metattn.nn",
