@@ -474,6 +474,7 @@ setup(
         "metattn.bench",
         "metattn.cli",
         "metattn.integrations",
+        "metattn.integrations.transformers",
         "metattn.kernels",
         "metattn.meta",
         "metattn.nn",

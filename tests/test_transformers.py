@@ -5,10 +5,7 @@ The truth is a model's own ("eager") attention in float64, with all that its cod
 
 from __future__ import annotations
 
-import importlib
-import subprocess
-import sys
-import types
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +15,7 @@ import transformers
 from helpers import check_errors
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
-from transformers import AttentionInterface, AttentionMaskInterface, StaticCache, masking_utils
+from transformers import AttentionInterface, StaticCache
 from transformers_cases import PACKED, Layer, N, padding, textbook
 
 import metattn
@@ -32,8 +29,8 @@ from benchmarks.transformers_models import (
     make_inputs,
     widened,
 )
-from metattn.integrations import _transformers_masks as masks
-from metattn.integrations.transformers import BandMask, attend, mask, register
+from metattn.integrations.transformers import BandMask, attend, mask
+from metattn.integrations.transformers.band_mask import is_changed
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "deepseek_v3")
 
@@ -51,6 +48,11 @@ def seen_by_attend(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "metattn", spy)
     return arrived
+
+
+def described(arrived: Any) -> bool:
+    """Without N×M entries."""
+    return isinstance(arrived, BandMask) and arrived.entries is None and not is_changed(arrived)
 
 
 def close(ours: dict[str, Tensor], truth: dict[str, Tensor], bound: float = 1e-9) -> None:
@@ -85,7 +87,7 @@ def test_models_in_float64(name: str, seen_by_attend: list[Any]) -> None:
     model = same_in_both_orders(name)
     layers = sum("Attention" in type(m).__name__ and hasattr(m, "is_causal") for m in model.modules())
     assert len(seen_by_attend) == layers
-    assert all(arrived is None or isinstance(arrived, BandMask) for arrived in seen_by_attend)
+    assert all(arrived is None or described(arrived) for arrived in seen_by_attend)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,7 +121,7 @@ def flat(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_padding(name: str, side: str, seen_by_attend: list[Any]) -> None:
     keep = padding(side)
     same_in_both_orders(name, seen=keep.bool(), attention_mask=keep)
-    assert all(isinstance(arrived, BandMask) and arrived.padded for arrived in seen_by_attend)
+    assert all(described(arrived) and arrived.padded for arrived in seen_by_attend)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -134,7 +136,7 @@ def test_padding_of_encoder_and_decoder(name: str) -> None:
 def test_packed_sequences(name: str, seen_by_attend: list[Any]) -> None:
     """By positions that start again; each sequence gives what it gives alone."""
     model = same_in_both_orders(name, position_ids=PACKED)
-    assert all(arrived.starts is not None for arrived in seen_by_attend)
+    assert all(described(arrived) and arrived.starts is not None for arrived in seen_by_attend)
     model.set_attn_implementation("metattn")
     embeddings = make_inputs(name)["inputs_embeds"].double()
     together = call(model, {"inputs_embeds": embeddings, "position_ids": PACKED})
@@ -142,7 +144,7 @@ def test_packed_sequences(name: str, seen_by_attend: list[Any]) -> None:
     assert (together[:1, 5:13] - alone).norm() < 1e-6 * alone.norm()
 
 
-def test_chunks() -> None:
+def test_chunks(seen_by_attend: list[Any]) -> None:
     """Llama 4's layers, some of which attend within chunks alone."""
     config = transformers.Llama4TextConfig(
         **SMALL.decoder(attention_chunk_size=4),
@@ -154,15 +156,18 @@ def test_chunks() -> None:
     torch.manual_seed(0)
     model = transformers.Llama4ForCausalLM(config).double().eval()
     inputs = {"inputs_embeds": make_inputs("llama")["inputs_embeds"].double()}
-    for constants in ({}, {"attention_mask": padding("left")}, {"attention_mask": padding("both")}):
-        seen = constants["attention_mask"].bool() if constants else None
+    cases: list[dict[str, Tensor]] = [{}, {"position_ids": PACKED}]
+    cases += [{"attention_mask": padding(side)} for side in ("left", "both")]
+    for constants in cases:
+        seen = constants["attention_mask"].bool() if "attention_mask" in constants else None
         ours, truth = both_attentions(model, lambda k=constants, s=seen: both_orders(model, inputs, s, **k))
         close(ours, truth)
+    assert all(described(arrived) for arrived in seen_by_attend)
 
 
 def test_causal_model_made_bidirectional(seen_by_attend: list[Any]) -> None:
     same_in_both_orders("llama", is_causal=False)
-    assert all(arrived.high is None for arrived in seen_by_attend)
+    assert all(described(arrived) and arrived.high is None for arrived in seen_by_attend)
 
 
 def test_masks_of_the_caller() -> None:
@@ -232,14 +237,15 @@ def test_steps_with_a_cache(name: str, static: bool) -> None:
         whole = call(model, {"inputs_embeds": embeddings, "attention_mask": keep})
         model.set_attn_implementation("metattn")
         cache = StaticCache(config=model.config, max_cache_len=N + 5) if static else None
+        word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         start = 0
         for length in (4, 1, 5, 1, 1, 4):
             part = slice(start, start := start + length)
             out = model(
                 inputs_embeds=embeddings[:, part],
                 attention_mask=keep[:, :start],
-                cache=cache,
                 use_cache=True,
+                **{word: cache},
             )
             cache = out.past_key_values
             seen = keep[:, part].bool()
@@ -348,7 +354,10 @@ def test_checkpointed_layers(reentrant: bool) -> None:
         return {"gradient": text.grad}
 
     plain = run()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    else:  # its name before
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     close(run(), plain, 1e-12)
 
 
@@ -396,143 +405,3 @@ def test_layers_compiled_one_by_one(constants: dict[str, Tensor]) -> None:
         for layer in model.model.layers:
             layer.compile(backend="aot_eager", fullgraph=True)
         assert (call(model, inputs) - plain).norm() < 1e-6 * plain.norm()
-
-
-# register(), and what is refused.
-
-
-def test_metattn_alone_imports_no_transformers() -> None:
-    code = "import sys, metattn, metattn.integrations; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
-    assert register() == "metattn"
-    assert register("second_order") == "second_order"
-    assert register("second_order") == "second_order"
-    model = make("llama")
-    model.set_attn_implementation("second_order")
-    assert model.config._attn_implementation == "second_order"
-    for name in ("sdpa", "eager", "my_flash", "paged|metattn", "some/kernel", ""):
-        with pytest.raises(ValueError, match="name: expected an identifier"):
-            register(name)
-    AttentionInterface.register("taken", attend)
-    AttentionMaskInterface.register("taken", masking_utils.eager_mask)
-    with pytest.raises(ValueError, match="name: expected one that is free, got 'taken'"):
-        register("taken")
-    with pytest.raises(TypeError, match="name: expected a str, got int"):
-        register(3)  # type: ignore[arg-type]
-
-
-def test_other_masks_than_those_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions in which a window means one more, is written otherwise or missing, or arguments differ."""
-    code = masking_utils.sliding_window_overlay(1).__code__
-    changes: list[Callable[[pytest.MonkeyPatch], None]] = [
-        lambda p: p.setitem(masks._READERS, code, lambda named: masks.Pattern(low=-named["sliding_window"])),
-        lambda p: p.delitem(masks._READERS, code),
-        lambda p: p.delattr(masking_utils, "sliding_window_bidirectional_mask_function"),
-        lambda p: p.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None),
-    ]
-    for change in changes:
-        with monkeypatch.context() as patch:
-            change(patch)
-            with pytest.raises(NotImplementedError, match="transformers: expected a version"):
-                register()
-    register()
-
-
-def test_made_with_it() -> None:
-    config = transformers.LlamaConfig(**SMALL.decoder(), attn_implementation="metattn")
-    model = transformers.LlamaForCausalLM(config)
-    assert model.config._attn_implementation == "metattn"
-    assert masks.kind_of_model(transformers.LlamaConfig) == "sdpa"
-    assert masks.kind_of_model(transformers.Gemma2Config) == "interface"
-
-
-def test_models_that_attend_by_themselves() -> None:
-    """They would never call metattn, and are told so; transformers itself says it when one is switched."""
-    config = transformers.BloomConfig(
-        vocab_size=64, hidden_size=16, n_layer=1, n_head=2, attn_implementation="metattn"
-    )
-    model = transformers.BloomForCausalLM(config)
-    ids = torch.arange(6)[None]
-    torch._dynamo.reset()
-    for function in (model, torch.compile(model, backend="eager")):
-        with pytest.raises(
-            ValueError, match="attn_implementation: expected 'eager' or 'sdpa' for BloomConfig"
-        ):
-            function(ids)
-
-
-def test_attention_weights_are_refused() -> None:
-    model = make("llama")
-    model.set_attn_implementation("metattn")
-    with pytest.raises(NotImplementedError, match="output_attentions: expected False"):
-        call(model, {**make_inputs("llama"), "output_attentions": True})
-    with pytest.raises(ValueError, match="output_attentions"):
-        model.config.output_attentions = True
-
-
-def test_refusals() -> None:
-    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
-    layer = Layer(is_causal=True)
-    with pytest.raises(
-        ValueError, match="attention_mask: expected a mask where a causal call has several queries"
-    ):
-        attend(layer, q, k, k, None)
-    with pytest.raises(ValueError, match="attention_mask: expected a mask for 3 queries and 5 keys"):
-        attend(layer, q, k, k, mask(1, 3, 4))
-    with pytest.raises(TypeError, match="attention_mask: expected a Tensor or None, got dict"):
-        attend(layer, q, k, k, {})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="attention_mask: expected bool or floating numbers"):
-        attend(layer, q, k, k, torch.ones(1, 1, 3, 5, dtype=torch.int64))
-    for shape in ((1, 1, 3, 4), (2, 1, 3, 5), (1, 3, 3, 5), (1, 1, 1, 3, 5)):
-        with pytest.raises(ValueError, match="attention_mask: expected a shape that broadcasts to"):
-            attend(layer, q, k, k, torch.zeros(shape))
-    for low, high in ((-1, 4), (0, 5)):
-        with pytest.raises(ValueError, match=f"indices: expected keys from 0 to 4, got {low} to {high}"):
-            attend(layer, q, k, k, torch.zeros(1), indices=torch.tensor([low, high]).expand(1, 3, 2))
-    with pytest.raises(ValueError, match=r"indices: expected shape \[1, 3, any\], got \[1, 2, 1\]"):
-        attend(layer, q, k, k, torch.zeros(1), indices=torch.zeros(1, 2, 1, dtype=torch.int64))
-    with pytest.raises(TypeError, match="indices: expected a Tensor of integers"):
-        attend(layer, q, k, k, torch.zeros(1), indices=torch.zeros(1, 3, 1))
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected it beside an attention_mask"):
-        attend(layer, q, q, q, None, cu_seq_lens_q=torch.tensor([0, 3]))
-    with pytest.raises(NotImplementedError, match="block_indices: expected None"):
-        attend(layer, q, q, q, None, block_indices=torch.zeros(1))
-    o, _ = attend(layer, q[:, :, :1], k, k, None)  # a single query sees every key
-    torch.testing.assert_close(o.transpose(1, 2), textbook(q[:, :, :1], k, k))
-
-
-@pytest.mark.parametrize("shape", [(1,), (2,), (8,), (2, 2), (4, 1, 1, 1), (2, 4, 5, 8)])
-def test_sinks_for_other_heads_are_refused(shape: tuple[int, ...]) -> None:
-    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    with pytest.raises(ValueError, match=r"sinks: expected shape \[4\] or \[2, 4, 5, 1\]"):
-        attend(nn.Identity(), q, k, k, None, is_causal=False, s_aux=torch.ones(shape))
-
-
-@pytest.mark.parametrize("shape", [(4,), (1, 4, 1, 1), (4, 1, 1, 1), (2, 1, 2, 1), (1, 1, 1, 1)])
-def test_sinks_by_shape_not_by_number(shape: tuple[int, ...]) -> None:
-    """As many of them as there are heads need not be one a head."""
-    batch = max(2, shape[0]) if len(shape) > 1 else 2
-    q, k, v = (torch.randn(batch, 4, 2, 8, dtype=torch.float64) for _ in range(3))
-    sinks = torch.randn(shape, dtype=torch.float64)
-    o, _ = attend(nn.Identity(), q, k, v, None, scaling=1.0, is_causal=False, sinks=sinks)
-    each = (sinks.view(1, 4, 1, 1) if len(shape) == 1 else sinks).expand(batch, 4, 2, 1)
-    weights = torch.cat([q @ k.mT, each], -1).softmax(-1)[..., :-1]
-    torch.testing.assert_close(o.transpose(1, 2), weights @ v)
-
-
-@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.19.2.dev0"])
-def test_an_old_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When metattn's module is imported, before anything that the old one lacks."""
-    old = types.ModuleType("transformers")
-    old.__version__ = version  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "transformers", old)
-    for name in ("transformers", "_transformers_version", "_transformers_masks"):
-        monkeypatch.delitem(sys.modules, f"metattn.integrations.{name}")
-    monkeypatch.delattr("metattn.integrations._transformers_version")
-    with pytest.raises(ImportError, match=rf"transformers: expected version 5\.20 or later, got {version}"):
-        importlib.import_module("metattn.integrations.transformers")

@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 from transformers import masking_utils
-from transformers_cases import PACKED, Layer, N, padding, textbook
+from transformers_cases import Layer, N, packed, padding, textbook
 
 import metattn
 from benchmarks.transformers_models import make
-from metattn.integrations import _transformers_masks as masks
-from metattn.integrations.transformers import BandMask, attend, mask
+from metattn.integrations.transformers import BandMask, attend, mask, masks
+from metattn.integrations.transformers.band_mask import is_changed
 
 
 def patterns() -> dict[str, Any]:
     u = masking_utils
+    positions = (torch.arange(80) * 3 % 11).view(2, 40)
+    blocks = torch.arange(40) // 4
     return {
         "causal": u.causal_mask_function,
         "full": u.bidirectional_mask_function,
@@ -33,13 +35,9 @@ def patterns() -> dict[str, Any]:
         "window 99": u.sliding_window_causal_mask_function(99),
         "both sides": u.sliding_window_bidirectional_mask_function(2),
         "chunks": u.chunked_causal_mask_function(3, torch.tensor([0, 2])),
-        "remapped": u.remap_positions_for_packed_sequence(
-            u.causal_mask_function, (torch.arange(80) * 3 % 11).view(2, 40)
-        ),
+        "by positions": lambda b, h, q, k: positions[b, k] <= positions[b, q],
         "causal or some": u.or_masks(u.causal_mask_function, lambda b, h, q, k: (q + k) % 3 == 0),
-        "blocks": u.or_masks(
-            u.causal_mask_function, u.blockwise_overlay(torch.arange(40).expand(2, 40) // 4)
-        ),
+        "blocks": u.or_masks(u.causal_mask_function, lambda b, h, q, k: blocks[k] == blocks[q]),
     }
 
 
@@ -91,11 +89,11 @@ def test_every_mask_is_transformers_own(
     torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, numbers), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.Gemma2Config])
+@pytest.mark.parametrize("config", [transformers.LlamaConfig, transformers.GptOssConfig])
 @pytest.mark.parametrize("name", sorted(patterns()))
 def test_masks_in_a_traced_graph(name: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All entries; or none, for what a model that knows torch's attention says itself."""
-    make("llama"), make("gemma2")  # their code is imported
+    make("llama"), make("gpt_oss")  # their code is imported
     monkeypatch.setattr(masks, "is_tracing", lambda tensor: True)
     keep = padding("left", 6).bool()
     for n, past, keys, seen in (
@@ -121,23 +119,47 @@ def test_masks_in_a_traced_graph(name: str, config: Any, monkeypatch: pytest.Mon
             assert torch.equal(found if found.dtype == torch.bool else found == 0, expected == 0)
 
 
+def test_what_is_described() -> None:
+    """Bands, of whatever functions they are made; and no other masks."""
+    u = masking_utils
+    ids, first = torch.arange(N).expand(2, N) // 5, torch.tensor([0, 2])
+    chunks = u.chunked_causal_mask_function(8, first)
+    images = torch.where(ids == 1, 1, -1)
+    for is_band, function, (n, past) in (
+        (True, chunks, (N, 0)),
+        (False, chunks, (1, N - 1)),  # another one in each row
+        (True, u.chunked_causal_mask_function(8, 0 * first), (1, N - 1)),
+        (False, chunks, (4, N - 4)),
+        (True, u.and_masks(chunks, u.packed_sequence_mask_function(ids)), (N, 0)),
+        (True, packed(chunks), (N, 0)),
+        (True, u.and_masks(u.causal_mask_function, lambda b, h, q, k: ids[b, q] == ids[b, k]), (N, 0)),
+        (True, u.and_masks(u.causal_mask_function, lambda b, h, q, k: q - k < 7), (4, N - 4)),
+        (True, u.or_masks(u.causal_mask_function, u.blockwise_overlay(torch.full_like(ids, -1))), (N, 0)),
+        (False, u.or_masks(u.causal_mask_function, u.blockwise_overlay(images)), (N, 0)),
+        (False, u.or_masks(u.causal_mask_function, lambda b, h, q, k: k < 5), (N, 0)),
+    ):
+        for use_vmap in (False, True):
+            arguments = {"batch_size": 2, "q_length": n, "kv_length": N, "q_offset": past}
+            arguments |= {"mask_function": function, "use_vmap": use_vmap, "dtype": torch.float64}
+            found = mask(**arguments)
+            assert isinstance(found, BandMask)
+            assert (found.entries is None) == is_band
+            assert torch.equal(found.dense(), masking_utils.eager_mask(**arguments))
+
+
 @pytest.mark.parametrize("window", [None, 3, 0])
 @pytest.mark.parametrize("extra", ["nothing", "bias", "sinks", "sinks of queries", "padding"])
 def test_sequences_of_a_row(window: int | None, extra: str) -> None:
     """Packed by positions, with what does and what does not go to varlen_attention."""
     u = masking_utils
     inner = u.causal_mask_function if window is None else u.sliding_window_causal_mask_function(window)
-    ids = u.find_packed_sequence_indices(PACKED)
-    function = u.and_masks(
-        u.remap_positions_for_packed_sequence(inner, PACKED), u.packed_sequence_mask_function(ids)
-    )
     keep = padding("holes").bool() if extra == "padding" else None
-    arguments = {"batch_size": 2, "q_length": N, "kv_length": N, "mask_function": function}
+    arguments = {"batch_size": 2, "q_length": N, "kv_length": N, "mask_function": packed(inner)}
     arguments |= {"dtype": torch.float64, "attention_mask": keep}
     found, expected = mask(**arguments), masking_utils.eager_mask(**arguments)
     assert isinstance(found, BandMask)
-    assert found.starts is not None
-    assert found.starts.tolist() == [0, 5, 13, 16, 18, 32]
+    starts = None if found.starts is None else found.starts.tolist()
+    assert starts == (None if window == 0 else [0, 5, 13, 16, 18, 32])  # of no keys there is no band
     assert torch.equal(found.dense(), expected)
     q, k, v = (torch.randn(2, h, N, 4, dtype=torch.float64) for h in (4, 2, 2))
     bias = torch.randn(2, 4, N, N, dtype=torch.float64) if extra == "bias" else None
@@ -147,6 +169,20 @@ def test_sequences_of_a_row(window: int | None, extra: str) -> None:
     of_row = sinks.view(1, 4, 1, 1) if extra == "sinks" and sinks is not None else sinks
     numbers = expected if bias is None else expected + bias
     torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, numbers, of_row), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_sequences_whose_queries_do_not_see_themselves(before: bool) -> None:
+    """varlen_attention has no window that leaves them out."""
+    function = packed(lambda b, h, q, k: (k < q) if before else (k > q))
+    found = mask(2, N, N, mask_function=function, dtype=torch.float64)
+    expected = masking_utils.eager_mask(2, N, N, mask_function=function, dtype=torch.float64)
+    assert isinstance(found, BandMask)
+    assert found.starts is not None
+    assert (found.low, found.high) == ((None, -1) if before else (1, None))
+    q, k, v = (torch.randn(2, h, N, 4, dtype=torch.float64) for h in (4, 2, 2))
+    o, _ = attend(Layer(is_causal=True), q, k, v, found)
+    torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, expected), rtol=1e-12, atol=1e-12)
 
 
 def test_one_sequence_a_row_is_no_packing() -> None:
@@ -178,7 +214,7 @@ def test_keys_that_no_query_sees_are_left_away(monkeypatch: pytest.MonkeyPatch) 
         calls.append((k.shape[2], options))
         return metattn.attention(q, k, v, **options)
 
-    monkeypatch.setattr("metattn.integrations.transformers.attention", spy)
+    monkeypatch.setattr("metattn.integrations.transformers.attention.attention", spy)
     window = masking_utils.sliding_window_causal_mask_function(3)
     layer = Layer(is_causal=True)
     q, k, bias = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 9, 4), torch.randn(1, 2, 4, 9)
@@ -252,7 +288,7 @@ def test_a_description_can_be_written_to(write: Callable[..., object], inference
         o, _ = attend(Layer(is_causal=False), q, k, v, found)
         torch.testing.assert_close(o.transpose(1, 2), textbook(q, k, v, expected), rtol=1e-12, atol=1e-12)
         untouched = masking_utils.eager_mask(2, 6, 6, attention_mask=keep, dtype=torch.float64)
-        assert not masks.is_changed(before)
+        assert not is_changed(before)
         assert torch.equal(before.dense(), untouched)
 
 
@@ -348,7 +384,7 @@ def test_a_description_that_was_looked_at_is_still_one() -> None:
     found = mask(2, 6, 6)
     assert isinstance(found, BandMask)
     assert found[0, 0].shape == (6, 6)
-    assert not masks.is_changed(found)
+    assert not is_changed(found)
     assert repr(found) == "BandMask([2, 1, 6, 6], None ≤ j − i ≤ 0, padded=False)"
     with pytest.raises(RuntimeError, match="cannot change its shape in place"):
         found.squeeze_(1)

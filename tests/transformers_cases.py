@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from benchmarks.transformers_models import SMALL
 
@@ -22,6 +26,14 @@ def padding(side: str, length: int = N) -> Tensor:
         keep[:, 1:4] = 0
         keep[1, 7] = 0
     return keep
+
+
+def packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The mask function within each of PACKED's sequences, as this version of transformers puts it."""
+    ids = masking_utils.find_packed_sequence_indices(PACKED)
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        function = masking_utils.remap_positions_for_packed_sequence(function, PACKED)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(ids))
 
 
 class Layer(nn.Module):

@@ -1,1 +1,1 @@
-"""Places where metattn takes over another library's attention; each a short file."""
+"""Places where metattn takes over another library's attention; each a short file, or a package of them."""

@@ -1,56 +1,17 @@
-"""metattn as an attention implementation of Hugging Face transformers: register() once, then choose it."""
+"""metattn's attention function, called as transformers calls its own."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from metattn.integrations import _transformers_version  # noqa: F401, it refuses an older one
-
-# isort: split
-
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from metattn.functional import attention, varlen_attention
-from metattn.integrations import _transformers_masks as masks
-from metattn.integrations._transformers_masks import BandMask, is_changed, mask
+from metattn.integrations.transformers.band_mask import BandMask, is_changed
 from metattn.problem import readable
-
-NAME = "metattn"
-
-
-def register(name: str = NAME) -> str:
-    """Makes `name` an attention implementation of transformers; returns the name. Again changes nothing.
-
-    A model's attention is metattn's after `model.set_attn_implementation(name)`, or if it was made with
-    attn_implementation=name: forward and gradients of both orders fused, higher ones by the reference, with
-    grouped heads, softcap, sinks, position biases, dropout, windows, padding, packed sequences and caches.
-
-    Raises:
-        TypeError: a name that is no str.
-        ValueError: a name that is taken, or that transformers would take for another implementation's.
-        NotImplementedError: a version of transformers whose masks are not those that metattn knows.
-
-    Source: transformers' AttentionInterface and AttentionMaskInterface.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str, got {type(name).__name__}")
-    if not name.isidentifier() or re.search("flash|sdpa|flex|eager", name):
-        raise ValueError(
-            "name: expected an identifier without flash, sdpa, flex or eager, which transformers takes for "
-            f"others, got {name!r}"
-        )
-    for interface, function in ((AttentionInterface(), attend), (AttentionMaskInterface(), mask)):
-        if interface.get(name, function) is not function:
-            raise ValueError(f"name: expected one that is free, got {name!r}, which is {interface[name]!r}")
-    masks.check()
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, mask)
-    return name
 
 
 def attend(
@@ -225,7 +186,8 @@ class _Call:
 
     def can_be_packed(self, mask: BandMask) -> bool:
         """Whether nothing is given that has the order of queries and keys, and each query may see itself."""
-        return self.bias is None and not self.sinks_of_queries and (mask.low is None or mask.low <= 0)
+        sees_itself = (mask.low is None or mask.low <= 0) and (mask.high is None or mask.high >= 0)
+        return self.bias is None and not self.sinks_of_queries and sees_itself
 
     def limit(self, mask: BandMask) -> None:
         """Sets causal, window and mask, and leaves away keys that no query sees."""
