@@ -119,6 +119,30 @@ def test_masks_in_a_traced_graph(name: str, config: Any, monkeypatch: pytest.Mon
             assert torch.equal(found if found.dtype == torch.bool else found == 0, expected == 0)
 
 
+@pytest.mark.parametrize(
+    "function", [masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function]
+)
+@pytest.mark.parametrize("offset", [0, 3, 5, 7])
+def test_rows_of_plain_masks_are_not_looked_at(
+    function: Any, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {
+        "batch_size": 1,
+        "q_length": 6,
+        "kv_length": 6,
+        "q_offset": offset,
+        "mask_function": function,
+    }
+    entries = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "kv_offset": 0}
+    looked_at = masks.patterns.find(masks._rows({**arguments, **entries}), 1, 6, 6)
+    monkeypatch.setattr(masks.patterns, "find", None)
+    found = mask(**arguments, kv_offset=0)
+    assert isinstance(found, BandMask)
+    assert looked_at is not None
+    assert (found.low, found.high) == (looked_at.low, looked_at.high)
+    assert torch.equal(found.dense(), masking_utils.eager_mask(**arguments, dtype=torch.float32))
+
+
 def test_what_is_described() -> None:
     """Bands, of whatever functions they are made; and no other masks."""
     u = masking_utils

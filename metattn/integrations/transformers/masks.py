@@ -85,7 +85,9 @@ def mask(
         filled = masking_utils.eager_mask(dtype=dtype, **arguments)
         return filled
     arguments["q_offset"] = int(q_offset)
-    pattern = patterns.find(_rows(arguments), batch_size, q_length, kv_length)
+    pattern = _of_known(mask_function, arguments["q_offset"] - kv_offset, kv_length)
+    if pattern is None:
+        pattern = patterns.find(_rows(arguments), batch_size, q_length, kv_length)
     shape = (batch_size, 1, q_length, kv_length)
     if pattern is None:
         filled = masking_utils.sdpa_mask(**arguments)
@@ -104,6 +106,18 @@ def mask(
     if keys is None:
         keys = torch.ones((), dtype=torch.bool, device=device).expand(1, kv_length)
     return BandMask(keys, shape, dtype, **numbers)
+
+
+def _of_known(function: MaskFunction, offset: int, keys: int) -> patterns.Pattern | None:
+    """The pattern of transformers' own full or causal mask, whose rows need no look; None of another.
+
+    offset: the first query's place among the keys.
+    """
+    if function is masking_utils.bidirectional_mask_function:
+        return patterns.Pattern(None, None)
+    if function is masking_utils.causal_mask_function:
+        return patterns.Pattern(None, offset if offset < keys - 1 else None)
+    return None
 
 
 def _rows(arguments: dict[str, Any]) -> Callable[[int, int], Tensor]:
