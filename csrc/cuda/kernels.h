@@ -11,7 +11,10 @@
 
 #include <algorithm>
 
-#include "cuda/keys.h"
+#include "cuda/forward_rows.h"
+#include "cuda/gradient_columns.h"
+#include "cuda/gradient_rows.h"
+#include "cuda/jvp_rows.h"
 #include "cuda/launch.h"
 #include "cuda/sums.h"
 
@@ -189,10 +192,10 @@ const char* start_gradients(const Params& p, const Gpu& gpu, int64_t chunks) {
       start_rows<GradientRows<S, Columns, Tiles, Full, Second>>(p, gpu, p.grad_q ? larger(1, chunks) : 1);
   // two results of 128 features and their tangents' scores: half as many queries at a time, or registers spill
   constexpr int kQueryTiles = Second && Columns == 16 ? Tiles / 2 : Tiles;
-  using Keys = GradientKeys<S, Columns, kQueryTiles, Full, Second>;
-  const int64_t visits = (p.n + Keys::kQueries - 1) / Keys::kQueries * (p.heads / larger(1, p.kv_heads));
+  using Pass = GradientColumns<S, Columns, kQueryTiles, Full, Second>;
+  const int64_t visits = (p.n + Pass::kQueries - 1) / Pass::kQueries * (p.heads / larger(1, p.kv_heads));
   if (error == nullptr && (p.grad_k || p.grad_v))
-    error = start_pass<Keys>(p, gpu, p.batch * p.kv_heads, p.m, chunks, visits);
+    error = start_pass<Pass>(p, gpu, p.batch * p.kv_heads, p.m, chunks, visits);
   return error;
 }
 

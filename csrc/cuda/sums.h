@@ -2,7 +2,7 @@
 // a tile of the sum, or one of its parts, and adds in an order that shapes alone decide.
 #pragma once
 
-#include "cuda/rows.h"
+#include "cuda/operands.h"
 
 namespace metattn::cuda {
 

@@ -2,12 +2,12 @@
 // head. dK and dV or, Second, dKt and dVt.
 #pragma once
 
-#include "cuda/rows.h"
+#include "cuda/operands.h"
 
 namespace metattn::cuda {
 
 template <class S, int Columns, int Tiles, bool Full, bool Second>
-struct GradientKeys {
+struct GradientColumns {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
@@ -20,7 +20,7 @@ struct GradientKeys {
   int stages;
   int64_t step;  // elements from a stage's queries to the next's
 
-  METATTN_HD GradientKeys(const Params& p, int warps, int stages, Pieces& pieces) : stages(stages) {
+  METATTN_HD GradientColumns(const Params& p, int warps, int stages, Pieces& pieces) : stages(stages) {
     const int ld = leading<S>(p, 8 * Columns), rows = kWarpRows * warps;
     k = pieces.tile<S>(true, rows, ld);
     b = pieces.tile<S>(Second && p.t_k, rows, ld);
