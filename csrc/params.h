@@ -110,6 +110,10 @@ struct Params {
   int64_t aside_chunks;         // of each block's results
 };
 
+// Whether the forward multiplies weights that are rounded in two parts, so that O's D is exact: a softcap hides what D
+// lacks, and the gradient of slopes weighs it by distances.
+static METATTN_HD bool wants_exact_d(const Params& p) { return p.softcap != 0 || p.slopes; }
+
 enum Statistic : int { kReference, kLogTotal, kD, kTau, kDt, kSinkShare, kSlopeShare, kStatistics };
 
 }  // namespace metattn

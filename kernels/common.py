@@ -106,6 +106,15 @@ def counted(lack, weights, x, hidden):
             return lack + (tl.sum(weights, 1) - multiplied)
 
 
+@triton.constexpr_function
+def wants_exact_d(call):
+    """Whether the forward multiplies P in two parts, where it is rounded, so that O's D is exact.
+
+    A softcap hides what D lacks, and the gradient of slopes weighs it by distances.
+    """
+    return call.softcap is not None or call.slopes is not None
+
+
 @triton.jit
 def part_mean(x, count):
     if absent(x):

@@ -288,8 +288,7 @@ struct WeightedSums<Pairs> {
   bool known_sums = true;       // of derivatives of scores over the keys: not where a softcap bends them
 
   static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
-    // a softcap's D must be exact, for it cannot be told from the sums
-    const bool few = smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples) || (output && p.softcap != 0);
+    const bool few = smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples) || (output && wants_exact_d(p));
     return {arena.take<uint16_t>(2 * kPart), arena.take<float>(kKeys), few, p.softcap == 0};
   }
   WeightedSums in_two_parts() const { return {rounded, losses, true, known_sums}; }

@@ -11,7 +11,7 @@ struct GradientRows {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
-  static constexpr int kSums = 4 * Columns + (Full ? 12 : 4);
+  static constexpr int kSums = 4 * Columns + 4 + (!Full ? 0 : kIsTf32<S> ? 8 : 2);
   using T = Compute<S>;
   QueryTiles<S> queries;
   KeyTiles<S, kTiles> keys;
@@ -93,10 +93,10 @@ struct GradientRows {
                static_cast<T>(p.scale), acc);
   }
 
-  // Sums over the keys of dS·(distance − the nearest), of P times the same, and of dS and P themselves.
+  // Σ dS·(distance − the nearest) of each row; in TF32, whose D is inexact, of P too, and what dS and P sum to.
   struct Distances {
-    Rows<T> of_ds = Rows<T>::filled(0), of_p = Rows<T>::filled(0), ds = Rows<T>::filled(0), mass = Rows<T>::filled(0);
-    Rows<T> nearest = Rows<T>::filled(0);
+    Rows<T> nearest = Rows<T>::filled(0), of_ds = Rows<T>::filled(0);
+    Rows<T> of_p = Rows<T>::filled(0), ds = Rows<T>::filled(0), mass = Rows<T>::filled(0);
     METATTN_DEVICE void start(const Params& p, const Place& place, const Statistics<T>& known, int warp_row, int64_t row0) {
       METATTN_EACH_LANE(slot, lane)
         METATTN_UNROLL for (int h = 0; h < 2; ++h) {
@@ -109,24 +109,28 @@ struct GradientRows {
     template <class F>
     METATTN_DEVICE void each(F f) {
       f(0, of_ds);
+      if constexpr (!kIsTf32<S>) return;
       f(2, of_p);
       f(4, ds);
       f(6, mass);
     }
     METATTN_DEVICE void add(const Place& place, const Statistics<T>& known, int warp_row, int64_t row0, int64_t key0,
                             const Scores<T, kTiles>& at) {
-      Fragment<T, kTiles> weights = at.s, terms = at.ds;
-      gain(ds, terms);
-      weights.each([&](T& value, int r, int c, int slot, int t, int e) {
-        value = probability(value, known.reference[warp_row + r], known.log_total[warp_row + r]);
-        terms.x[slot][t][e] *= static_cast<T>(alibi_distance(place.s, row0 + r, key0 + c)) - nearest.x[slot][e / 2];
-      });
-      gain(of_ds, terms);
-      gain(mass, weights);
-      weights.each([&](T& value, int r, int c, int slot, int, int e) {
+      const auto far = [&](T& value, int r, int c, int slot, int, int e) {
         value *= static_cast<T>(alibi_distance(place.s, row0 + r, key0 + c)) - nearest.x[slot][e / 2];
+      };
+      Fragment<T, kTiles> terms = at.ds;
+      if constexpr (kIsTf32<S>) gain(ds, terms);
+      terms.each(far);
+      gain(of_ds, terms);
+      if constexpr (!kIsTf32<S>) return;
+      terms = at.s;
+      terms.each([&](T& value, int r, int, int, int, int) {
+        value = probability(value, known.reference[warp_row + r], known.log_total[warp_row + r]);
       });
-      gain(of_p, weights);
+      gain(mass, terms);
+      terms.each(far);
+      gain(of_p, terms);
     }
     static METATTN_DEVICE void gain(Rows<T>& sum, const Fragment<T, kTiles>& terms) {
       const Rows<T> more = terms.row_sums();
@@ -134,7 +138,8 @@ struct GradientRows {
         METATTN_UNROLL for (int h = 0; h < 2; ++h) sum.x[slot][h] += more.x[slot][h];
     }
   };
-  // Each row's −Σ dS·distance. What dS lacks of its known sum, by an error of D or Dt, is spread over the keys as P is.
+  // Each row's −Σ dS·distance. In TF32 what dS lacks of its known sum, by an error of D or Dt, is spread over the keys as
+  // P is.
   METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine, const Distances& far) const {
     Rows<T> sums = Rows<T>::filled(0);
     add_known_sums(p, place, known, warp_row, mine, Second, sums);
@@ -142,12 +147,14 @@ struct GradientRows {
       METATTN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
         if (lane % 4 != 0 || i >= place.s.n) continue;
-        const T mass = far.mass.x[slot][h], nearest = far.nearest.x[slot][h], sum = sums.x[slot][h];
-        const T share = (sum - far.ds.x[slot][h]) / mass;  // of what is lacking, a unit of P's
-        const bool sink_has_most = known.idle(warp_row + static_cast<int>(i - mine)) || mass < T{0.5};
-        *statistic_at<T>(p, kSlopeShare, place, i) =
-            -(far.of_ds.x[slot][h] + (sink_has_most || !is_finite(share) ? 0 : share * far.of_p.x[slot][h]) +
-              (nearest == 0 ? 0 : sum * nearest));
+        const T nearest = far.nearest.x[slot][h], sum = sums.x[slot][h];
+        T found = far.of_ds.x[slot][h] + (nearest == 0 ? 0 : sum * nearest);
+        if constexpr (kIsTf32<S>) {
+          const T mass = far.mass.x[slot][h], share = (sum - far.ds.x[slot][h]) / mass;  // a unit of P's
+          const bool sink_has_most = known.idle(warp_row + static_cast<int>(i - mine)) || mass < T{0.5};
+          if (!sink_has_most && is_finite(share)) found += share * far.of_p.x[slot][h];
+        }
+        *statistic_at<T>(p, kSlopeShare, place, i) = -found;
       }
   }
 
