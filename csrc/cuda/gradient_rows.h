@@ -102,7 +102,7 @@ struct GradientRows {
         METATTN_UNROLL for (int h = 0; h < 2; ++h) {
           const int r = lane / 4 + 8 * h, at = warp_row + r;
           if (row0 + r >= place.s.n || known.idle(at)) continue;
-          if (beside_sink(p, place, known.reference[at], known.log_total[at]) < T{0.5}) continue;
+          if (beside_sink(p, place, known.reference[at], known.log_total[at], Second) < static_cast<T>(kLeastFar)) continue;
           nearest.x[slot][h] = static_cast<T>(nearest_distance(p, place.s, row0 + r));
         }
     }
