@@ -110,9 +110,11 @@ struct Params {
   int64_t aside_chunks;         // of each block's results
 };
 
-// Whether the forward multiplies weights that are rounded in two parts, so that O's D is exact: a softcap hides what D
-// lacks, and the gradient of slopes weighs it by distances.
-static METATTN_HD bool wants_exact_d(const Params& p) { return p.softcap != 0 || p.slopes; }
+// Whether scores are bent on their way from products: dR is not dS, and its sums over the keys are unknown.
+static METATTN_HD bool bends(const Params& p) { return p.softcap != 0; }
+// Whether the forward multiplies weights that are rounded in two parts, so that O's D is exact: where scores are bent, what
+// D lacks is hidden, and the gradient of slopes weighs it by distances.
+static METATTN_HD bool wants_exact_d(const Params& p) { return bends(p) || p.slopes; }
 
 enum Statistic : int { kReference, kLogTotal, kD, kTau, kDt, kSinkShare, kSlopeShare, kStatistics };
 

@@ -48,7 +48,7 @@ struct DoubleBackward : SecondOrder<A> {
   }
 
   void select(int64_t block) {
-    T** const pointers[] = {&this->s, &this->tanh_tile, &this->z, &this->d_p, &this->t_r, &this->e, &tangents};
+    T** const pointers[] = {&this->s, &this->bend_tile, &this->z, &this->d_p, &this->t_r, &this->e, &tangents};
     for (T** pointer : pointers)
       if (*pointer != nullptr) *pointer += (block - selected) * tile_size;
     selected = block;
@@ -58,7 +58,7 @@ struct DoubleBackward : SecondOrder<A> {
 
   // ---- a tile: s = P, tangents = T, d_p = dP, e = E ----
 
-  template <bool Capped>
+  template <bool Bent>
   void tile_in_memory(const Tile& tile, int64_t block) {
     this->multiply(tile, block);
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -66,7 +66,7 @@ struct DoubleBackward : SecondOrder<A> {
       const int64_t at = r * kKeys;
       Vec<T> total = {};
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-        const Vec<T> t = rounded(this->template tangent<Capped>(at, j));
+        const Vec<T> t = rounded(this->template tangent<Bent>(at, j));
         store(tangents + at + j, t);
         total += load(this->s + at + j) * t;
       }
@@ -123,25 +123,25 @@ struct DoubleBackward : SecondOrder<A> {
                  ((load(tangents + at + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
     return sum<T>(total);
   }
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_row(int64_t r) {
     const T row_tau = static_cast<T>(tau[r]);
     for (int64_t i = 0; i < seen; ++i) {
       for (int64_t at = place(i, r), j = 0; j < tiles[i].cols; j += kLanes<T>) {
         const Vec<T> weight_kept = load(this->s + at + j) * this->kept(at, j);
-        this->template differentiate<Capped>(at, j, load(tangents + at + j) - row_tau, this->D[r], Dt[r]);
+        this->template differentiate<Bent>(at, j, load(tangents + at + j) - row_tau, this->D[r], Dt[r]);
         store(this->e + at + j, weight_kept);
       }
       if (this->results.want_scores) this->results.add_scores(tiles[i], r, this->d_s_t);
     }
   }
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_rows(int64_t rows) {
     for (int64_t r0 = 0; r0 < rows; r0 += kRowsTogether) {
       const int64_t end = smaller(rows, r0 + kRowsTogether);
       for (int64_t r = r0; r < end; ++r) tau[r] = this->lse.dead[r] ? 0 : tau_around(r);
       for (int64_t r = r0; r < end; ++r) Dt[r] = this->lse.dead[r] ? 0 : dt_of(r);
-      for (int64_t r = r0; r < end; ++r) differentiate_row<Capped>(r);
+      for (int64_t r = r0; r < end; ++r) differentiate_row<Bent>(r);
     }
   }
   // The same of rows that have all their keys in registers.
@@ -197,17 +197,13 @@ struct DoubleBackward : SecondOrder<A> {
           else rows_in_registers<Rows, Vectors>(tile, block, r, j);
         });
     }
-    if (this->p.softcap != 0) tile_in_memory<true>(tile, block);
-    else tile_in_memory<false>(tile, block);
+    for_bends(this->p, [&]<bool Bent>() { tile_in_memory<Bent>(tile, block); });
   }
   bool all_at_once() const { return this->in_registers && this->p.m <= PackedKeys<T>::kKeyPanel; }
 
   void end(const Tile& tile, const KeySpan& span, bool visited) {
     const Params& p = this->p;
-    if (!all_at_once()) {
-      if (p.softcap != 0) differentiate_rows<true>(visited ? tile.rows : 0);
-      else differentiate_rows<false>(visited ? tile.rows : 0);
-    }
+    if (!all_at_once()) for_bends(p, [&]<bool Bent>() { differentiate_rows<Bent>(visited ? tile.rows : 0); });
     for (int64_t i = 0; visited && i < seen; ++i) {
       select(first + i);
       // in two parts: Pt cancels what all values share, and a peaked row of few keys averages nothing out

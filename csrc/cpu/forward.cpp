@@ -19,7 +19,7 @@ struct Forward {
   PackedRows<A> q;
   PackedKeys<A> k, v;
   WeightedSums<A> sums;
-  T *s, *tanh_tile, *z;
+  T *s, *bend_tile, *z;
   T* acc;       // [kRows][padded(dv)] unnormalised output
   T* totals;    // [kRows][kLanes] sums of exponentials
   T* added;     // [kRows][kLanes], where weights are rounded, by how much that made them larger
@@ -49,8 +49,8 @@ struct Forward {
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, true, false);
     sums = WeightedSums<A>::take(arena, p, true);
     s = arena.take<T>(kRows * kKeys);
-    tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
-    z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
+    bend_tile = take_bends<T>(arena, p, kRows * kKeys);
+    z = take_dropout<T>(arena, p, kRows * kKeys);
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
     if (WeightedSums<A>::kRounds) added = arena.take<T>(kRows * kLanes<T>);
@@ -206,7 +206,7 @@ struct Forward {
         return sums.over_keys(tile, s, v, block, acc);
       }
     }
-    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, bend_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     for (int64_t r = 0; r < tile.rows; ++r) {
       T* s_row = s + r * kKeys;

@@ -285,11 +285,11 @@ struct WeightedSums<Pairs> {
   uint16_t* rounded = nullptr;  // [kPart] tiles [kRows][kKeys] of weights, or of pairs of rows; and what rounding lost
   float* losses = nullptr;      // [kKeys] what rounding took from the sum of each key's weights
   bool twice = false;           // what rounding lost is multiplied too
-  bool known_sums = true;       // of derivatives of scores over the keys: not where a softcap bends them
+  bool known_sums = true;       // of derivatives of scores over the keys: not where scores are bent
 
   static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
     const bool few = smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples) || (output && wants_exact_d(p));
-    return {arena.take<uint16_t>(2 * kPart), arena.take<float>(kKeys), few, p.softcap == 0};
+    return {arena.take<uint16_t>(2 * kPart), arena.take<float>(kKeys), few, !bends(p)};
   }
   WeightedSums in_two_parts() const { return {rounded, losses, true, known_sums}; }
   bool knows_sums() const { return !twice && known_sums; }

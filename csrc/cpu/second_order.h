@@ -57,19 +57,16 @@ struct SecondOrder : GradientSweep<A> {
     return this->gains && c ? load(e + at + j) * this->kept(at, j) : Vec<T>{};
   }
   Vec<T> raw_tangent(int64_t at, int64_t j) const { return rounded(load(t_r + at + j) * static_cast<T>(this->p.scale)); }
-  template <bool Capped>
+  template <bool Bent>
   Vec<T> tangent(int64_t at, int64_t j) const {
     Vec<T> t = raw_tangent(at, j);
-    if constexpr (Capped) {
-      const Vec<T> u = load(this->tanh_tile + at + j);
-      t *= 1 - u * u;
-    }
+    if constexpr (Bent) t *= slope_at(this->bend_tile + at + j);
     if (moves_addend(this->p)) t += load(beta + j);
     return t;
   }
 
   // s = dRt, t_r = dR, d_p = Pt∘Z; d_s_t = dSt, where it is wanted. excess: T − τ.
-  template <bool Capped>
+  template <bool Bent>
   void differentiate(int64_t at, int64_t j, Vec<T> excess, T d, T d_t) {
     T* const s = this->s + at + j;
     const Vec<T> weight = load(s), keep = this->kept(at, j);
@@ -78,10 +75,10 @@ struct SecondOrder : GradientSweep<A> {
     const Vec<T> d_s = weight * gain;
     const Vec<T> dst = weight_t * gain + weight * (e_kept(at, j) - d_t);
     if (this->results.want_scores) store(d_s_t + j, dst);
-    if constexpr (Capped) {
-      const Vec<T> u = load(this->tanh_tile + at + j);
-      const Vec<T> slope = 1 - u * u, bend = u * slope * static_cast<T>(-2 / this->p.softcap);
-      store(s, slope * dst + bend * raw_tangent(at, j) * d_s);
+    if constexpr (Bent) {
+      const T* const bend = this->bend_tile + at + j;
+      const Vec<T> slope = slope_at(bend);
+      store(s, slope * dst + curve_at(bend, slope, this->p) * raw_tangent(at, j) * d_s);
       store(t_r + at + j, slope * d_s);
     } else {
       store(s, dst);

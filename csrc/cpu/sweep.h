@@ -380,7 +380,7 @@ struct GradientSweep {
   T* row;
   PackedRows<A> q, d_o;
   PackedKeys<A> k, v;
-  T *s, *tanh_tile, *z, *d_p;  // tiles
+  T *s, *bend_tile, *z, *d_p;  // tiles
   T* scratch_row;
   LogSumExp<T> lse;
   T D[kRows];
@@ -404,8 +404,8 @@ struct GradientSweep {
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, sums_values, gains);
     const int64_t elements = tiles * rows * kKeys;
     s = arena.take<T>(elements);
-    tanh_tile = p.softcap != 0 ? arena.take<T>(elements) : nullptr;
-    z = p.rng != nullptr ? arena.take<T>(elements) : nullptr;
+    bend_tile = take_bends<T>(arena, p, elements);
+    z = take_dropout<T>(arena, p, elements);
     d_p = arena.take<T>(elements);
     scratch_row = arena.take<T>(padded<T>(p.dv));
   }
@@ -449,7 +449,7 @@ struct GradientSweep {
 
   // s = scores, d_p = dO Vᵀ, z.
   void multiply(const Tile& tile, int64_t block) {
-    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, bend_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     if (gains) multiply_scores(tile, d_o, v, block, d_p, false);
   }

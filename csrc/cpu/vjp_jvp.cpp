@@ -34,11 +34,11 @@ struct VjpJvp : SecondOrder<A> {
     }
   }
 
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-      this->template differentiate<Capped>(at, j, this->template tangent<Capped>(at, j) - tau[r], this->D[r], Dt[r]);
+      this->template differentiate<Bent>(at, j, this->template tangent<Bent>(at, j) - tau[r], this->D[r], Dt[r]);
   }
 
   // Of several rows, in registers; P and Pt wait in memory while the rest is made.
@@ -72,8 +72,7 @@ struct VjpJvp : SecondOrder<A> {
     this->multiply(tile, block);
     for (int64_t r = 0; r < tile.rows; ++r) {
       this->begin_row(tile, r);
-      if (this->p.softcap != 0) differentiate_row<true>(tile, r);
-      else differentiate_row<false>(tile, r);
+      for_bends(this->p, [&]<bool Bent>() { differentiate_row<Bent>(tile, r); });
       if (this->results.want_scores) this->results.add_scores(tile, r, this->d_s_t);
     }
   }
