@@ -233,6 +233,10 @@ template <class T>
 static inline bool is_finite(T x) {
   return x - x == 0;
 }
+template <class T>
+static inline Vec<T> finite_or_0(Vec<T> x) {
+  return x - x == 0 ? x : Vec<T>{};
+}
 
 template <class T>
 static void store_rounded_row(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count, T factor,
@@ -248,7 +252,7 @@ static void store_rounded_row(const View& high, const View& low, int64_t high_at
         const __m256i bits = narrowed(x);
         const Vec<float> wide = widened(bits);
         _mm256_mask_storeu_epi16(target + c, mask, bits);
-        _mm256_mask_storeu_epi16(rest + c, mask, narrowed(x - (wide - wide == 0 ? wide : Vec<float>{})));
+        _mm256_mask_storeu_epi16(rest + c, mask, narrowed(x - finite_or_0<float>(wide)));
       }
       return;
     }

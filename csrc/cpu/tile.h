@@ -2,11 +2,8 @@
 // only combine these helpers (docs/math.md has the formulas).
 #pragma once
 
-#include "packed.h"
+#include "contract.h"
 #include "philox.h"
-#ifdef METATTN_PAIRS
-#include "packed_pairs.h"
-#endif
 
 namespace metattn::METATTN_ISA {
 
