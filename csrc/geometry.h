@@ -59,10 +59,10 @@ static METATTN_HD int64_t alibi_distance(const Sequence& s, int64_t i, int64_t j
   return delta < 0 ? -delta : delta;
 }
 
-// What dS, or tangent dSt, sums to over the keys is as small as what a sink leaves of a row's weight. With a cotangent of
-// lse, or a tangent of the sink, it is a difference of large numbers (docs/math.md, "What all keys share"): it counts as
-// unknown where less than kLeastKnown is left, and distances are counted from 0 where less than half is.
-static METATTN_HD bool is_difference(const Params& p, bool tangent) { return p.sinks && (tangent ? p.t_sinks : p.d_lse); }
+// What dS, and dSt, sum to over the keys is as small as what a sink leaves of a row's weight. With a cotangent of lse it is a
+// difference of large numbers (docs/math.md, "What all keys share"): it counts as unknown where less than kLeastKnown is
+// left, and distances are counted from 0 where less than half is.
+static METATTN_HD bool is_difference(const Params& p) { return p.sinks && p.d_lse; }
 constexpr double kLeastKnown = 1.0 / 4096, kLeastFar = 0.5;
 
 // The least that position leaves to row i: sums of dS·distance are taken around it, for a row's dS sum to little.

@@ -21,16 +21,10 @@ def sink_probability(call, place, statistics):
     return scores.probability(call, scores.sink(call, place), statistics.reference, statistics.log_total)
 
 
-@triton.constexpr_function
-def is_difference(call, given, tangent):
-    """Whether what dS, or dSt, sums to is a difference of large numbers where a sink has most of the weight."""
-    return call.sinks is not None and (given.sigma if tangent else given.dlse) is not None
-
-
 @triton.jit
-def beside_sink(call, given, place, statistics, TANGENT: tl.constexpr):
-    """1 − Ps of each row [*]; 1 where it does not matter to what dS or, TANGENT, dSt sums to."""
-    if not is_difference(call, given, TANGENT):
+def beside_sink(call, given, place, statistics):
+    """1 − Ps of each row [*]; 1 where no sink makes what dS and dSt sum to differences of large numbers."""
+    if (call.sinks is None) | (given.dlse is None):
         return tl.zeros_like(statistics.reference) + 1.0
     else:
         left = 1.0 - sink_probability(call, place, statistics)
@@ -38,15 +32,15 @@ def beside_sink(call, given, place, statistics, TANGENT: tl.constexpr):
 
 
 @triton.jit
-def where_known(call, given, place, statistics, total, TANGENT: tl.constexpr):
+def where_known(call, given, place, statistics, total):
     """A row's sum, NaN where few digits are left of it: nothing is taken for lacking then."""
-    return tl.where(beside_sink(call, given, place, statistics, TANGENT) > 1.0 / 4096, total, float("nan"))
+    return tl.where(beside_sink(call, given, place, statistics) > 1.0 / 4096, total, float("nan"))
 
 
 @triton.jit
 def nearest(call, given, place, i, statistics):
-    """What distances of each row [*] are counted from: scores.nearest, or 0 where their sum is not known well."""
-    left = beside_sink(call, given, place, statistics, not absent(statistics.tau))
+    """What distances of each row [*] are counted from: scores.nearest, or 0 where Σ dS is not known well."""
+    left = beside_sink(call, given, place, statistics)
     return tl.where(left < 0.5, 0.0, scores.nearest(call, place, i))
 
 
@@ -59,7 +53,7 @@ def known_sum(call, given, at, row_ids, inside, statistics):
     if call.sinks is not None:
         total += sink_probability(call, at, statistics) * statistics.d
     total = tl.where(statistics.reference == float("inf"), 0.0, total)
-    return where_known(call, given, at, statistics, total, False)
+    return where_known(call, given, at, statistics, total)
 
 
 @triton.jit
@@ -72,7 +66,7 @@ def known_sum_of_tangent(call, given, place, statistics):
             moved += memory.load_per_head(given.sigma, place)
         total += sink_probability(call, place, statistics) * (statistics.dt + statistics.d * moved)
     total = tl.where(statistics.reference == float("inf"), 0.0, total)
-    return where_known(call, given, place, statistics, total, True)
+    return where_known(call, given, place, statistics, total)
 
 
 @triton.jit

@@ -212,13 +212,13 @@ class TestFarKeys:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(
         ("of_lse", "of_sinks", "offset"),
-        [(False, False, 30.0), (True, False, 0.0), (False, True, 0.0)],
+        [(False, False, 30.0), (True, False, 0.0), (False, True, 30.0)],
         ids=["neither", "dlse", "tsinks"],
     )
     def test_which_sums_such_a_sink_leaves_known(
         self, of_lse: bool, of_sinks: bool, offset: float, dtype: torch.dtype, backend: str
     ) -> None:
-        """Σ dS unless lse has a cotangent, Σ dSt unless sinks have a tangent: it cancels what keys share."""
+        """Those of dS and dSt, which cancel what keys share, unless lse has a cotangent."""
         shape = Shape(batch=1, heads=2, n=20, m=150, d=16, dv=16)
         call = make_call(("sinks", "alibi", "causal"), shape, dtype)
         call.inputs["sinks"] += 15.0

@@ -34,7 +34,7 @@ struct SecondOrder : GradientSweep<A> {
                          {&p.k, &p.t_k, &p.v, &p.t_v}, this->row);
   }
   void begin(const Tile& tile) {
-    GradientSweep<A>::begin(tile, true);
+    GradientSweep<A>::begin(tile);
     if (a) a.pack(this->p, this->p.t_q, tile, this->lse.dead, this->row);
   }
 

@@ -412,16 +412,14 @@ struct GradientSweep {
 
   void begin_keys(const KeySpan& span) { results.begin_keys(span); }
   void end_keys(const KeySpan& span) { results.end_keys(span); }
-  void begin(const Tile& tile) { begin(tile, false); }
-  // tangent: gradients are sums of dSt.
-  void begin(const Tile& tile, bool tangent) {
+  void begin(const Tile& tile) {
     lse.load(p, exponents, tile);
     q.pack(p, p.q, tile, lse.dead, row);
     if (d_o) d_o.pack(p, p.d_o, tile, lse.dead, row);
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     if (asks_sums()) find_sums(tile);
     for (int64_t r = 0; results.want_slopes && r < tile.rows; ++r)
-      results.nearest[r] = beside_sink(tile, r, tangent) < kLeastFar ? 0 : nearest_distance(p, tile.s, tile.row0 + r);
+      results.nearest[r] = beside_sink(tile, r) < kLeastFar ? 0 : nearest_distance(p, tile.s, tile.row0 + r);
     results.begin_rows(tile, lse.dead, row);
   }
   bool asks_sums() const { return WeightedSums<A>::kRounds || results.want_slopes; }
@@ -433,13 +431,13 @@ struct GradientSweep {
       if (p.d_lse)
         sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
       if (p.sinks) sums_of_ds[r] += D[r] * sink_probability(tile, r);
-      if (!(beside_sink(tile, r, false) > kLeastKnown)) sums_of_ds[r] = kUnknown;
+      if (!(beside_sink(tile, r) > kLeastKnown)) sums_of_ds[r] = kUnknown;
     }
   }
   static constexpr T kUnknown = static_cast<T>(__builtin_nan(""));
-  // 1 − Ps; 1 where it does not matter to what dS or, tangent, dSt sums to.
-  double beside_sink(const Tile& tile, int64_t r, bool tangent) const {
-    return is_difference(p, tangent) && !lse.dead[r] ? 1 - static_cast<double>(sink_probability(tile, r)) : 1;
+  // 1 − Ps; 1 where it does not matter to what dS and dSt sum to.
+  double beside_sink(const Tile& tile, int64_t r) const {
+    return is_difference(p) && !lse.dead[r] ? 1 - static_cast<double>(sink_probability(tile, r)) : 1;
   }
   T sink_probability(const Tile& tile, int64_t r) const {
     return lse.probability_of(r, load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)));

@@ -30,7 +30,7 @@ struct VjpJvp : SecondOrder<A> {
       if (!p.sinks || this->lse.dead[r]) continue;
       const T moved = (p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : T{0}) - tau[r];
       sums_of_dst[r] = this->sink_probability(tile, r) * (Dt[r] + this->D[r] * moved);
-      if (!(this->beside_sink(tile, r, true) > kLeastKnown)) sums_of_dst[r] = this->kUnknown;
+      if (!(this->beside_sink(tile, r) > kLeastKnown)) sums_of_dst[r] = this->kUnknown;
     }
   }
 

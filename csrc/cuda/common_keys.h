@@ -35,7 +35,7 @@ static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, c
         sum += sink_probability(p, place, known.reference[r], known.log_total[r]) *
                (tangent ? known.dt[r] + known.d[r] * moved : known.d[r]);
       }
-      const T left = beside_sink(p, place, known.reference[r], known.log_total[r], tangent);
+      const T left = beside_sink(p, place, known.reference[r], known.log_total[r]);
       const bool known_well = left > static_cast<T>(kLeastKnown);
       sums.x[slot][h] += known_well ? sum : kInfinity<T> - kInfinity<T>;
     }

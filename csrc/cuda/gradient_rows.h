@@ -11,7 +11,7 @@ struct GradientRows {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
-  static constexpr int kSums = 4 * Columns + 4 + (!Full ? 0 : kIsTf32<S> ? 8 : 2);
+  static constexpr int kSums = 4 * Columns + 4 + (!Full ? 0 : kRounds<S> ? 2 : 8);
   using T = Compute<S>;
   QueryTiles<S> queries;
   KeyTiles<S, kTiles> keys;
@@ -93,7 +93,7 @@ struct GradientRows {
                static_cast<T>(p.scale), acc);
   }
 
-  // Σ dS·(distance − the nearest) of each row; in TF32, whose D is inexact, of P too, and what dS and P sum to.
+  // Σ dS·(distance − the nearest) of each row; where weights are not rounded, of P too, and what dS and P sum to.
   struct Distances {
     Rows<T> nearest = Rows<T>::filled(0), of_ds = Rows<T>::filled(0);
     Rows<T> of_p = Rows<T>::filled(0), ds = Rows<T>::filled(0), mass = Rows<T>::filled(0);
@@ -102,14 +102,14 @@ struct GradientRows {
         METATTN_UNROLL for (int h = 0; h < 2; ++h) {
           const int r = lane / 4 + 8 * h, at = warp_row + r;
           if (row0 + r >= place.s.n || known.idle(at)) continue;
-          if (beside_sink(p, place, known.reference[at], known.log_total[at], Second) < static_cast<T>(kLeastFar)) continue;
+          if (beside_sink(p, place, known.reference[at], known.log_total[at]) < static_cast<T>(kLeastFar)) continue;
           nearest.x[slot][h] = static_cast<T>(nearest_distance(p, place.s, row0 + r));
         }
     }
     template <class F>
     METATTN_DEVICE void each(F f) {
       f(0, of_ds);
-      if constexpr (!kIsTf32<S>) return;
+      if constexpr (kRounds<S>) return;
       f(2, of_p);
       f(4, ds);
       f(6, mass);
@@ -120,10 +120,10 @@ struct GradientRows {
         value *= static_cast<T>(alibi_distance(place.s, row0 + r, key0 + c)) - nearest.x[slot][e / 2];
       };
       Fragment<T, kTiles> terms = at.ds;
-      if constexpr (kIsTf32<S>) gain(ds, terms);
+      if constexpr (!kRounds<S>) gain(ds, terms);
       terms.each(far);
       gain(of_ds, terms);
-      if constexpr (!kIsTf32<S>) return;
+      if constexpr (kRounds<S>) return;
       terms = at.s;
       terms.each([&](T& value, int r, int, int, int, int) {
         value = probability(value, known.reference[warp_row + r], known.log_total[warp_row + r]);
@@ -138,8 +138,8 @@ struct GradientRows {
         METATTN_UNROLL for (int h = 0; h < 2; ++h) sum.x[slot][h] += more.x[slot][h];
     }
   };
-  // Each row's −Σ dS·distance. In TF32 what dS lacks of its known sum, by an error of D or Dt, is spread over the keys as
-  // P is.
+  // Each row's −Σ dS·distance. Where weights are not rounded, what dS lacks of its known sum, by an error of D or
+  // Dt, is spread over the keys as P is.
   METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine, const Distances& far) const {
     Rows<T> sums = Rows<T>::filled(0);
     add_known_sums(p, place, known, warp_row, mine, Second, sums);
@@ -149,7 +149,7 @@ struct GradientRows {
         if (lane % 4 != 0 || i >= place.s.n) continue;
         const T nearest = far.nearest.x[slot][h], sum = sums.x[slot][h];
         T found = far.of_ds.x[slot][h] + (nearest == 0 ? 0 : sum * nearest);
-        if constexpr (kIsTf32<S>) {
+        if constexpr (!kRounds<S>) {
           const T mass = far.mass.x[slot][h], share = (sum - far.ds.x[slot][h]) / mass;  // a unit of P's
           const bool sink_has_most = known.idle(warp_row + static_cast<int>(i - mine)) || mass < T{0.5};
           if (!sink_has_most && is_finite(share)) found += share * far.of_p.x[slot][h];

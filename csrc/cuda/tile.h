@@ -231,10 +231,10 @@ static METATTN_DEVICE T sink_probability(const Params& p, const Place& place, T 
   return exponential((per_head<T>(p.sinks, place) - reference) - log_total);
 }
 
-// 1 − Ps; 1 where it does not matter to what rows' dS or, tangent, dSt sum to.
+// 1 − Ps; 1 where it does not matter to what rows' dS and dSt sum to.
 template <class T>
-static METATTN_DEVICE T beside_sink(const Params& p, const Place& place, T reference, T log_total, bool tangent) {
-  return is_difference(p, tangent) ? 1 - sink_probability(p, place, reference, log_total) : T{1};
+static METATTN_DEVICE T beside_sink(const Params& p, const Place& place, T reference, T log_total) {
+  return is_difference(p) ? 1 - sink_probability(p, place, reference, log_total) : T{1};
 }
 
 // A warp finds out the statistics of its rows from `first` on; tell: and tells the column pass.
