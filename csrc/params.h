@@ -106,7 +106,7 @@ struct Params {
   int64_t bias_parts_stride;    // elements of grad_bias from one part of a sum to the next
   bool own_bias;                // whether the bias is nowhere broadcast: a row pass stores its gradient
   bool twice;                   // weights are multiplied in two parts: few keys average no rounding out
-  char* aside;                  // where warps put long sums aside (aside.h), compute type; null: none is long
+  char* aside;                  // where warps put long sums aside (cuda/aside.h), compute type; null: none is long
   int64_t aside_chunks;         // of each block's results
 };
 

@@ -76,7 +76,7 @@ struct DoubleBackward : SecondOrder<A> {
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void rows_in_registers(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     {
-      Scores<T, Rows, Vectors> weight, tangent;
+      RegisterTile<T, Rows, Vectors> weight, tangent;
       this->weights_and_tangents(tile, block, r, j, weight, tangent);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -86,7 +86,7 @@ struct DoubleBackward : SecondOrder<A> {
       }
     }
     if (!this->gains) return;
-    Scores<T, Rows, Vectors> gain{}, gain_t{};
+    RegisterTile<T, Rows, Vectors> gain{}, gain_t{};
     multiply_into(gain, this->d_o, r, this->v, block, j);
     if (this->c) multiply_into(gain_t, this->d_o, r, this->c, block, j);
 #pragma GCC unroll 4
@@ -148,7 +148,7 @@ struct DoubleBackward : SecondOrder<A> {
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void all_in_registers(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     {
-      Scores<T, Rows, Vectors> weight, tangent;
+      RegisterTile<T, Rows, Vectors> weight, tangent;
       this->weights_and_tangents(tile, block, r, j, weight, tangent);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -162,7 +162,7 @@ struct DoubleBackward : SecondOrder<A> {
         store_all<T>(tangents + (r + i) * kKeys + j, tangent.at[i]);
       }
     }
-    Scores<T, Rows, Vectors> gain, gain_t;
+    RegisterTile<T, Rows, Vectors> gain, gain_t;
     this->gains_of(block, r, j, gain, gain_t);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {

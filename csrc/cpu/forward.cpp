@@ -171,7 +171,7 @@ struct Forward {
   // Weights of several rows, in registers.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
-    Scores<T, Rows, Vectors> x{};
+    RegisterTile<T, Rows, Vectors> x{};
     multiply_into(x, q, r, k, block, j);
     scale_scores(p, exponents, x);
 #pragma GCC unroll 4

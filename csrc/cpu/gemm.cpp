@@ -81,11 +81,11 @@ void last_rows(int64_t rows, int64_t k_count, const Operand<T>& a, int64_t row, 
 template <class T, Read Way, int Vectors>
 void gemm_panel(int64_t m, int64_t k, const Operand<T>& a, const T* b, int64_t b_step, T* c, int64_t c_stride,
                 bool accumulate) {
-  constexpr int kRows = kMicroRows<Vectors>;
+  constexpr int kStep = kMicroRows<Vectors>;
   int64_t row = 0;
-  for (; row + kRows <= m; row += kRows)
-    micro_kernel<T, Way, kRows, Vectors>(k, a, row, b, b_step, c + row * c_stride, c_stride, accumulate);
-  last_rows<T, Way, Vectors, kRows - 1>(m - row, k, a, row, b, b_step, c + row * c_stride, c_stride,
+  for (; row + kStep <= m; row += kStep)
+    micro_kernel<T, Way, kStep, Vectors>(k, a, row, b, b_step, c + row * c_stride, c_stride, accumulate);
+  last_rows<T, Way, Vectors, kStep - 1>(m - row, k, a, row, b, b_step, c + row * c_stride, c_stride,
                                                   accumulate);
 }
 

@@ -161,7 +161,7 @@ struct Jvp {
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     const T scale = static_cast<T>(p.scale);
-    Scores<T, Rows, Vectors> weight{}, tangent{};
+    RegisterTile<T, Rows, Vectors> weight{}, tangent{};
     multiply_into(weight, q, r, k, block, j);
     scale_scores(p, exponents, weight);
     if (a) multiply_into(tangent, a, r, k, block, j);

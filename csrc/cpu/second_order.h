@@ -90,8 +90,8 @@ struct SecondOrder : GradientSweep<A> {
   // In registers: P, and T, of rows [r, r + Rows), of the keys from column j on.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void weights_and_tangents(const Tile& tile, int64_t block, int64_t r, int64_t j,
-                                                   Scores<T, Rows, Vectors>& weight,
-                                                   Scores<T, Rows, Vectors>& tangent) const {
+                                                   RegisterTile<T, Rows, Vectors>& weight,
+                                                   RegisterTile<T, Rows, Vectors>& tangent) const {
     this->probabilities_of(tile, block, r, j, weight);
     tangent = {};
     if (a) multiply_into(tangent, a, r, this->k, block, j);
@@ -104,8 +104,8 @@ struct SecondOrder : GradientSweep<A> {
   }
   // dP − D, and E.
   template <int Rows, int Vectors>
-  [[gnu::always_inline]] void gains_of(int64_t block, int64_t r, int64_t j, Scores<T, Rows, Vectors>& gain,
-                                       Scores<T, Rows, Vectors>& gain_t) const {
+  [[gnu::always_inline]] void gains_of(int64_t block, int64_t r, int64_t j, RegisterTile<T, Rows, Vectors>& gain,
+                                       RegisterTile<T, Rows, Vectors>& gain_t) const {
     gain = gain_t = {};
     if (this->gains) multiply_into(gain, this->d_o, r, this->v, block, j);
     if (this->gains && c) multiply_into(gain_t, this->d_o, r, c, block, j);

@@ -457,7 +457,7 @@ struct GradientSweep {
   // P of rows [r, r + Rows), of the keys from column j on.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void probabilities_of(const Tile& tile, int64_t block, int64_t r, int64_t j,
-                                               Scores<T, Rows, Vectors>& x) const {
+                                               RegisterTile<T, Rows, Vectors>& x) const {
     x = {};
     multiply_into(x, q, r, k, block, j);
     scale_scores(p, exponents, x);

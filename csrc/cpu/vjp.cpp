@@ -35,7 +35,7 @@ struct Vjp : GradientSweep<A> {
   // The same of several rows, in registers.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void differentiate_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) const {
-    Scores<T, Rows, Vectors> weight, gain{};
+    RegisterTile<T, Rows, Vectors> weight, gain{};
     this->probabilities_of(tile, block, r, j, weight);
     if (this->gains) multiply_into(gain, this->d_o, r, this->v, block, j);
 #pragma GCC unroll 4

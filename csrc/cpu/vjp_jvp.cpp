@@ -45,7 +45,7 @@ struct VjpJvp : SecondOrder<A> {
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void differentiate_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) const {
     {
-      Scores<T, Rows, Vectors> weight, tangent;
+      RegisterTile<T, Rows, Vectors> weight, tangent;
       this->weights_and_tangents(tile, block, r, j, weight, tangent);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -55,7 +55,7 @@ struct VjpJvp : SecondOrder<A> {
         store_all<T>(this->d_p + (r + i) * kKeys + j, tangent.at[i]);
       }
     }
-    Scores<T, Rows, Vectors> gain, gain_t;
+    RegisterTile<T, Rows, Vectors> gain, gain_t;
     this->gains_of(block, r, j, gain, gain_t);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {

@@ -13,7 +13,7 @@ struct ForwardRows {
   static constexpr int kTiles = 2 * Tiles;
   static constexpr int kSums = 4 * Columns + 6;  // that each lane may put aside
   using T = Compute<S>;
-  Tile<S> q;
+  SharedTile<S> q;
   KeyTiles<S, kTiles> keys;
 
   METATTN_HD ForwardRows(const Params& p, int warps, int stages, Pieces& pieces) {
@@ -58,7 +58,7 @@ struct ForwardRows {
       add_scores(s, q, warp_row, at.k, depth_of(p.d));
       finish_scores<Full>(window, s, bend);
       if (unclean) clear_unseen(block, at.seen, s, {at.v});
-      const Kept<kTiles> kept = dropout<Full, false, kTiles>(window);
+      const DropoutBits<kTiles> kept = dropout<Full, false, kTiles>(window);
       const Rows<T> highest = s.joined(-kInfinity<T>, [](T a, T b) { return a > b ? a : b; });
       Rows<T> shift, decay;
       METATTN_EACH_LANE(slot, lane)

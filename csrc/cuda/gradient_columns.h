@@ -14,7 +14,7 @@ struct GradientColumns {
   static constexpr int kQueries = 8 * kTiles;
   static constexpr int kSums = 8 * Columns;
   using T = Compute<S>;
-  Tile<S> k, b, v, c;
+  SharedTile<S> k, b, v, c;
   QueryTiles<S> queries;  // of the first stage, as the statistics
   Statistics<T> known;
   int stages;
@@ -43,7 +43,7 @@ struct GradientColumns {
     place.s = sequence(p, place.seq);
     const int64_t key0 = block.index() % blocks * rows;
     if (key0 >= place.s.m) return;
-    const auto own = [&](Tile<S> tile, const View& view, int64_t width) {
+    const auto own = [&](SharedTile<S> tile, const View& view, int64_t width) {
       start_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m,
                  width);
     };

@@ -35,7 +35,7 @@ struct JvpRows {
     if (!place_rows(p, block, place, row0)) return;
     const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();
     for (int r = block.worker(); r < rows; r += block.workers()) {
-      LogSumExp<T> lse{kInfinity<T>, 0};
+      RowLogSumExp<T> lse{kInfinity<T>, 0};
       if (row0 + r < place.s.n) lse = known_lse<T>(p, place, row0 + r);
       known.reference[r] = lse.reference;
       known.log_total[r] = lse.log_total;
@@ -103,7 +103,7 @@ struct JvpRows {
     add_scores(s, queries.q, warp_row, at.k, depth_of(p.d));
     finish_scores<Full>(window, s, bend);
     if (unclean) clear_unseen(block, at.seen, s, {at.v, at.c});
-    const Kept<kTiles> kept = dropout<Full, false, kTiles>(window);
+    const DropoutBits<kTiles> kept = dropout<Full, false, kTiles>(window);
     add_scores(t, queries.a, warp_row, at.k, depth_of(p.d));
     add_scores(t, queries.q, warp_row, at.b, depth_of(p.d));
     s.each([&](T& value, int r, int c, int slot, int tile, int e) {

@@ -26,7 +26,7 @@ static METATTN_DEVICE Range keys_of_rows(const Params& p, const Place& place, in
 // Tiles of keys, values and their tangents, in shared memory; with two stages, so are those of the next block.
 template <class S, int Tiles>
 struct KeyTiles {
-  Tile<S> k, b, v, c;  // of the first stage
+  SharedTile<S> k, b, v, c;  // of the first stage
   uint32_t* seen;
   int stages;
   int64_t step;  // elements from a stage to the next
@@ -50,7 +50,7 @@ struct KeyTiles {
   }
   // Begins to copy the keys [key0, …) of [range.lo, range.hi).
   METATTN_DEVICE void start(Block& block, const Params& p, const Place& place, Range range, int64_t key0) const {
-    const auto one = [&](Tile<S> tile, const View& view, int64_t width) {
+    const auto one = [&](SharedTile<S> tile, const View& view, int64_t width) {
       start_tile(block, tile, 8 * Tiles, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, range.lo,
                  range.hi, width);
     };
@@ -100,7 +100,7 @@ struct KeyTiles {
 // Tiles of queries and what is shaped like them.
 template <class S>
 struct QueryTiles {
-  Tile<S> q, a, d_o;
+  SharedTile<S> q, a, d_o;
 
   static METATTN_HD QueryTiles take(Pieces& pieces, const Params& p, int rows, int ld, bool with_d_o,
                                         bool tangents) {
@@ -115,7 +115,7 @@ struct QueryTiles {
   }
   // Begins to copy rows [row0, row0 + rows).
   METATTN_DEVICE void start(Block& block, const Params& p, const Place& place, int64_t row0, int rows) const {
-    const auto one = [&](Tile<S> tile, const View& view, int64_t width) {
+    const auto one = [&](SharedTile<S> tile, const View& view, int64_t width) {
       start_tile(block, tile, rows, view, offset_of(view, place.seq, place.head, place.s.q0), row0, 0, place.s.n, width);
     };
     one(q, p.q, p.d);

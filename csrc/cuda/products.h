@@ -8,12 +8,12 @@ namespace metattn::cuda {
 
 // A tile in shared memory: rows of `ld` elements, of which those past the width are zeros up to a multiple of 16.
 template <class S>
-struct Tile {
+struct SharedTile {
   S* data = nullptr;
   int ld = 0;
   METATTN_HD explicit operator bool() const { return data != nullptr; }
   METATTN_DEVICE S* row(int r) const { return data + r * ld; }
-  METATTN_DEVICE Tile from(int64_t elements) const { return {data == nullptr ? nullptr : data + elements, ld}; }
+  METATTN_DEVICE SharedTile from(int64_t elements) const { return {data == nullptr ? nullptr : data + elements, ld}; }
 };
 
 #if defined(__CUDA_ARCH__)
@@ -86,7 +86,7 @@ static METATTN_DEVICE uint32_t pair(float x, float y) {
 
 // acc += A·Bᵀ over `depth` features: A sixteen rows, B 8·Tiles rows. Nothing where either is absent.
 template <class S, class T, int Tiles>
-static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int first_row, Tile<S> b, int depth) {
+static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, SharedTile<S> a, int first_row, SharedTile<S> b, int depth) {
   if (!a || !b) return;
   if constexpr (kTensorCores<S>) {
 #ifdef __CUDACC__
@@ -170,7 +170,7 @@ static METATTN_DEVICE Rows<T> sums_as_multiplied(const Fragment<T, Tiles>& weigh
 // twice: what rounding the weights lost is multiplied too. A sum over few terms has nothing to average that out. Not in
 // TF32, where B is rounded as much.
 template <class S, class T, int Tiles, int Columns>
-static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragment<T, Tiles>& weights, Tile<S> b,
+static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragment<T, Tiles>& weights, SharedTile<S> b,
                                         int first, bool twice) {
   if (!b) return;
   if constexpr (kTensorCores<S> && kIsTf32<S>) {

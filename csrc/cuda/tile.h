@@ -49,8 +49,8 @@ struct Pieces {
     return piece;
   }
   template <class S>
-  METATTN_HD Tile<S> tile(bool wanted, int rows, int ld) {
-    return wanted ? Tile<S>{take<S>(static_cast<int64_t>(rows) * ld), ld} : Tile<S>{};
+  METATTN_HD SharedTile<S> tile(bool wanted, int rows, int ld) {
+    return wanted ? SharedTile<S>{take<S>(static_cast<int64_t>(rows) * ld), ld} : SharedTile<S>{};
   }
 };
 
@@ -76,7 +76,7 @@ static METATTN_DEVICE bool strange(S x) { return !is_finite(widened<Compute<S>>(
 // f(r, c) for the pieces of sixteen bytes, at (row, column), that this thread has of a tile's rows: it may look at what
 // it has copied there itself before others may.
 template <class S, class F>
-static METATTN_DEVICE void each_piece(const Block& block, Tile<S> tile, int rows, F f) {
+static METATTN_DEVICE void each_piece(const Block& block, SharedTile<S> tile, int rows, F f) {
   constexpr int kVector = 16 / sizeof(S);
   const int chunks = tile.ld / kVector, further = block.workers() / chunks, beside = block.workers() % chunks;
   int r = block.worker() / chunks, c = block.worker() % chunks;
@@ -92,7 +92,7 @@ static METATTN_DEVICE void each_piece(const Block& block, Tile<S> tile, int rows
 // Begins to copy rows [first, first + rows) of a (sequence, head) into a tile: zeros outside [lo, hi), and past the
 // width. What does not lie in pieces of sixteen bytes is copied at once. Not inlined: kernels have up to nine of these.
 template <class S>
-static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, const View& view, int64_t base,
+static METATTN_CALLED void start_tile(Block& block, SharedTile<S> tile, int rows, const View& view, int64_t base,
                                       int64_t first, int64_t lo, int64_t hi, int64_t width) {
   if (!tile) return;
   constexpr int kVector = 16 / sizeof(S);
@@ -118,7 +118,7 @@ static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, cons
 // Rounds, where products are TF32's, what this thread has copied of a tile's rows and waited for: tensor cores would cut
 // it off. Here once, not for every warp and product that reads it.
 template <class S>
-static METATTN_CALLED void round_tile(const Block& block, Tile<S> tile, int rows) {
+static METATTN_CALLED void round_tile(const Block& block, SharedTile<S> tile, int rows) {
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     alignas(16) S values[16 / sizeof(S)];
@@ -128,14 +128,14 @@ static METATTN_CALLED void round_tile(const Block& block, Tile<S> tile, int rows
   });
 }
 template <class S, int Count>
-static METATTN_DEVICE void round_tiles(const Block& block, int rows, const Tile<S> (&tiles)[Count]) {
+static METATTN_DEVICE void round_tiles(const Block& block, int rows, const SharedTile<S> (&tiles)[Count]) {
   if constexpr (kIsTf32<S>)
     METATTN_UNROLL for (int n = 0; n < Count; ++n) round_tile(block, tiles[n], rows);
 }
 
 // Whether this thread copied an infinity or a NaN.
 template <class S>
-static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int rows) {
+static METATTN_CALLED bool met_strange(const Block& block, SharedTile<S> tile, int rows) {
   bool met = false;
   if (!tile) return met;
   each_piece(block, tile, rows, [&](int r, int c) {
@@ -147,7 +147,7 @@ static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int row
 // Zeros for infinities and NaN in the rows for which skip(r) holds, by the threads that copied them. The rest stays: a row
 // whose weight lies at a sink has scores all the same.
 template <class S, class Skip>
-static METATTN_DEVICE void clear_rows(const Block& block, Tile<S> tile, int rows, Skip skip) {
+static METATTN_DEVICE void clear_rows(const Block& block, SharedTile<S> tile, int rows, Skip skip) {
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     if (!skip(r)) return;
@@ -187,11 +187,11 @@ static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T refere
 // The log-sum-exp in its two parts, for P = exp((S − reference) − log_total), which keeps its digits however large scores
 // are; a row that attends to nothing has +inf as its reference.
 template <class T>
-struct LogSumExp {
+struct RowLogSumExp {
   T reference, log_total;
 };
 template <class T>
-static METATTN_DEVICE LogSumExp<T> known_lse(const Params& p, const Place& place, int64_t i) {
+static METATTN_DEVICE RowLogSumExp<T> known_lse(const Params& p, const Place& place, int64_t i) {
   const double* lse = double_at(p.lse, place.seq, place.head, place.s.q0 + i);
   const double log_total = lse[p.lse.stride[3]];
   if (log_total == -kInfinity<double>) return {kInfinity<T>, 0};
@@ -243,7 +243,7 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
                                            int64_t first, bool second, bool tell) {
   for (int r = 0; r < kWarpRows; ++r) {
     const int64_t i = first + r;
-    LogSumExp<T> lse{kInfinity<T>, 0};
+    RowLogSumExp<T> lse{kInfinity<T>, 0};
     T d = 0, tau = 0, dt = 0;
     if (i < place.s.n) {
       lse = known_lse<T>(p, place, i);
@@ -357,15 +357,15 @@ static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<
 
 // Which entries dropout keeps, a bit each; all where there is none.
 template <int Tiles>
-struct Kept {
+struct DropoutBits {
   static_assert(4 * Tiles <= 32);
   uint32_t bits[kSlots];
   METATTN_DEVICE bool at(int slot, int t, int e) const { return bits[slot] >> (4 * t + e) & 1; }
 };
 
 template <bool Full, bool Turned, int Tiles>
-static METATTN_DEVICE Kept<Tiles> dropout(const Window<Turned>& window) {
-  Kept<Tiles> kept;
+static METATTN_DEVICE DropoutBits<Tiles> dropout(const Window<Turned>& window) {
+  DropoutBits<Tiles> kept;
   METATTN_EACH_LANE(slot, lane) kept.bits[slot] = 0xffffffffu;
   if constexpr (Full) {
     const Params& p = window.p;
@@ -409,7 +409,7 @@ static METATTN_DEVICE T bias_tangent(const Window<Turned>& window, int r, int c)
 // must not reach a sum. All threads of a block come here, or none.
 template <class S, class T, int Tiles, int Count>
 static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Fragment<T, Tiles>& s,
-                                        const Tile<S> (&tiles)[Count]) {
+                                        const SharedTile<S> (&tiles)[Count]) {
   static_assert(8 * Tiles <= 64);
   for (int w = block.worker(); w < 2; w += block.workers()) seen[w] = 0;
   block.sync();
