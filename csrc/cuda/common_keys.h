@@ -14,7 +14,7 @@ static METATTN_DEVICE void count_weights(const Params& p, Rows<T>& lack, const F
     const Rows<T> multiplied = sums_as_multiplied<S>(weights, p.twice);
     const Rows<T> sums = p.softcap != 0 ? weights.row_sums() : Rows<T>::filled(0);
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) lack.x[slot][h] += sums.x[slot][h] - multiplied.x[slot][h];
+      METATTN_UNROLL(int h = 0; h < 2; ++h) lack.x[slot][h] += sums.x[slot][h] - multiplied.x[slot][h];
   }
 }
 
@@ -24,7 +24,7 @@ template <class T>
 static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, const Statistics<T>& known, int warp_row,
                                           int64_t mine, bool tangent, Rows<T>& sums) {
   METATTN_EACH_LANE(slot, lane)
-    METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+    METATTN_UNROLL(int h = 0; h < 2; ++h) {
       const int r = warp_row + lane / 4 + 8 * h;
       const int64_t i = mine + lane / 4 + 8 * h;
       if (i >= place.s.n || known.idle(r)) continue;
@@ -75,7 +75,7 @@ static METATTN_DEVICE void add_mean_key(const Params& p, Block& block, const Pla
     const Rows<T> more = s.row_sums();
     bool mine_missing = false;
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+      METATTN_UNROLL(int h = 0; h < 2; ++h) {
         found.x[slot][h] += more.x[slot][h];
         mine_missing |= found.x[slot][h] == 0 && lack.x[slot][h] != 0;
       }

@@ -43,7 +43,7 @@ struct ForwardRows {
     const auto decay_aside = [&] {
       Rows<T> decay;
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h)
+        METATTN_UNROLL(int h = 0; h < 2; ++h)
           decay.x[slot][h] = top_aside.x[slot][h] == top.x[slot][h] ? 1 : exponential(top_aside.x[slot][h] - top.x[slot][h]);
       return decay;
     };
@@ -62,7 +62,7 @@ struct ForwardRows {
       const Rows<T> highest = s.joined(-kInfinity<T>, [](T a, T b) { return a > b ? a : b; });
       Rows<T> shift, decay;
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        METATTN_UNROLL(int h = 0; h < 2; ++h) {
           // a NaN among the scores is no highest, and comes out of the sum
           const T now = larger_of(top.x[slot][h], highest.x[slot][h]);
           shift.x[slot][h] = now == -kInfinity<T> ? 0 : now;
@@ -72,7 +72,7 @@ struct ForwardRows {
       s.each([&](T& value, int, int, int slot, int, int e) { value = exponential(value - shift.x[slot][e / 2]); });
       const Rows<T> sums = s.row_sums();
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h)
+        METATTN_UNROLL(int h = 0; h < 2; ++h)
           total.x[slot][h] = total.x[slot][h] * decay.x[slot][h] + sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
       acc.each([&](T& value, int, int, int slot, int, int e) { value *= decay.x[slot][e / 2]; });
@@ -80,7 +80,7 @@ struct ForwardRows {
         const Rows<T> kept_sums = Full && p.rng != nullptr ? s.row_sums() : sums;
         const Rows<T> multiplied = sums_as_multiplied<S>(s, twice);
         METATTN_EACH_LANE(slot, lane)
-          METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+          METATTN_UNROLL(int h = 0; h < 2; ++h) {
             kept_total.x[slot][h] = kept_total.x[slot][h] * decay.x[slot][h] + kept_sums.x[slot][h];
             multiplied_total.x[slot][h] = multiplied_total.x[slot][h] * decay.x[slot][h] + multiplied.x[slot][h];
           }
@@ -115,7 +115,7 @@ struct ForwardRows {
                       offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
     if (block.chunk() != 0) return;
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+      METATTN_UNROLL(int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
         if (lane % 4 != 0 || i >= place.s.n) continue;
         // counted from the number nearest to L, the log has few digits to lose in T

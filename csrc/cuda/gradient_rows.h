@@ -99,7 +99,7 @@ struct GradientRows {
     Rows<T> of_p = Rows<T>::filled(0), ds = Rows<T>::filled(0), mass = Rows<T>::filled(0);
     METATTN_DEVICE void start(const Params& p, const Place& place, const Statistics<T>& known, int warp_row, int64_t row0) {
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        METATTN_UNROLL(int h = 0; h < 2; ++h) {
           const int r = lane / 4 + 8 * h, at = warp_row + r;
           if (row0 + r >= place.s.n || known.idle(at)) continue;
           if (beside_sink(p, place, known.reference[at], known.log_total[at]) < static_cast<T>(kLeastFar)) continue;
@@ -135,7 +135,7 @@ struct GradientRows {
     static METATTN_DEVICE void gain(Rows<T>& sum, const Fragment<T, kTiles>& terms) {
       const Rows<T> more = terms.row_sums();
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h) sum.x[slot][h] += more.x[slot][h];
+        METATTN_UNROLL(int h = 0; h < 2; ++h) sum.x[slot][h] += more.x[slot][h];
     }
   };
   // Each row's −Σ dS·distance. Where weights are not rounded, what dS lacks of its known sum, by an error of D or
@@ -144,7 +144,7 @@ struct GradientRows {
     Rows<T> sums = Rows<T>::filled(0);
     add_known_sums(p, place, known, warp_row, mine, Second, sums);
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+      METATTN_UNROLL(int h = 0; h < 2; ++h) {
         const int64_t i = mine + lane / 4 + 8 * h;
         if (lane % 4 != 0 || i >= place.s.n) continue;
         const T nearest = far.nearest.x[slot][h], sum = sums.x[slot][h];

@@ -70,7 +70,7 @@ struct JvpRows {
       if (p.sinks) {
         const T sigma = p.t_sinks ? per_head<T>(p.t_sinks, place) : 0;
         METATTN_EACH_LANE(slot, lane)
-          METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+          METATTN_UNROLL(int h = 0; h < 2; ++h) {
             const int r = warp_row + lane / 4 + 8 * h;
             if (!known.idle(r))
               excess.x[slot][h] += sink_probability(p, place, known.reference[r], known.log_total[r]) * (sigma - base.x[slot][h]);
@@ -80,7 +80,7 @@ struct JvpRows {
       store_rows_in_two<S>(p.out_o, p.out_o_lo, offset_of(p.out_o, place.seq, place.head, place.s.q0),
                         offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+        METATTN_UNROLL(int h = 0; h < 2; ++h) {
           const int r = lane / 4 + 8 * h;
           const bool idle = known.idle(warp_row + r);
           if (block.chunk() == 0 && lane % 4 == 0 && mine + r < place.s.n)
@@ -119,7 +119,7 @@ struct JvpRows {
     if (has_scores) {
       const Rows<T> sums = t.row_sums();
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL for (int h = 0; h < 2; ++h) excess.x[slot][h] += sums.x[slot][h];
+        METATTN_UNROLL(int h = 0; h < 2; ++h) excess.x[slot][h] += sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, t);
       add_weighted(acc, t, at.v, first, true);  // in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
     }
@@ -142,7 +142,7 @@ struct JvpRows {
     terms.each([&](T& value, int, int, int slot, int tile, int e) { value *= weights.x[slot][tile][e]; });
     const Rows<T> total = weights.row_sums(), sum = terms.row_sums();
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) {
+      METATTN_UNROLL(int h = 0; h < 2; ++h) {
         const T mean = sum.x[slot][h] / total.x[slot][h];
         if (based.x[slot][h] != 0 || !is_finite(mean)) continue;
         base.x[slot][h] = mean;
@@ -174,7 +174,7 @@ struct JvpRows {
     const Rows<T> largest_term = terms.joined(0, larger_magnitude), largest = acc.joined(0, larger_magnitude);
     bool lossy = false;
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h)
+      METATTN_UNROLL(int h = 0; h < 2; ++h)
         lossy |= largest_term.x[slot][h] > static_cast<T>(kCancellation) * largest.x[slot][h];
     return lossy;
   }

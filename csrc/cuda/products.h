@@ -99,7 +99,7 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, SharedTile<S> a, 
     const auto step = [&](int k) {
       uint32_t rows[4];
       load_matrices(rows, a_row + k);
-      METATTN_UNROLL for (int t = 0; t < Tiles; t += 2) {
+      METATTN_UNROLL(int t = 0; t < Tiles; t += 2) {
         uint32_t columns[4];
         load_matrices(columns, b_row + t * 8 * b.ld + k);
         multiply<S>(acc.x[0][t], rows, columns[0], columns[1]);
@@ -125,7 +125,7 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, SharedTile<S> a, 
 #endif
       for (int k = 0; k < depth; ++k) {
         const T x = widened<T>(low[k]), y = widened<T>(high[k]);
-        METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
+        METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
           const T u = widened<T>(columns[8 * t * b.ld + k]), v = widened<T>(columns[(8 * t + 1) * b.ld + k]);
           acc.x[slot][t][0] += x * u;
           acc.x[slot][t][1] += x * v;
@@ -179,11 +179,11 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     // keys may be summed in any order, so those are these
     const int lane = lane_of(0);
     const S* b_row = b.row(2 * (lane % 4)) + first + lane / 4;
-    METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
+    METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
       const float(&w)[4] = weights.x[0][t];
       const uint32_t rows[4] = {tf32_bits(w[0]), tf32_bits(w[2]), tf32_bits(w[1]), tf32_bits(w[3])};
       const S* columns = b_row + 8 * t * b.ld;
-      METATTN_UNROLL for (int c = 0; c < Columns; ++c)
+      METATTN_UNROLL(int c = 0; c < Columns; ++c)
         multiply<S>(acc.x[0][c], rows, __float_as_uint(columns[8 * c].value), __float_as_uint(columns[b.ld + 8 * c].value));
     }
 #endif
@@ -192,13 +192,13 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     static_assert(Tiles % 2 == 0 && Columns % 2 == 0);
     const int lane = lane_of(0);
     const S* b_row = b.row(lane % 16) + first + lane / 16 * 8;
-    METATTN_UNROLL for (int t = 0; t < Tiles; t += 2) {
+    METATTN_UNROLL(int t = 0; t < Tiles; t += 2) {
       const float(&w)[4] = weights.x[0][t];
       const float(&u)[4] = weights.x[0][t + 1];
       const uint32_t rows[4] = {pair<S>(w[0], w[1]), pair<S>(w[2], w[3]), pair<S>(u[0], u[1]), pair<S>(u[2], u[3])};
       const uint32_t lost[4] = {lost_pair<S>(w[0], w[1]), lost_pair<S>(w[2], w[3]), lost_pair<S>(u[0], u[1]),
                                 lost_pair<S>(u[2], u[3])};
-      METATTN_UNROLL for (int c = 0; c < Columns; c += 2) {
+      METATTN_UNROLL(int c = 0; c < Columns; c += 2) {
         uint32_t columns[4];
         load_matrices_turned(columns, b_row + t * 8 * b.ld + c * 8);
         multiply<S>(acc.x[0][c], rows, columns[0], columns[1]);
@@ -211,8 +211,8 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     }
 #endif
   } else {
-    METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
-      METATTN_UNROLL for (int k = 0; k < 8; ++k) {
+    METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
+      METATTN_UNROLL(int k = 0; k < 8; ++k) {
         METATTN_EACH_LANE(slot, lane) {
           // the lane of this row that holds column 8·t + k
           T x, y;
@@ -229,7 +229,7 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
             y = as_multiplied<S>(y, twice);
           }
           const S* columns = b.row(8 * t + k) + first + 2 * (lane % 4);
-          METATTN_UNROLL for (int c = 0; c < Columns; ++c) {
+          METATTN_UNROLL(int c = 0; c < Columns; ++c) {
             const T u = widened<T>(columns[8 * c]), v = widened<T>(columns[8 * c + 1]);
             acc.x[slot][c][0] += x * u;
             acc.x[slot][c][1] += x * v;

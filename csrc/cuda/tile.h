@@ -108,7 +108,7 @@ static METATTN_CALLED void start_tile(Block& block, SharedTile<S> tile, int rows
       block.template copy<16>(tile.row(r) + c, inside ? source : data, inside);
     } else {
       alignas(16) S values[kVector];
-      METATTN_UNROLL for (int v = 0; v < kVector; ++v)
+      METATTN_UNROLL(int v = 0; v < kVector; ++v)
         values[v] = there && c + v < width ? source[v * view.stride[3]] : narrowed<S>(Compute<S>{0});
       copy16(tile.row(r) + c, values);
     }
@@ -123,14 +123,14 @@ static METATTN_CALLED void round_tile(const Block& block, SharedTile<S> tile, in
   each_piece(block, tile, rows, [&](int r, int c) {
     alignas(16) S values[16 / sizeof(S)];
     copy16(values, tile.row(r) + c);
-    METATTN_UNROLL for (S& x : values) x = narrowed<S>(as_factor(x));
+    METATTN_UNROLL(S& x : values) x = narrowed<S>(as_factor(x));
     copy16(tile.row(r) + c, values);
   });
 }
 template <class S, int Count>
 static METATTN_DEVICE void round_tiles(const Block& block, int rows, const SharedTile<S> (&tiles)[Count]) {
   if constexpr (kIsTf32<S>)
-    METATTN_UNROLL for (int n = 0; n < Count; ++n) round_tile(block, tiles[n], rows);
+    METATTN_UNROLL(int n = 0; n < Count; ++n) round_tile(block, tiles[n], rows);
 }
 
 // Whether this thread copied an infinity or a NaN.
@@ -139,7 +139,7 @@ static METATTN_CALLED bool met_strange(const Block& block, SharedTile<S> tile, i
   bool met = false;
   if (!tile) return met;
   each_piece(block, tile, rows, [&](int r, int c) {
-    METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v) met |= strange(tile.row(r)[c + v]);
+    METATTN_UNROLL(int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v) met |= strange(tile.row(r)[c + v]);
   });
   return met;
 }
@@ -151,7 +151,7 @@ static METATTN_DEVICE void clear_rows(const Block& block, SharedTile<S> tile, in
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     if (!skip(r)) return;
-    METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
+    METATTN_UNROLL(int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
       if (strange(tile.row(r)[c + v])) tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
   });
 }
@@ -414,8 +414,8 @@ static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Frag
   for (int w = block.worker(); w < 2; w += block.workers()) seen[w] = 0;
   block.sync();
   METATTN_EACH_LANE(slot, lane)
-    METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-      METATTN_UNROLL for (int e = 0; e < 4; ++e)
+    METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+      METATTN_UNROLL(int e = 0; e < 4; ++e)
         if (s.x[slot][t][e] != -kInfinity<T>) {
           const int c = column_of(lane, t, e);
           set_bits(seen + c / 32, uint32_t{1} << c % 32);
@@ -423,7 +423,7 @@ static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Frag
   block.sync();
   for (int c = block.worker(); c < 8 * Tiles; c += block.workers()) {
     if (seen[c / 32] >> c % 32 & 1) continue;
-    METATTN_UNROLL for (int n = 0; n < Count; ++n)
+    METATTN_UNROLL(int n = 0; n < Count; ++n)
       if (tiles[n])
         for (int f = 0; f < tiles[n].ld; ++f) tiles[n].row(c)[f] = narrowed<S>(T{0});
   }
