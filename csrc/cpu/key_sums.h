@@ -60,8 +60,14 @@ struct SumsOfKeys {
     const T* corner = of_block(first / kKeys) + first % kKeys;
     for (int64_t c = 0; c < width; c += kLanes<T>) {
       Vec<T> square[kLanes<T>];
+      const T* const from = corner + c * kKeys;
+      if (c + kLanes<T> <= columns) {
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = c + i < columns ? load(corner + (c + i) * kKeys) : Vec<T>{};
+        for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = load(from + i * kKeys);
+      } else {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = c + i < columns ? load(from + i * kKeys) : Vec<T>{};
+      }
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes<T>; ++i) store(rows + i * wide + c, square[i]);

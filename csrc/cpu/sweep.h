@@ -425,8 +425,8 @@ struct GradientSweep {
   bool asks_sums() const { return WeightedSums<A>::kRounds || results.want_slopes; }
   // Σ dS = Σ P∘dP − D·Σ P, with Σ P∘dP = D + dL, and Σ P = 1 − Ps.
   void find_sums(const Tile& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      sums_of_ds[r] = 0;
+    memset(sums_of_ds, 0, sizeof(T) * tile.rows);
+    for (int64_t r = 0; (p.d_lse || p.sinks) && r < tile.rows; ++r) {
       if (lse.dead[r]) continue;
       if (p.d_lse)
         sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));

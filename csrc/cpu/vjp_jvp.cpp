@@ -25,9 +25,9 @@ struct VjpJvp : SecondOrder<A> {
   // The tangent of D·Ps: Dt·Ps + D·Pst, with Pst = Ps·(σ − τ).
   void find_tangents_of_sums(const Tile& tile) {
     const Params& p = this->p;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      sums_of_dst[r] = 0;
-      if (!p.sinks || this->lse.dead[r]) continue;
+    memset(sums_of_dst, 0, sizeof(T) * tile.rows);
+    for (int64_t r = 0; p.sinks && r < tile.rows; ++r) {
+      if (this->lse.dead[r]) continue;
       const T moved = (p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : T{0}) - tau[r];
       sums_of_dst[r] = this->sink_probability(tile, r) * (Dt[r] + this->D[r] * moved);
       if (!(this->beside_sink(tile, r) > kLeastKnown)) sums_of_dst[r] = this->kUnknown;
