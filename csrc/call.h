@@ -72,7 +72,7 @@ struct Inputs {
   double dropout_p = 0;
   bool plain = false;  // without options, and nothing is rounded
 };
-#define METATTN_INPUTS_SCHEMA                                                                                  \
+#define METATTN_INPUTS_SCHEMA                                                                                   \
   "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? slopes, Tensor? mask, Tensor? rng, "      \
   "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
   "int window_right, float dropout_p"
@@ -163,8 +163,7 @@ StableIValue* put(StableIValue* stack, const MapCall& call, Tensors results) {
 
 // The offsets of packed sequences, checked; `longest` becomes that of the sequences there are.
 const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_t most, int64_t& longest) {
-  STD_TORCH_CHECK(is_here(cu) && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous() &&
-                      cu.dtype() == codes.i32,
+  STD_TORCH_CHECK(is_here(cu) && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous() && cu.dtype() == codes.i32,
                   "metattn: ", name, " must be a contiguous int32 tensor of at least one offset");
   const int32_t* data = reinterpret_cast<const int32_t*>(cu.data());
 #ifdef METATTN_ON_GPU
@@ -193,8 +192,7 @@ MapCall make_call(const Inputs& inputs) {
   const auto& [q, k, v, bias, sinks, slopes, mask, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left,
                window_right, dropout_p, plain] = inputs;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "metattn: q, k and v must have 4 dimensions");
-  STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(),
-                  "metattn: q, k and v must have one dtype");
+  STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(), "metattn: q, k and v must have one dtype");
   const DType dtype = dtype_of(q, "q");
   call.is_double = dtype == DType::f64;
   STD_TORCH_CHECK(!plain || dtype == DType::f64 || dtype == DType::f32, "metattn: a plain call rounds nothing");
@@ -296,9 +294,7 @@ void set_cotangents(MapCall& call, const Cotangents& given) {
 struct Tangents {
   Tensor q, k, v, bias, sinks, slopes;
 };
-Tangents take_tangents(Arguments& in) {
-  return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option(), in.option()};
-}
+Tangents take_tangents(Arguments& in) { return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option(), in.option()}; }
 void set_tangents(MapCall& call, const Tangents& given) {
   if (given.q) call.p.t_q = call.query_like(given.q, "tq", call.p.d);
   if (given.k) call.p.t_k = call.key_like(given.k, "tk", call.p.d);
@@ -352,32 +348,39 @@ int64_t set_bias_gradient(MapCall& call) {
 }
 
 // tf32: whether float32 products may be taken in TF32; CPUs have none, and pass over it.
-#define METATTN_TANGENTS_SCHEMA \
-  "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor? tslopes"
-#define METATTN_DEFINE_OPERATORS(library)                                                                              \
-  library.def("forward(" METATTN_INPUTS_SCHEMA ", *, bool tf32=False) -> (Tensor o, Tensor lse, Tensor o_lo)");       \
-  library.def("vjp(" METATTN_INPUTS_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "        \
-              "int needs, *, bool tf32=False) -> "                                                                     \
-              "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks, Tensor dslopes)");                       \
-  library.def("jvp(" METATTN_INPUTS_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, " METATTN_TANGENTS_SCHEMA           \
-              ", *, bool tf32=False) -> (Tensor ot, Tensor lt, Tensor ot_lo)");                                        \
-  library.def("vjp_jvp(" METATTN_INPUTS_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "    \
-              METATTN_TANGENTS_SCHEMA ", Tensor ot, Tensor lt, Tensor? ot_lo, int needs, *, bool tf32=False) -> "      \
-              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)");                        \
-  library.def("double_backward(" METATTN_INPUTS_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "          \
-              "Tensor? dlse, " METATTN_TANGENTS_SCHEMA ", int needs, *, bool tf32=False) -> (Tensor ot, Tensor lt, "   \
+#define METATTN_TANGENTS_SCHEMA "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor? tslopes"
+#define METATTN_DEFINE_OPERATORS(library)                                                                       \
+  library.def("forward(" METATTN_INPUTS_SCHEMA ", *, bool tf32=False) -> (Tensor o, Tensor lse, Tensor o_lo)"); \
+  library.def("vjp(" METATTN_INPUTS_SCHEMA                                                                      \
+              ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "                               \
+              "int needs, *, bool tf32=False) -> "                                                              \
+              "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks, Tensor dslopes)");                \
+  library.def("jvp(" METATTN_INPUTS_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, " METATTN_TANGENTS_SCHEMA     \
+              ", *, bool tf32=False) -> (Tensor ot, Tensor lt, Tensor ot_lo)");                                 \
+  library.def("vjp_jvp(" METATTN_INPUTS_SCHEMA                                                                  \
+              ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, " METATTN_TANGENTS_SCHEMA       \
+              ", Tensor ot, Tensor lt, Tensor? ot_lo, int needs, *, bool tf32=False) -> "                       \
+              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)");                 \
+  library.def("double_backward(" METATTN_INPUTS_SCHEMA                                                          \
+              ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "                                             \
+              "Tensor? dlse, " METATTN_TANGENTS_SCHEMA                                                          \
+              ", int needs, *, bool tf32=False) -> (Tensor ot, Tensor lt, "                                     \
               "Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)")
 
 // The same for plain calls, of fewer arguments: to convert one from Python takes a tenth of a microsecond.
-#define METATTN_DEFINE_PLAIN_OPERATORS(library)                                                                        \
-  library.def("plain_forward(" METATTN_PLAIN_SCHEMA ") -> (Tensor o, Tensor lse)");                                    \
-  library.def("plain_vjp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, int needs) -> "                   \
-              "(Tensor dq, Tensor dk, Tensor dv)");                                                                    \
-  library.def("plain_jvp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor tq, Tensor tk, Tensor tv) -> "         \
-              "(Tensor ot, Tensor lt)");                                                                               \
-  library.def("plain_vjp_jvp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, Tensor tq, Tensor tk, "       \
-              "Tensor tv, Tensor ot, Tensor lt, int needs) -> (Tensor dqt, Tensor dkt, Tensor dvt)");                  \
-  library.def("plain_double_backward(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, Tensor tq, "          \
+#define METATTN_DEFINE_PLAIN_OPERATORS(library)                                                       \
+  library.def("plain_forward(" METATTN_PLAIN_SCHEMA ") -> (Tensor o, Tensor lse)");                   \
+  library.def("plain_vjp(" METATTN_PLAIN_SCHEMA                                                       \
+              ", Tensor o, Tensor lse, Tensor do_, int needs) -> "                                    \
+              "(Tensor dq, Tensor dk, Tensor dv)");                                                   \
+  library.def("plain_jvp(" METATTN_PLAIN_SCHEMA                                                       \
+              ", Tensor o, Tensor lse, Tensor tq, Tensor tk, Tensor tv) -> "                          \
+              "(Tensor ot, Tensor lt)");                                                              \
+  library.def("plain_vjp_jvp(" METATTN_PLAIN_SCHEMA                                                   \
+              ", Tensor o, Tensor lse, Tensor do_, Tensor tq, Tensor tk, "                            \
+              "Tensor tv, Tensor ot, Tensor lt, int needs) -> (Tensor dqt, Tensor dkt, Tensor dvt)"); \
+  library.def("plain_double_backward(" METATTN_PLAIN_SCHEMA                                           \
+              ", Tensor o, Tensor lse, Tensor do_, Tensor tq, "                                       \
               "Tensor tk, Tensor tv, int needs) -> (Tensor ot, Tensor lt, Tensor dqt, Tensor dkt, Tensor dvt)")
 
 }  // namespace

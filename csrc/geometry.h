@@ -46,8 +46,7 @@ static METATTN_HD Range attended_keys(const Params& p, const Sequence& s, int64_
 enum class Cover { empty, partial, full };
 
 // How position covers the tile rows [row0, row0 + rows) x keys [key0, key0 + keys).
-static METATTN_HD Cover tile_cover(const Params& p, const Sequence& s, int64_t row0, int64_t rows, int64_t key0,
-                                   int64_t keys) {
+static METATTN_HD Cover tile_cover(const Params& p, const Sequence& s, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
   const Range first = attended_keys(p, s, row0), last = attended_keys(p, s, row0 + rows - 1);
   if (key0 + keys <= first.lo || key0 >= last.hi) return Cover::empty;
   return last.lo <= key0 && key0 + keys <= first.hi ? Cover::full : Cover::partial;

@@ -31,9 +31,7 @@ void for_each_task(int tasks, void (*run)(void*, int), void* context) {
   });
 }
 
-metattn::Threads threads() {
-  return {forked ? 1 : static_cast<int>(torch::stable::get_num_threads()), for_each_task};
-}
+metattn::Threads threads() { return {forked ? 1 : static_cast<int>(torch::stable::get_num_threads()), for_each_task}; }
 
 void run(metattn::MapName map, MapCall& call) {
   const metattn::Outcome outcome = metattn::run_map(map, call.p, call.is_double, threads());
@@ -199,11 +197,11 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-#define METATTN_IMPLEMENT(library, prefix, plain)           \
-  library.impl(prefix "forward", forward<plain>);           \
-  library.impl(prefix "vjp", vjp<plain>);                   \
-  library.impl(prefix "jvp", jvp<plain>);                   \
-  library.impl(prefix "vjp_jvp", vjp_jvp<plain>);           \
+#define METATTN_IMPLEMENT(library, prefix, plain) \
+  library.impl(prefix "forward", forward<plain>); \
+  library.impl(prefix "vjp", vjp<plain>);         \
+  library.impl(prefix "jvp", jvp<plain>);         \
+  library.impl(prefix "vjp_jvp", vjp_jvp<plain>); \
   library.impl(prefix "double_backward", double_backward<plain>)
 
 STABLE_TORCH_LIBRARY(metattn, library) { METATTN_DEFINE_OPERATORS(library); }

@@ -40,21 +40,21 @@ concept PacksKeys = requires(PackedKeys<A> keys, const PackedKeys<A>& packed, Ar
 
 // Products of a tile of weights [kRows][kKeys], summed over its keys.
 template <class A, class T = Compute<A>>
-concept SumsWeighted = requires(const WeightedSums<A>& by, const PackedRows<A>& rows, const PackedKeys<A>& keys, Arena& arena,
-                                const Params& p, const Tile& tile, int64_t n, bool output, T* weights, Vec<T> weight,
-                                Vec<T>& added) {
-  multiply_scores(tile, rows, keys, n, weights, output);  // C [kRows][kKeys] (+)= rows·keysᵀ of a tile
-  { WeightedSums<A>::take(arena, p, output) } -> std::same_as<WeightedSums<A>>;  // output: the sums are O
-  { by.in_two_parts() } -> std::same_as<WeightedSums<A>>;  // what rounding the weights lost is multiplied, too
-  { WeightedSums<A>::kRounds } -> std::convertible_to<bool>;
-  { by.knows_sums() } -> std::same_as<bool>;  // weights are in one part, and over all keys sum to what is known
+concept SumsWeighted =
+    requires(const WeightedSums<A>& by, const PackedRows<A>& rows, const PackedKeys<A>& keys, Arena& arena, const Params& p,
+             const Tile& tile, int64_t n, bool output, T* weights, Vec<T> weight, Vec<T>& added) {
+      multiply_scores(tile, rows, keys, n, weights, output);  // C [kRows][kKeys] (+)= rows·keysᵀ of a tile
+      { WeightedSums<A>::take(arena, p, output) } -> std::same_as<WeightedSums<A>>;  // output: the sums are O
+      { by.in_two_parts() } -> std::same_as<WeightedSums<A>>;  // what rounding the weights lost is multiplied, too
+      { WeightedSums<A>::kRounds } -> std::convertible_to<bool>;
+      { by.knows_sums() } -> std::same_as<bool>;  // weights are in one part, and over all keys sum to what is known
   // sums [kRows][padded(width)] += weights·keys; lacking [kRows]: of CommonKeys, or null
-  by.over_keys(tile, weights, keys, n, weights, weights);
-  // the same of weights put one by one, from column j of row r on; `added` gains by how much they are multiplied as larger
-  by.put(weights, n, n, weight, added);
-  by.over_keys_put(tile, weights, keys, n, weights);
-  WeightedSums<A>::finish_over_keys(weights, n, n);  // (sums, rows, width): then they are in their place
-};
+      by.over_keys(tile, weights, keys, n, weights, weights);
+      // the same of weights put one by one, from column j of row r on; `added` gains by how much they are multiplied as larger
+      by.put(weights, n, n, weight, added);
+      by.over_keys_put(tile, weights, keys, n, weights);
+      WeightedSums<A>::finish_over_keys(weights, n, n);  // (sums, rows, width): then they are in their place
+    };
 
 // Sums over rows for each key of a unit, as SumsOfKeys holds them; terms: most rows of a sum.
 template <class A, class T = Compute<A>>

@@ -119,8 +119,7 @@ struct DoubleBackward : SecondOrder<A> {
     Vec<T> total = {};
     for (int64_t i = 0; i < seen; ++i)
       for (int64_t at = place(i, r), j = 0; j < tiles[i].cols; j += kLanes<T>)
-        total += load(this->s + at + j) *
-                 ((load(tangents + at + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
+        total += load(this->s + at + j) * ((load(tangents + at + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
     return sum<T>(total);
   }
   template <bool Bent>
@@ -212,8 +211,7 @@ struct DoubleBackward : SecondOrder<A> {
       if (this->c) this->results.sums.over_keys(tiles[i], this->e, this->c, selected, acc);
       this->add(tiles[i], selected, in_two_parts);
     }
-    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds),
-                           nullptr);
+    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds), nullptr);
     this->results.sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;

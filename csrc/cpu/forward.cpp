@@ -74,7 +74,8 @@ struct Forward {
     q.pack(p, p.q, tile, nullptr, row);
     clear(tile.rows);
     // a split of the keys has no sink: it is added with the sums
-    const T sink = p.sinks && p.key_splits == 1 ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
+    const T sink =
+        p.sinks && p.key_splits == 1 ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
       limit[r] = -kInfinity<T>;
@@ -121,7 +122,6 @@ struct Forward {
   }
   bool is_done(int64_t slot) const { return waiting[slot].done; }
   void set_done(int64_t slot, bool is) { waiting[slot].done = is; }
-
 
   void refer_to(int64_t r, T element) {
     reference[r] = element;
@@ -200,9 +200,8 @@ struct Forward {
   void visit(const Tile& tile, int64_t block) {
     if constexpr (kInRegisters<A>) {
       if (in_registers) {
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          weigh_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { weigh_rows<Rows, Vectors>(tile, block, r, j); });
         return sums.over_keys(tile, s, v, block, acc);
       }
     }

@@ -199,9 +199,8 @@ struct Jvp {
   void visit(const Tile& tile, int64_t block) {
     if constexpr (kInRegisters<A>) {
       if (in_registers)
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          weigh_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { weigh_rows<Rows, Vectors>(tile, block, r, j); });
     }
     if (!in_registers) weigh_tile(tile, block);
     if (has_scores) sums.over_keys(tile, t, v, block, acc);
@@ -218,8 +217,7 @@ struct Jvp {
     if (p.sinks) {
       const T sink = load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0));
       const T weight = lse.probability_of(r, sink);
-      const T tangent =
-          p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
+      const T tangent = p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
       excess[r] += static_cast<double>(weight * (tangent - base[r]));
     }
     const int64_t i = tile.s.q0 + tile.row0 + r;
@@ -254,8 +252,7 @@ struct Jvp {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
                        offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, T{1}, acc + r * wide_dv, row);
-      *double_at(p.out_lse, tile.seq, tile.head, i) =
-          lse.dead[r] ? 0 : static_cast<double>(base[r]) + excess[r];
+      *double_at(p.out_lse, tile.seq, tile.head, i) = lse.dead[r] ? 0 : static_cast<double>(base[r]) + excess[r];
     }
     return false;
   }

@@ -108,8 +108,7 @@ struct PackedKeys {
     if (wide == panel) load_wide_rows(view, offset_of(view, seq, kv_head, first), keys, width, wide, natural_block);
     for (int64_t key = 0; wide != panel && key < keys; ++key) {
       load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, row);
-      for (int64_t c = 0; c < wide; c += panel)
-        memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
+      for (int64_t c = 0; c < wide; c += panel) memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
     for (int64_t key = keys; key < round_up(keys, kLanes<T>); ++key) erase(block, key);
     Bits<T> found = {};
@@ -117,8 +116,7 @@ struct PackedKeys {
       for (int64_t i = 0; i < keys * panel; i += kLanes<T>) found |= strange_lanes<T>(load(natural_block + c * kKeys + i));
     if (!any_set(found)) return false;
     for (int64_t key = 0; key < keys; ++key)
-      for (int64_t c = 0; c < wide; c += panel)
-        strange[key] |= !finite_row(natural_block + c * kKeys + key * panel, panel);
+      for (int64_t c = 0; c < wide; c += panel) strange[key] |= !finite_row(natural_block + c * kKeys + key * panel, panel);
     return true;
   }
   void erase(int64_t block, int64_t key) {

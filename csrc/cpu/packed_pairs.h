@@ -31,9 +31,7 @@ static_assert(kRows % kPairDepth == 0 && kKeys % kPairDepth == 0 && kLanes<float
 static inline int64_t tiles_wide(int64_t x) { return round_up(x, kPairTile); }
 static inline int64_t tiles_deep(int64_t x) { return round_up(x, kPairDepth); }
 
-static inline __m256i load_half(const uint16_t* source) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-}
+static inline __m256i load_half(const uint16_t* source) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)); }
 
 // Tiles (pairs.h): where row r of those that hold rows of `deep` elements begins, and element c of it.
 template <class U>
@@ -44,8 +42,7 @@ static inline int64_t in_tiles(int64_t c) { return c / kPairDepth * kTileElement
 
 // A row of bfloat16 as it is, with zeros behind, up to `deep` elements, into tiles; `strange` gathers the infinities and
 // NaN in it.
-static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t deep, uint16_t* row,
-                            __mmask32& strange) {
+static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t deep, uint16_t* row, __mmask32& strange) {
   const uint16_t* source = reinterpret_cast<const uint16_t*>(view.data) + offset;
   const int64_t stride = view.stride[3];
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
@@ -67,7 +64,8 @@ static inline void add_row(const uint16_t* row, int64_t width, float* total) {
 }
 // A total of so many rows becomes their mean; 0 where it is infinite or NaN: the sums that it is for are too.
 static inline void divide_total(float* total, int64_t width, int64_t rows) {
-  for (int64_t c = 0; c < width; c += kPairTile) store(total + c, finite_or_0<float>(load(total + c) / static_cast<float>(rows)));
+  for (int64_t c = 0; c < width; c += kPairTile)
+    store(total + c, finite_or_0<float>(load(total + c) / static_cast<float>(rows)));
 }
 static inline void zero_row(uint16_t* row, int64_t deep) {
   for (int64_t c = 0; c < deep; c += kPairDepth) memset(row + c * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
@@ -143,7 +141,8 @@ struct PackedRows<Pairs> {
   float dot_bare(int64_t r, const float* other) const {
     const uint16_t* row = tile_row(data, r, deep);
     Vec<float> total = {};
-    for (int64_t c = 0; c < width; c += kPairTile) total += widened(load_half(row + in_tiles(c))) * load_first(other + c, width - c);
+    for (int64_t c = 0; c < width; c += kPairTile)
+      total += widened(load_half(row + in_tiles(c))) * load_first(other + c, width - c);
     return sum<float>(total);
   }
 };
@@ -234,8 +233,8 @@ struct WeightedSums<Pairs> {
   static __m512i placed(__m512i words) {
     if constexpr (!SideBySide) return words;
     // word l of the result: word l / 2 of the first half, or of the second
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, words);
   }
   // Two times sixteen weights as bfloat16, placed.
@@ -355,10 +354,11 @@ template <>
 struct KeySums<Pairs> : SumsOfKeys<float> {
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width, int64_t terms) {
     const int64_t columns = tiles_wide(width);
-    return {{LongSums<float>::take(arena, wanted, blocks * kKeys * columns, terms), width, padded<float>(width), columns, true}};
+    return {
+        {LongSums<float>::take(arena, wanted, blocks * kKeys * columns, terms), width, padded<float>(width), columns, true}};
   }
-  void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
-           int64_t block, bool cancel) {
+  void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows, int64_t block,
+           bool cancel) {
     float* const target = of_block(block);
     bool twice = by.twice;
     if (!twice && !cancel) by.round_pairs<Rounding::kPlain>(tile, weights);

@@ -30,8 +30,8 @@ struct SecondOrder : GradientSweep<A> {
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
     const Params& p = this->p;
-    pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&this->k, &b, &this->v, &c},
-                         {&p.k, &p.t_k, &p.v, &p.t_v}, this->row);
+    pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&this->k, &b, &this->v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v},
+                         this->row);
   }
   void begin(const Tile& tile) {
     GradientSweep<A>::begin(tile);
@@ -53,9 +53,7 @@ struct SecondOrder : GradientSweep<A> {
   }
 
   // Vectors from column j on of the row that begins at `at`. Rounded as jvp rounds: T − τ cancels.
-  Vec<T> e_kept(int64_t at, int64_t j) const {
-    return this->gains && c ? load(e + at + j) * this->kept(at, j) : Vec<T>{};
-  }
+  Vec<T> e_kept(int64_t at, int64_t j) const { return this->gains && c ? load(e + at + j) * this->kept(at, j) : Vec<T>{}; }
   Vec<T> raw_tangent(int64_t at, int64_t j) const { return rounded(load(t_r + at + j) * static_cast<T>(this->p.scale)); }
   template <bool Bent>
   Vec<T> tangent(int64_t at, int64_t j) const {

@@ -297,8 +297,8 @@ struct KeySweepResults {
   void add_bias_to(const Tile& tile, int64_t r, const T* d_scores) {
     const int64_t stride = p.grad_bias_stride[4];
     Sum* target = reinterpret_cast<Sum*>(p.grad_bias) + tile.key0 / p.key_chunk * p.grad_bias_stride[0] +
-                  row_part * p.grad_bias_part_stride + tile.seq * p.grad_bias_stride[1] +
-                  tile.head * p.grad_bias_stride[2] + (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
+                  row_part * p.grad_bias_part_stride + tile.seq * p.grad_bias_stride[1] + tile.head * p.grad_bias_stride[2] +
+                  (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
     if (stride == 0) {
       Sum total = 0;
       for (int64_t j = 0; j < tile.keys; ++j) total += static_cast<Sum>(d_scores[j]);
@@ -350,8 +350,9 @@ struct KeySweepResults {
     const int64_t at = span.s.k0 + span.key0;
     T* part = reinterpret_cast<T*>(parts);
     if (parts != nullptr)
-      part += sums.width * (at + p.key_rows * (span.kv_head + p.kv_heads * (p.cu_k == nullptr ? span.row_part * p.batch + span.seq
-                                                                                               : span.row_part)));
+      part += sums.width *
+              (at + p.key_rows *
+                        (span.kv_head + p.kv_heads * (p.cu_k == nullptr ? span.row_part * p.batch + span.seq : span.row_part)));
     for (int64_t first = 0; first < span.keys; first += kLanes<T>) {
       const T* found = sums.of_keys(first, rows);
       const int64_t count = smaller(kLanes<T>, span.keys - first);
@@ -428,8 +429,7 @@ struct GradientSweep {
     memset(sums_of_ds, 0, sizeof(T) * tile.rows);
     for (int64_t r = 0; (p.d_lse || p.sinks) && r < tile.rows; ++r) {
       if (lse.dead[r]) continue;
-      if (p.d_lse)
-        sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
+      if (p.d_lse) sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
       if (p.sinks) sums_of_ds[r] += D[r] * sink_probability(tile, r);
       if (!(beside_sink(tile, r) > kLeastKnown)) sums_of_ds[r] = kUnknown;
     }
@@ -474,16 +474,19 @@ struct GradientSweep {
 };
 
 // The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
-#define METATTN_MAP_KERNEL(Map, sweep, A)                                           \
-  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },                   \
-   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) {         \
-     Map<A> map(p, scratch);                                                        \
-     for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
-   }}
+#define METATTN_MAP_KERNEL(Map, sweep, A)                                          \
+  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },                  \
+   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) {        \
+    Map<A> map(p, scratch);                                                        \
+    for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
+  }}
 #ifdef METATTN_PAIRS
 #define METATTN_MAP_KERNELS(Map, sweep) {{}, {}, METATTN_MAP_KERNEL(Map, sweep, Pairs)}
 #else
-#define METATTN_MAP_KERNELS(Map, sweep) {METATTN_MAP_KERNEL(Map, sweep, float), METATTN_MAP_KERNEL(Map, sweep, double), {}}
+#define METATTN_MAP_KERNELS(Map, sweep)                                               \
+  {                                                                                   \
+    METATTN_MAP_KERNEL(Map, sweep, float), METATTN_MAP_KERNEL(Map, sweep, double), {} \
+  }
 #endif
 
 }  // namespace metattn::METATTN_ISA

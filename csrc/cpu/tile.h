@@ -12,8 +12,8 @@ namespace metattn::METATTN_ISA {
 // A row of a [seq, head, row, key] view under a tile; columns past its keys become 0.
 template <class T>
 static void load_bias_row(const View& bias, const Tile& tile, int64_t r, T* row) {
-  load_row(bias, offset_of(bias, tile.seq, tile.head, tile.row0 + r) + tile.key0 * bias.stride[3], bias.stride[3],
-           tile.keys, row);
+  load_row(bias, offset_of(bias, tile.seq, tile.head, tile.row0 + r) + tile.key0 * bias.stride[3], bias.stride[3], tile.keys,
+           row);
   for (int64_t j = tile.keys; j < tile.cols; ++j) row[j] = 0;
 }
 
@@ -33,8 +33,7 @@ static void load_addend_tangent(const Params& p, const Tile& tile, int64_t r, co
   if (p.t_bias) load_bias_row(p.t_bias, tile, r, row);
   else memset(row, 0, sizeof(T) * tile.cols);
   if (p.t_slopes) subtract_alibi(p.t_slopes, tile, r, row);
-  for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-    store(row + j, load(s_row + j) > -kInfinity<T> ? load(row + j) : Vec<T>{});
+  for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(row + j, load(s_row + j) > -kInfinity<T> ? load(row + j) : Vec<T>{});
 }
 
 // A softcap bends scores. for_bends calls body<Bent>(), which is compiled without it, too; bend_tile holds tanh(R / c).
@@ -154,8 +153,8 @@ static void dropout_tile(const Params& p, const Tile& tile, T* z) {
   const T keep = static_cast<T>(p.dropout_keep_scale);
   for (int64_t r = 0; r < tile.rows; ++r) {
     for (int64_t j = 0; j < tile.cols; j += 4) {
-      const PhiloxWords words = philox(seed, static_cast<uint32_t>((tile.key0 + j) / 4),
-                                       static_cast<uint32_t>(tile.row0 + r), static_cast<uint32_t>(tile.head), batch);
+      const PhiloxWords words = philox(seed, static_cast<uint32_t>((tile.key0 + j) / 4), static_cast<uint32_t>(tile.row0 + r),
+                                       static_cast<uint32_t>(tile.head), batch);
       for (int w = 0; w < 4; ++w) z[r * kKeys + j + w] = words.w[w] >= p.dropout_threshold ? keep : 0;
     }
   }
@@ -231,8 +230,8 @@ static void add_low(const View& low, int64_t seq, int64_t head, int64_t i, int64
 // Σ o∘cotangent over the columns of each row, less the cotangent of lse: D of docs/math.md, or Dt with o's tangent
 // and none. `row` and `scratch` are padded<T>(dv) long. Dead rows get 0.
 template <class A, class T>
-static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
-                     const PackedRows<A>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
+static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile, const PackedRows<A>& d_o,
+                     const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
   if (d_o && !low && has_rows_of<T>(values)) {
     const T* source = reinterpret_cast<const T*>(values.data) + offset_of(values, tile.seq, tile.head, tile.s.q0 + tile.row0);
     for (int64_t r = 0; r < tile.rows; ++r) result[r] = d_o.dot_bare(r, source + r * values.stride[2]);

@@ -53,9 +53,8 @@ struct Vjp : GradientSweep<A> {
     auto& results = this->results;
     if constexpr (kInRegisters<A>) {
       if (this->in_registers)
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          differentiate_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { differentiate_rows<Rows, Vectors>(tile, block, r, j); });
     }
     if (!this->in_registers) {
       this->multiply(tile, block);

@@ -80,9 +80,8 @@ struct VjpJvp : SecondOrder<A> {
   void visit(const Tile& tile, int64_t block) {
     if constexpr (kInRegisters<A>) {
       if (this->in_registers)
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          differentiate_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { differentiate_rows<Rows, Vectors>(tile, block, r, j); });
     }
     if (!this->in_registers) differentiate_tile(tile, block);
     this->add(tile, block, this->results.sums);

@@ -27,8 +27,7 @@ struct Aside {
   METATTN_DEVICE void put(int element, Fragment<T, Tiles>& x, const Rows<T>& decay) const {
     METATTN_EACH_LANE(slot, lane)
       METATTN_UNROLL(int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL(int e = 0; e < 4; ++e)
-          put_one(element + 4 * t + e, lane, x.x[slot][t][e], decay.x[slot][e / 2]);
+        METATTN_UNROLL(int e = 0; e < 4; ++e) put_one(element + 4 * t + e, lane, x.x[slot][t][e], decay.x[slot][e / 2]);
   }
   METATTN_DEVICE void put(int element, Rows<T>& x, const Rows<T>& decay) const {
     METATTN_EACH_LANE(slot, lane)
@@ -40,8 +39,7 @@ struct Aside {
     if (!begun) return;
     METATTN_EACH_LANE(slot, lane)
       METATTN_UNROLL(int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL(int e = 0; e < 4; ++e)
-          x.x[slot][t][e] += at(element + 4 * t + e, lane) * decay.x[slot][e / 2];
+        METATTN_UNROLL(int e = 0; e < 4; ++e) x.x[slot][t][e] += at(element + 4 * t + e, lane) * decay.x[slot][e / 2];
   }
   METATTN_DEVICE void settle(int element, Rows<T>& x, const Rows<T>& decay) const {
     if (!begun) return;

@@ -45,7 +45,7 @@ static METATTN_DEVICE void add_known_sums(const Params& p, const Place& place, c
 // attends to, or of the first block that has such.
 template <class S, bool Full, class T, int Columns, int Tiles>
 static METATTN_DEVICE void add_mean_key(const Params& p, Block& block, const Place& place, const KeyTiles<S, Tiles>& keys,
-                                        SharedTile<S> KeyTiles<S, Tiles>::*which, Range range, int64_t row0, int first,
+                                        SharedTile<S> KeyTiles<S, Tiles>::* which, Range range, int64_t row0, int first,
                                         const Rows<T>& lack, Fragment<T, Columns>& acc) {
   constexpr int64_t kStep = 8 * Tiles;
   const int rows = kWarpRows * block.warps(), warp_row = kWarpRows * block.warp();

@@ -6,7 +6,9 @@
 namespace metattn::cuda {
 
 template <class T>
-static METATTN_DEVICE T probability(T s, T reference, T log_total) { return exponential((s - reference) - log_total); }
+static METATTN_DEVICE T probability(T s, T reference, T log_total) {
+  return exponential((s - reference) - log_total);
+}
 
 template <class T, int Tiles>
 static METATTN_DEVICE void apply_dropout(const Params& p, const DropoutBits<Tiles>& kept, Fragment<T, Tiles>& x) {
@@ -53,8 +55,8 @@ static METATTN_DEVICE void scores_of(Scores<T, Tiles>& at, const Window<Turned>&
 
 // dO Vᵀ and, Second, dO Cᵀ, or turned; the side of dO as rows in a row pass. Tiles that are absent leave zeros.
 template <bool Second, class S, class T, int Tiles>
-static METATTN_DEVICE void cotangents_of(Scores<T, Tiles>& at, SharedTile<S> d_o, int first_row, SharedTile<S> v, SharedTile<S> c,
-                                         int depth) {
+static METATTN_DEVICE void cotangents_of(Scores<T, Tiles>& at, SharedTile<S> d_o, int first_row, SharedTile<S> v,
+                                         SharedTile<S> c, int depth) {
   add_scores(at.dp, d_o, first_row, v, depth);
   if constexpr (Second) add_scores(at.e, d_o, first_row, c, depth);
 }

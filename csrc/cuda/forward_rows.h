@@ -72,8 +72,7 @@ struct ForwardRows {
       s.each([&](T& value, int, int, int slot, int, int e) { value = exponential(value - shift.x[slot][e / 2]); });
       const Rows<T> sums = s.row_sums();
       METATTN_EACH_LANE(slot, lane)
-        METATTN_UNROLL(int h = 0; h < 2; ++h)
-          total.x[slot][h] = total.x[slot][h] * decay.x[slot][h] + sums.x[slot][h];
+        METATTN_UNROLL(int h = 0; h < 2; ++h) total.x[slot][h] = total.x[slot][h] * decay.x[slot][h] + sums.x[slot][h];
       if (Full && p.rng != nullptr) apply_dropout(p, kept, s);
       acc.each([&](T& value, int, int, int slot, int, int e) { value *= decay.x[slot][e / 2]; });
       if constexpr (kRounds<S>) {
@@ -112,7 +111,7 @@ struct ForwardRows {
     });
     const int64_t mine = row0 + warp_row;
     store_rows_in_two<S>(p.out_o, p.out_o_lo, offset_of(p.out_o, place.seq, place.head, place.s.q0),
-                      offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
+                         offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
     if (block.chunk() != 0) return;
     METATTN_EACH_LANE(slot, lane)
       METATTN_UNROLL(int h = 0; h < 2; ++h) {

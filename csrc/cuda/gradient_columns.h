@@ -44,8 +44,7 @@ struct GradientColumns {
     const int64_t key0 = block.index() % blocks * rows;
     if (key0 >= place.s.m) return;
     const auto own = [&](SharedTile<S> tile, const View& view, int64_t width) {
-      start_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m,
-                 width);
+      start_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m, width);
     };
     own(k, p.k, p.d);
     own(b, p.t_k, p.d);
@@ -116,9 +115,9 @@ struct GradientColumns {
     aside.settle(4 * Columns, grad_v, same);
     const int64_t mine = key0 + warp_row;
     store_rows<S>(p.grad_k, offset_of(p.grad_k, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.d,
-               static_cast<T>(p.scale), grad_k);
+                  static_cast<T>(p.scale), grad_k);
     store_rows<S>(p.grad_v, offset_of(p.grad_v, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.dv, T{1},
-               grad_v);
+                  grad_v);
   }
 };
 

@@ -90,7 +90,7 @@ struct GradientRows {
       }
     }
     store_rows<S>(p.grad_q, offset_of(p.grad_q, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.d,
-               static_cast<T>(p.scale), acc);
+                  static_cast<T>(p.scale), acc);
   }
 
   // Σ dS·(distance − the nearest) of each row; where weights are not rounded, of P too, and what dS and P sum to.
@@ -140,7 +140,8 @@ struct GradientRows {
   };
   // Each row's −Σ dS·distance. Where weights are not rounded, what dS lacks of its known sum, by an error of D or
   // Dt, is spread over the keys as P is.
-  METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine, const Distances& far) const {
+  METATTN_DEVICE void store_shares(const Params& p, const Place& place, int warp_row, int64_t mine,
+                                   const Distances& far) const {
     Rows<T> sums = Rows<T>::filled(0);
     add_known_sums(p, place, known, warp_row, mine, Second, sums);
     METATTN_EACH_LANE(slot, lane)
@@ -163,8 +164,7 @@ struct GradientRows {
     ds.each([&](T& value, int r, int c, int, int, int) {
       if (row0 + r < place.s.n && key0 + c < place.s.m)
         store<T>(p.grad_bias_out,
-                 offset_of(p.grad_bias_out, place.seq, place.head, row0 + r) + (key0 + c) * p.grad_bias_out.stride[3],
-                 value);
+                 offset_of(p.grad_bias_out, place.seq, place.head, row0 + r) + (key0 + c) * p.grad_bias_out.stride[3], value);
     });
   }
 };

@@ -73,12 +73,13 @@ struct JvpRows {
           METATTN_UNROLL(int h = 0; h < 2; ++h) {
             const int r = warp_row + lane / 4 + 8 * h;
             if (!known.idle(r))
-              excess.x[slot][h] += sink_probability(p, place, known.reference[r], known.log_total[r]) * (sigma - base.x[slot][h]);
+              excess.x[slot][h] +=
+                  sink_probability(p, place, known.reference[r], known.log_total[r]) * (sigma - base.x[slot][h]);
           }
       }
       const bool lossy = finish(p, place, mine, warp_row, first, excess, acc);
       store_rows_in_two<S>(p.out_o, p.out_o_lo, offset_of(p.out_o, place.seq, place.head, place.s.q0),
-                        offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
+                           offset_of(p.out_o_lo, place.seq, place.head, place.s.q0), mine, place.s.n, first, p.dv, acc);
       METATTN_EACH_LANE(slot, lane)
         METATTN_UNROLL(int h = 0; h < 2; ++h) {
           const int r = lane / 4 + 8 * h;
@@ -92,9 +93,9 @@ struct JvpRows {
     }
   }
 
-  METATTN_DEVICE void visit(const Params& p, Block& block, const Place& place, const KeyTiles<S, kTiles>& at,
-                            int64_t row0, int64_t key0, bool unclean, bool has_scores, int first, Rows<T>& base,
-                            Rows<T>& based, Rows<T>& excess, Fragment<T, Columns>& acc) const {
+  METATTN_DEVICE void visit(const Params& p, Block& block, const Place& place, const KeyTiles<S, kTiles>& at, int64_t row0,
+                            int64_t key0, bool unclean, bool has_scores, int first, Rows<T>& base, Rows<T>& based,
+                            Rows<T>& excess, Fragment<T, Columns>& acc) const {
     const int warp_row = kWarpRows * block.warp();
     const Window<false> window{p, place, row0 + warp_row, key0, reach_of(p, place.s)};
     Fragment<T, kTiles> s, bend, t;
@@ -113,9 +114,7 @@ struct JvpRows {
       t.x[slot][tile][e] = score == -kInfinity<T> ? 0 : tangent;
     });
     if (kRounds<S> && has_scores && may_be_first(p, block, place, row0, key0)) find_base(s, t, base, based);
-    t.each([&](T& value, int, int, int slot, int tile, int e) {
-      value = s.x[slot][tile][e] * (value - base.x[slot][e / 2]);
-    });
+    t.each([&](T& value, int, int, int slot, int tile, int e) { value = s.x[slot][tile][e] * (value - base.x[slot][e / 2]); });
     if (has_scores) {
       const Rows<T> sums = t.row_sums();
       METATTN_EACH_LANE(slot, lane)
@@ -130,8 +129,7 @@ struct JvpRows {
   }
 
   // Whether some row of the block may meet its first keys here.
-  static METATTN_DEVICE bool may_be_first(const Params& p, const Block& block, const Place& place, int64_t row0,
-                                          int64_t key0) {
+  static METATTN_DEVICE bool may_be_first(const Params& p, const Block& block, const Place& place, int64_t row0, int64_t key0) {
     const int64_t last = smaller(row0 + kWarpRows * block.warps(), place.s.n) - 1;
     return p.mask || p.bias || key0 <= attended_keys(p, place.s, last).lo;
   }
@@ -151,15 +149,15 @@ struct JvpRows {
   }
 
   // Ot of each row in acc, 0 where nothing is attended. Whether too many digits were lost.
-  METATTN_DEVICE bool finish(const Params& p, const Place& place, int64_t mine, int warp_row, int first,
-                             const Rows<T>& excess, Fragment<T, Columns>& acc) const {
+  METATTN_DEVICE bool finish(const Params& p, const Place& place, int64_t mine, int warp_row, int first, const Rows<T>& excess,
+                             Fragment<T, Columns>& acc) const {
     Fragment<T, Columns> terms;
     acc.each([&](T& value, int r, int c, int slot, int t, int e) {
       T term = 0;
       const int64_t i = place.s.q0 + mine + r;
       if (mine + r < place.s.n && first + c < p.dv && !known.idle(warp_row + r)) {
         const T o = in_two<S, T>(p.o, p.o_lo, offset_of(p.o, place.seq, place.head, i) + (first + c) * p.o.stride[3],
-                              offset_of(p.o_lo, place.seq, place.head, i) + (first + c) * p.o_lo.stride[3]);
+                                 offset_of(p.o_lo, place.seq, place.head, i) + (first + c) * p.o_lo.stride[3]);
         term = excess.x[slot][e / 2] * o;
         value -= term;
       } else {

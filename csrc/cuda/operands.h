@@ -51,8 +51,8 @@ struct KeyTiles {
   // Begins to copy the keys [key0, …) of [range.lo, range.hi).
   METATTN_DEVICE void start(Block& block, const Params& p, const Place& place, Range range, int64_t key0) const {
     const auto one = [&](SharedTile<S> tile, const View& view, int64_t width) {
-      start_tile(block, tile, 8 * Tiles, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, range.lo,
-                 range.hi, width);
+      start_tile(block, tile, 8 * Tiles, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, range.lo, range.hi,
+                 width);
     };
     one(k, p.k, p.d);
     one(b, p.t_k, p.d);
@@ -102,17 +102,14 @@ template <class S>
 struct QueryTiles {
   SharedTile<S> q, a, d_o;
 
-  static METATTN_HD QueryTiles take(Pieces& pieces, const Params& p, int rows, int ld, bool with_d_o,
-                                        bool tangents) {
+  static METATTN_HD QueryTiles take(Pieces& pieces, const Params& p, int rows, int ld, bool with_d_o, bool tangents) {
     QueryTiles tiles;
     tiles.q = pieces.tile<S>(true, rows, ld);
     tiles.a = pieces.tile<S>(tangents && p.t_q, rows, ld);
     tiles.d_o = pieces.tile<S>(with_d_o && p.d_o, rows, ld);
     return tiles;
   }
-  METATTN_DEVICE QueryTiles from(int64_t elements) const {
-    return {q.from(elements), a.from(elements), d_o.from(elements)};
-  }
+  METATTN_DEVICE QueryTiles from(int64_t elements) const { return {q.from(elements), a.from(elements), d_o.from(elements)}; }
   // Begins to copy rows [row0, row0 + rows).
   METATTN_DEVICE void start(Block& block, const Params& p, const Place& place, int64_t row0, int rows) const {
     const auto one = [&](SharedTile<S> tile, const View& view, int64_t width) {

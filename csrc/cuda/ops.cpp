@@ -159,8 +159,7 @@ Tensor set_bias_parts(MapCall& call, Tensor& grad_bias) {
 Gradients run_gradients(Map map, MapCall& call, int64_t needs, bool tf32) {
   Params& p = call.p;
   Gradients made = new_gradients(call, needs);
-  const Tensor statistics =
-      empty(call.inputs.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, call.compute_type());
+  const Tensor statistics = empty(call.inputs.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, call.compute_type());
   p.statistics = statistics.data();
   p.statistics_stride[2] = call.rows;
   p.statistics_stride[1] = call.packed ? 0 : p.heads * call.rows;
@@ -262,9 +261,7 @@ STABLE_TORCH_LIBRARY_IMPL(metattn_bare, CUDA, library) { METATTN_IMPLEMENT_OPERA
 extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(int64_t bytes) {
   emulated_shared_memory = static_cast<size_t>(bytes);
 }
-extern "C" __attribute__((visibility("default"))) void metattn_emulate_from_80(int yes) {
-  emulated_from_80 = yes != 0;
-}
+extern "C" __attribute__((visibility("default"))) void metattn_emulate_from_80(int yes) { emulated_from_80 = yes != 0; }
 STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
 STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
 STABLE_TORCH_LIBRARY(metattn_emulated_bare, library) { METATTN_DEFINE_OPERATORS(library); }

@@ -33,9 +33,7 @@ constexpr bool kCompiled = kTensorCores<S> || (!kIsTf32<S> && (Full || sizeof(S)
 #endif
 
 #ifdef __CUDACC__
-static METATTN_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+static METATTN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 static METATTN_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -64,9 +62,11 @@ static METATTN_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b0));
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 static METATTN_DEVICE uint32_t tf32_bits(float x) { return __float_as_uint(to_tf32(x)); }
@@ -180,7 +180,7 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     const int lane = lane_of(0);
     const S* b_row = b.row(2 * (lane % 4)) + first + lane / 4;
     METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
-      const float(&w)[4] = weights.x[0][t];
+      const float (&w)[4] = weights.x[0][t];
       const uint32_t rows[4] = {tf32_bits(w[0]), tf32_bits(w[2]), tf32_bits(w[1]), tf32_bits(w[3])};
       const S* columns = b_row + 8 * t * b.ld;
       METATTN_UNROLL(int c = 0; c < Columns; ++c)
@@ -193,8 +193,8 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     const int lane = lane_of(0);
     const S* b_row = b.row(lane % 16) + first + lane / 16 * 8;
     METATTN_UNROLL(int t = 0; t < Tiles; t += 2) {
-      const float(&w)[4] = weights.x[0][t];
-      const float(&u)[4] = weights.x[0][t + 1];
+      const float (&w)[4] = weights.x[0][t];
+      const float (&u)[4] = weights.x[0][t + 1];
       const uint32_t rows[4] = {pair<S>(w[0], w[1]), pair<S>(w[2], w[3]), pair<S>(u[0], u[1]), pair<S>(u[2], u[3])};
       const uint32_t lost[4] = {lost_pair<S>(w[0], w[1]), lost_pair<S>(w[2], w[3]), lost_pair<S>(u[0], u[1]),
                                 lost_pair<S>(u[2], u[3])};

@@ -71,7 +71,9 @@ static METATTN_DEVICE void copy16(void* to, const void* from) {
 }
 
 template <class S>
-static METATTN_DEVICE bool strange(S x) { return !is_finite(widened<Compute<S>>(x)); }
+static METATTN_DEVICE bool strange(S x) {
+  return !is_finite(widened<Compute<S>>(x));
+}
 
 // f(r, c) for the pieces of sixteen bytes, at (row, column), that this thread has of a tile's rows: it may look at what
 // it has copied there itself before others may.
@@ -92,8 +94,8 @@ static METATTN_DEVICE void each_piece(const Block& block, SharedTile<S> tile, in
 // Begins to copy rows [first, first + rows) of a (sequence, head) into a tile: zeros outside [lo, hi), and past the
 // width. What does not lie in pieces of sixteen bytes is copied at once. Not inlined: kernels have up to nine of these.
 template <class S>
-static METATTN_CALLED void start_tile(Block& block, SharedTile<S> tile, int rows, const View& view, int64_t base,
-                                      int64_t first, int64_t lo, int64_t hi, int64_t width) {
+static METATTN_CALLED void start_tile(Block& block, SharedTile<S> tile, int rows, const View& view, int64_t base, int64_t first,
+                                      int64_t lo, int64_t hi, int64_t width) {
   if (!tile) return;
   constexpr int kVector = 16 / sizeof(S);
   const S* data = reinterpret_cast<const S*>(view.data) + base;
@@ -163,12 +165,9 @@ template <class T>
 struct Statistics {
   T *reference, *log_total, *d, *tau, *dt;
   static METATTN_HD Statistics take(Pieces& pieces, int rows) {
-    return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows),
-            pieces.take<T>(rows)};
+    return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows)};
   }
-  METATTN_DEVICE Statistics from(int row) const {
-    return {reference + row, log_total + row, d + row, tau + row, dt + row};
-  }
+  METATTN_DEVICE Statistics from(int row) const { return {reference + row, log_total + row, d + row, tau + row, dt + row}; }
   METATTN_DEVICE bool idle(int r) const { return reference[r] == kInfinity<T>; }
 };
 
@@ -281,8 +280,8 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
 
 // Begins to copy what a row pass told of rows [first, first + rows); rows that are not there attend to nothing.
 template <class T>
-static METATTN_DEVICE void start_statistics(Block& block, const Params& p, const Place& place,
-                                            const Statistics<T>& known, int64_t first, int rows) {
+static METATTN_DEVICE void start_statistics(Block& block, const Params& p, const Place& place, const Statistics<T>& known,
+                                            int64_t first, int rows) {
   for (int r = block.worker(); r < rows; r += block.workers()) {
     const int64_t i = first + r;
     const bool there = i < place.s.n;
@@ -348,8 +347,7 @@ static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<
         x += bias;
       }
       if (p.slopes) x -= product(slope, static_cast<T>(alibi_distance(place.s, i, j)));
-      if (p.mask && keep)
-        keep = p.mask.data[offset_of(p.mask, place.seq, place.head, i) + j * p.mask.stride[3]] != 0;
+      if (p.mask && keep) keep = p.mask.data[offset_of(p.mask, place.seq, place.head, i) + j * p.mask.stride[3]] != 0;
     }
     value = keep ? x : -kInfinity<T>;
   });
@@ -399,8 +397,8 @@ static METATTN_DEVICE DropoutBits<Tiles> dropout(const Window<Turned>& window) {
 template <bool Turned, class T>
 static METATTN_DEVICE T bias_tangent(const Window<Turned>& window, int r, int c) {
   const View& view = window.p.t_bias;
-  return load<T>(view, offset_of(view, window.place.seq, window.place.head, window.query(r, c)) +
-                           window.key(r, c) * view.stride[3]);
+  return load<T>(view,
+                 offset_of(view, window.place.seq, window.place.head, window.query(r, c)) + window.key(r, c) * view.stride[3]);
 }
 
 // ---- keys that nobody may see ----
@@ -434,8 +432,8 @@ static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Frag
 
 // Stores factor·acc of a warp's rows: columns [first, …) of rows row0 on, up to row `end`.
 template <class S, class T, int Columns>
-static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t row0, int64_t end, int64_t first,
-                                      int64_t width, T factor, Fragment<T, Columns>& acc) {
+static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t row0, int64_t end, int64_t first, int64_t width,
+                                      T factor, Fragment<T, Columns>& acc) {
   if (!view) return;
   S* out = reinterpret_cast<S*>(view.data) + base;
   acc.each([&](T& value, int r, int c, int, int, int) {
@@ -446,9 +444,8 @@ static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t ro
 
 // The same, and what rounding lost.
 template <class S, class T, int Columns>
-static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, int64_t base, int64_t low_base,
-                                             int64_t row0, int64_t end, int64_t first, int64_t width,
-                                             Fragment<T, Columns>& acc) {
+static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, int64_t base, int64_t low_base, int64_t row0,
+                                             int64_t end, int64_t first, int64_t width, Fragment<T, Columns>& acc) {
   S* out = reinterpret_cast<S*>(high.data) + base;
   BFloat16* lost = reinterpret_cast<BFloat16*>(low.data) + low_base;
   acc.each([&](T& value, int r, int c, int, int, int) {
@@ -458,8 +455,7 @@ static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, 
     if (sizeof(S) >= 4 || !low) return;
     // where float16 overflowed, low (bfloat16) is the value itself
     const T wide = widened<T>(kept);
-    lost[(row0 + r) * low.stride[2] + (first + c) * low.stride[3]] =
-        narrowed<BFloat16>(value - (is_finite(wide) ? wide : 0));
+    lost[(row0 + r) * low.stride[2] + (first + c) * low.stride[3]] = narrowed<BFloat16>(value - (is_finite(wide) ? wide : 0));
   });
 }
 
