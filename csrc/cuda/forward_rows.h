@@ -37,7 +37,7 @@ struct ForwardRows {
     Rows<T> top = Rows<T>::filled(sink), total = Rows<T>::filled(sink == -kInfinity<T> ? 0 : 1);
     // of the weights that dropout leaves, and of these as they are multiplied
     Rows<T> kept_total = Rows<T>::filled(0), multiplied_total = Rows<T>::filled(0);
-    const bool twice = p.twice || wants_exact_d(p);
+    const bool twice = p.twice || (Full && wants_exact_d(p));
     Aside<T> aside = Aside<T>::template of<kSums>(p, block);
     Rows<T> top_aside = Rows<T>::filled(-kInfinity<T>);  // from which what lies aside is counted
     const auto decay_aside = [&] {
