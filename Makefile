@@ -46,6 +46,8 @@ test: build
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
+		$(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(PY) -m mypy
 
 bench: build

@@ -64,7 +64,7 @@ View strided(const Tensor& x, DType dtype, bool broadcast, bool packed) {
 }
 
 // What every operator is given first.
-struct Problem {
+struct Inputs {
   Tensor q, k, v, bias, sinks, slopes, mask, rng, cu_q, cu_k;
   int64_t max_q = 0, max_k = 0;
   double scale = 1, softcap = 0;
@@ -72,35 +72,35 @@ struct Problem {
   double dropout_p = 0;
   bool plain = false;  // without options, and nothing is rounded
 };
-#define METATTN_PROBLEM_SCHEMA                                                                                  \
+#define METATTN_INPUTS_SCHEMA                                                                                   \
   "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? slopes, Tensor? mask, Tensor? rng, "      \
   "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, float softcap, int causal, int window_left, " \
   "int window_right, float dropout_p"
 #define METATTN_PLAIN_SCHEMA "Tensor q, Tensor k, Tensor v, float scale, int causal"
-Problem take_problem(Arguments& in) {
-  Problem given;
-  given.plain = in.plain();
-  for (Tensor* x : {&given.q, &given.k, &given.v}) *x = in.tensor();
-  for (Tensor* x : {&given.bias, &given.sinks, &given.slopes, &given.mask, &given.rng, &given.cu_q, &given.cu_k})
+Inputs take_inputs(Arguments& in) {
+  Inputs inputs;
+  inputs.plain = in.plain();
+  for (Tensor* x : {&inputs.q, &inputs.k, &inputs.v}) *x = in.tensor();
+  for (Tensor* x : {&inputs.bias, &inputs.sinks, &inputs.slopes, &inputs.mask, &inputs.rng, &inputs.cu_q, &inputs.cu_k})
     *x = in.option();
-  if (!given.plain) {
-    given.max_q = in.integer();
-    given.max_k = in.integer();
+  if (!inputs.plain) {
+    inputs.max_q = in.integer();
+    inputs.max_k = in.integer();
   }
-  given.scale = in.real();
-  if (!given.plain) given.softcap = in.real();
-  given.causal = in.integer();
-  if (!given.plain) {
-    given.window_left = in.integer();
-    given.window_right = in.integer();
-    given.dropout_p = in.real();
+  inputs.scale = in.real();
+  if (!inputs.plain) inputs.softcap = in.real();
+  inputs.causal = in.integer();
+  if (!inputs.plain) {
+    inputs.window_left = in.integer();
+    inputs.window_right = in.integer();
+    inputs.dropout_p = in.real();
   }
-  return given;
+  return inputs;
 }
 
 // One call of a map, being filled in.
-struct Call {
-  const Problem& given;
+struct MapCall {
+  const Inputs& inputs;
   Params p{};
   bool packed = false;
   bool is_double = false;
@@ -140,22 +140,22 @@ struct Call {
   }
   // As q where the width is q's, so that a layout is kept; else contiguous.
   Tensor new_query(int64_t width) const {
-    if (width == p.d) return empty_like(given.q);
-    return empty(given.q, {leading, p.heads, rows, width}, given.q.dtype());
+    if (width == p.d) return empty_like(inputs.q);
+    return empty(inputs.q, {leading, p.heads, rows, width}, inputs.q.dtype());
   }
-  Tensor new_statistic() const { return empty(given.q, {leading, p.heads, rows}, codes.f64); }
-  Tensor new_lse() const { return empty(given.q, {leading, p.heads, rows, 2}, codes.f64); }
+  Tensor new_statistic() const { return empty(inputs.q, {leading, p.heads, rows}, codes.f64); }
+  Tensor new_lse() const { return empty(inputs.q, {leading, p.heads, rows, 2}, codes.f64); }
   int32_t compute_type() const { return is_double ? codes.f64 : codes.f32; }
 };
 
 // Leaves results on an operator's stack, tensors without elements for what there is not; where the next go. A plain call
 // gives none that only options have: o_lo, and the gradients of bias, sinks and slopes.
 template <class Tensors>
-StableIValue* put(StableIValue* stack, const Call& call, Tensors results) {
+StableIValue* put(StableIValue* stack, const MapCall& call, Tensors results) {
   constexpr size_t kAll = std::tuple_size_v<Tensors>, kPlain = kAll == std::tuple_size_v<Results> ? 2 : 3;
-  for (size_t i = 0; i < (call.given.plain ? kPlain : kAll); ++i) {
+  for (size_t i = 0; i < (call.inputs.plain ? kPlain : kAll); ++i) {
     Tensor& result = results[i];
-    if (!result) result = empty(call.given.q, {0}, call.given.q.dtype());
+    if (!result) result = empty(call.inputs.q, {0}, call.inputs.q.dtype());
     *stack++ = torch::stable::detail::from(result.release());
   }
   return stack;
@@ -163,8 +163,7 @@ StableIValue* put(StableIValue* stack, const Call& call, Tensors results) {
 
 // The offsets of packed sequences, checked; `longest` becomes that of the sequences there are.
 const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_t most, int64_t& longest) {
-  STD_TORCH_CHECK(is_here(cu) && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous() &&
-                      cu.dtype() == codes.i32,
+  STD_TORCH_CHECK(is_here(cu) && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous() && cu.dtype() == codes.i32,
                   "metattn: ", name, " must be a contiguous int32 tensor of at least one offset");
   const int32_t* data = reinterpret_cast<const int32_t*>(cu.data());
 #ifdef METATTN_ON_GPU
@@ -184,17 +183,16 @@ const int32_t* offsets(const Tensor& cu, const char* name, int64_t total, int64_
   return data;
 }
 
-Call make_call(const Problem& given) {
+MapCall make_call(const Inputs& inputs) {
 #ifdef METATTN_ON_GPU
-  gpu_of_call = given.q.device_index();
+  gpu_of_call = inputs.q.device_index();
 #endif
-  Call call{given};
+  MapCall call{inputs};
   Params& p = call.p;
   const auto& [q, k, v, bias, sinks, slopes, mask, rng, cu_q, cu_k, max_q, max_k, scale, softcap, causal, window_left,
-               window_right, dropout_p, plain] = given;
+               window_right, dropout_p, plain] = inputs;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "metattn: q, k and v must have 4 dimensions");
-  STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(),
-                  "metattn: q, k and v must have one dtype");
+  STD_TORCH_CHECK(q.dtype() == k.dtype() && q.dtype() == v.dtype(), "metattn: q, k and v must have one dtype");
   const DType dtype = dtype_of(q, "q");
   call.is_double = dtype == DType::f64;
   STD_TORCH_CHECK(!plain || dtype == DType::f64 || dtype == DType::f32, "metattn: a plain call rounds nothing");
@@ -257,8 +255,8 @@ Call make_call(const Problem& given) {
 }
 
 // Allocates o, lse and, for dtypes that o is rounded to, o_lo; or room for their tangents.
-Results new_results(Call& call, bool tangents) {
-  const bool rounded = call.given.q.dtype() != call.compute_type();
+Results new_results(MapCall& call, bool tangents) {
+  const bool rounded = call.inputs.q.dtype() != call.compute_type();
   Tensor o = call.new_query(call.p.dv), lse = tangents ? call.new_statistic() : call.new_lse();
   // bfloat16 for float16 too: where o overflows, o_lo holds it
   Tensor o_lo = rounded ? empty(o, {call.leading, call.p.heads, call.rows, call.p.dv}, codes.bf16) : Tensor();
@@ -270,14 +268,14 @@ Results new_results(Call& call, bool tangents) {
 
 // o, lse and o_lo, or their tangents, as a later map is given them.
 Results take_results(Arguments& in) { return {in.tensor(), in.tensor(), in.option()}; }
-void set_results(Call& call, const Results& results) {
+void set_results(MapCall& call, const Results& results) {
   const auto& [o, lse, o_lo] = results;
   call.p.o = call.query_like(o, "o", call.p.dv);
   call.p.lse = call.lse_like(lse);
   if (o_lo) call.p.o_lo = call.query_like(o_lo, "o_lo", call.p.dv);
 }
 // Without o_t_lo where o is not rounded.
-void set_tangent_results(Call& call, const Results& results, bool rounded) {
+void set_tangent_results(MapCall& call, const Results& results, bool rounded) {
   const auto& [o_t, lse_t, o_t_lo] = results;
   call.p.o_t = call.query_like(o_t, "ot", call.p.dv);
   call.p.lse_t = call.statistic(lse_t, "lt");
@@ -288,7 +286,7 @@ struct Cotangents {
   Tensor o, lse;
 };
 Cotangents take_cotangents(Arguments& in) { return {in.maybe(), in.option()}; }
-void set_cotangents(Call& call, const Cotangents& given) {
+void set_cotangents(MapCall& call, const Cotangents& given) {
   if (given.o) call.p.d_o = call.query_like(given.o, "do", call.p.dv);
   if (given.lse) call.p.d_lse = call.statistic(given.lse, "dlse");
 }
@@ -296,23 +294,21 @@ void set_cotangents(Call& call, const Cotangents& given) {
 struct Tangents {
   Tensor q, k, v, bias, sinks, slopes;
 };
-Tangents take_tangents(Arguments& in) {
-  return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option(), in.option()};
-}
-void set_tangents(Call& call, const Tangents& given) {
+Tangents take_tangents(Arguments& in) { return {in.maybe(), in.maybe(), in.maybe(), in.option(), in.option(), in.option()}; }
+void set_tangents(MapCall& call, const Tangents& given) {
   if (given.q) call.p.t_q = call.query_like(given.q, "tq", call.p.d);
   if (given.k) call.p.t_k = call.key_like(given.k, "tk", call.p.d);
   if (given.v) call.p.t_v = call.key_like(given.v, "tv", call.p.dv);
-  STD_TORCH_CHECK(!given.bias || call.given.bias, "metattn: tbias without a bias");
+  STD_TORCH_CHECK(!given.bias || call.inputs.bias, "metattn: tbias without a bias");
   if (given.bias) call.p.t_bias = call.bias_like(given.bias, "tbias");
-  STD_TORCH_CHECK(!given.sinks || call.given.sinks, "metattn: tsinks without sinks");
+  STD_TORCH_CHECK(!given.sinks || call.inputs.sinks, "metattn: tsinks without sinks");
   if (given.sinks) call.p.t_sinks = call.head_like(given.sinks, "tsinks");
-  STD_TORCH_CHECK(!given.slopes || call.given.slopes, "metattn: tslopes without slopes");
+  STD_TORCH_CHECK(!given.slopes || call.inputs.slopes, "metattn: tslopes without slopes");
   if (given.slopes) call.p.t_slopes = call.head_like(given.slopes, "tslopes");
 }
 
 // Allocates the gradient of what each head has one of.
-Tensor head_gradient(const Call& call, const Tensor& given, const char* name, char*& data, int64_t& batch) {
+Tensor head_gradient(const MapCall& call, const Tensor& given, const char* name, char*& data, int64_t& batch) {
   STD_TORCH_CHECK(bool(given), "metattn: a gradient is asked for of ", name, " that were not given");
   STD_TORCH_CHECK(given.dtype() == call.compute_type(), "metattn: ", name, " must have the compute dtype");
   batch = given.size(0);
@@ -322,28 +318,28 @@ Tensor head_gradient(const Call& call, const Tensor& given, const char* name, ch
 }
 
 // Allocates what is needed of all but the bias' gradient.
-Gradients new_gradients(Call& call, int64_t needs) {
+Gradients new_gradients(MapCall& call, int64_t needs) {
   Params& p = call.p;
-  const Problem& given = call.given;
+  const Inputs& inputs = call.inputs;
   STD_TORCH_CHECK(needs >= 0 && needs < 2 * metattn::kNeedSlopes, "metattn: needs names more gradients than there are");
-  STD_TORCH_CHECK(!(needs & metattn::kNeedBias) || given.bias, "metattn: a bias gradient is asked for without a bias");
+  STD_TORCH_CHECK(!(needs & metattn::kNeedBias) || inputs.bias, "metattn: a bias gradient is asked for without a bias");
   p.needs = needs;
   Gradients made;
   auto& [q, k, v, bias, sinks, slopes] = made;
-  if (needs & metattn::kNeedQ) p.grad_q = call.query_like(q = empty_like(given.q), "dq", p.d);
-  if (needs & metattn::kNeedK) p.grad_k = call.key_like(k = empty_like(given.k), "dk", p.d);
-  if (needs & metattn::kNeedV) p.grad_v = call.key_like(v = empty_like(given.v), "dv", p.dv);
-  if (needs & metattn::kNeedSinks) sinks = head_gradient(call, given.sinks, "sinks", p.grad_sinks, p.sinks_batch);
-  if (needs & metattn::kNeedSlopes) slopes = head_gradient(call, given.slopes, "slopes", p.grad_slopes, p.slopes_batch);
+  if (needs & metattn::kNeedQ) p.grad_q = call.query_like(q = empty_like(inputs.q), "dq", p.d);
+  if (needs & metattn::kNeedK) p.grad_k = call.key_like(k = empty_like(inputs.k), "dk", p.d);
+  if (needs & metattn::kNeedV) p.grad_v = call.key_like(v = empty_like(inputs.v), "dv", p.dv);
+  if (needs & metattn::kNeedSinks) sinks = head_gradient(call, inputs.sinks, "sinks", p.grad_sinks, p.sinks_batch);
+  if (needs & metattn::kNeedSlopes) slopes = head_gradient(call, inputs.slopes, "slopes", p.grad_slopes, p.slopes_batch);
   return made;
 }
 
 // Sizes of the bias, and strides of its gradient as one part of a sum holds it, 0 where the bias is broadcast; how many
 // elements a part has.
-int64_t set_bias_gradient(Call& call) {
+int64_t set_bias_gradient(MapCall& call) {
   int64_t step = 1;
   for (int dim = 3; dim >= 0; --dim) {
-    const int64_t size = call.given.bias.size(dim);
+    const int64_t size = call.inputs.bias.size(dim);
     call.p.bias_size[dim] = size;
     call.p.grad_bias_stride[dim + 1] = size == 1 ? 0 : step;
     step *= size;
@@ -352,32 +348,39 @@ int64_t set_bias_gradient(Call& call) {
 }
 
 // tf32: whether float32 products may be taken in TF32; CPUs have none, and pass over it.
-#define METATTN_TANGENTS_SCHEMA \
-  "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor? tslopes"
-#define METATTN_DEFINE_OPERATORS(library)                                                                              \
-  library.def("forward(" METATTN_PROBLEM_SCHEMA ", *, bool tf32=False) -> (Tensor o, Tensor lse, Tensor o_lo)");       \
-  library.def("vjp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "        \
-              "int needs, *, bool tf32=False) -> "                                                                     \
-              "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks, Tensor dslopes)");                       \
-  library.def("jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, " METATTN_TANGENTS_SCHEMA           \
-              ", *, bool tf32=False) -> (Tensor ot, Tensor lt, Tensor ot_lo)");                                        \
-  library.def("vjp_jvp(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "    \
-              METATTN_TANGENTS_SCHEMA ", Tensor ot, Tensor lt, Tensor? ot_lo, int needs, *, bool tf32=False) -> "      \
-              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)");                        \
-  library.def("double_backward(" METATTN_PROBLEM_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "          \
-              "Tensor? dlse, " METATTN_TANGENTS_SCHEMA ", int needs, *, bool tf32=False) -> (Tensor ot, Tensor lt, "   \
+#define METATTN_TANGENTS_SCHEMA "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tsinks, Tensor? tslopes"
+#define METATTN_DEFINE_OPERATORS(library)                                                                       \
+  library.def("forward(" METATTN_INPUTS_SCHEMA ", *, bool tf32=False) -> (Tensor o, Tensor lse, Tensor o_lo)"); \
+  library.def("vjp(" METATTN_INPUTS_SCHEMA                                                                      \
+              ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, "                               \
+              "int needs, *, bool tf32=False) -> "                                                              \
+              "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks, Tensor dslopes)");                \
+  library.def("jvp(" METATTN_INPUTS_SCHEMA ", Tensor o, Tensor lse, Tensor? o_lo, " METATTN_TANGENTS_SCHEMA     \
+              ", *, bool tf32=False) -> (Tensor ot, Tensor lt, Tensor ot_lo)");                                 \
+  library.def("vjp_jvp(" METATTN_INPUTS_SCHEMA                                                                  \
+              ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, Tensor? dlse, " METATTN_TANGENTS_SCHEMA       \
+              ", Tensor ot, Tensor lt, Tensor? ot_lo, int needs, *, bool tf32=False) -> "                       \
+              "(Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)");                 \
+  library.def("double_backward(" METATTN_INPUTS_SCHEMA                                                          \
+              ", Tensor o, Tensor lse, Tensor? o_lo, Tensor? do_, "                                             \
+              "Tensor? dlse, " METATTN_TANGENTS_SCHEMA                                                          \
+              ", int needs, *, bool tf32=False) -> (Tensor ot, Tensor lt, "                                     \
               "Tensor ot_lo, Tensor dqt, Tensor dkt, Tensor dvt, Tensor dbt, Tensor dst, Tensor dslopest)")
 
 // The same for plain calls, of fewer arguments: to convert one from Python takes a tenth of a microsecond.
-#define METATTN_DEFINE_PLAIN_OPERATORS(library)                                                                        \
-  library.def("plain_forward(" METATTN_PLAIN_SCHEMA ") -> (Tensor o, Tensor lse)");                                    \
-  library.def("plain_vjp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, int needs) -> "                   \
-              "(Tensor dq, Tensor dk, Tensor dv)");                                                                    \
-  library.def("plain_jvp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor tq, Tensor tk, Tensor tv) -> "         \
-              "(Tensor ot, Tensor lt)");                                                                               \
-  library.def("plain_vjp_jvp(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, Tensor tq, Tensor tk, "       \
-              "Tensor tv, Tensor ot, Tensor lt, int needs) -> (Tensor dqt, Tensor dkt, Tensor dvt)");                  \
-  library.def("plain_double_backward(" METATTN_PLAIN_SCHEMA ", Tensor o, Tensor lse, Tensor do_, Tensor tq, "          \
+#define METATTN_DEFINE_PLAIN_OPERATORS(library)                                                       \
+  library.def("plain_forward(" METATTN_PLAIN_SCHEMA ") -> (Tensor o, Tensor lse)");                   \
+  library.def("plain_vjp(" METATTN_PLAIN_SCHEMA                                                       \
+              ", Tensor o, Tensor lse, Tensor do_, int needs) -> "                                    \
+              "(Tensor dq, Tensor dk, Tensor dv)");                                                   \
+  library.def("plain_jvp(" METATTN_PLAIN_SCHEMA                                                       \
+              ", Tensor o, Tensor lse, Tensor tq, Tensor tk, Tensor tv) -> "                          \
+              "(Tensor ot, Tensor lt)");                                                              \
+  library.def("plain_vjp_jvp(" METATTN_PLAIN_SCHEMA                                                   \
+              ", Tensor o, Tensor lse, Tensor do_, Tensor tq, Tensor tk, "                            \
+              "Tensor tv, Tensor ot, Tensor lt, int needs) -> (Tensor dqt, Tensor dkt, Tensor dvt)"); \
+  library.def("plain_double_backward(" METATTN_PLAIN_SCHEMA                                           \
+              ", Tensor o, Tensor lse, Tensor do_, Tensor tq, "                                       \
               "Tensor tk, Tensor tv, int needs) -> (Tensor ot, Tensor lt, Tensor dqt, Tensor dkt, Tensor dvt)")
 
 }  // namespace

@@ -46,8 +46,7 @@ static METATTN_HD Range attended_keys(const Params& p, const Sequence& s, int64_
 enum class Cover { empty, partial, full };
 
 // How position covers the tile rows [row0, row0 + rows) x keys [key0, key0 + keys).
-static METATTN_HD Cover tile_cover(const Params& p, const Sequence& s, int64_t row0, int64_t rows, int64_t key0,
-                                   int64_t keys) {
+static METATTN_HD Cover tile_cover(const Params& p, const Sequence& s, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
   const Range first = attended_keys(p, s, row0), last = attended_keys(p, s, row0 + rows - 1);
   if (key0 + keys <= first.lo || key0 >= last.hi) return Cover::empty;
   return last.lo <= key0 && key0 + keys <= first.hi ? Cover::full : Cover::partial;
@@ -58,6 +57,12 @@ static METATTN_HD int64_t alibi_distance(const Sequence& s, int64_t i, int64_t j
   const int64_t delta = i + s.m - s.n - j;
   return delta < 0 ? -delta : delta;
 }
+
+// What dS, and dSt, sum to over the keys is as small as what a sink leaves of a row's weight. With a cotangent of lse it is a
+// difference of large numbers (docs/math.md, "What all keys share"): it counts as unknown where less than kLeastKnown is
+// left, and distances are counted from 0 where less than half is.
+static METATTN_HD bool is_difference(const Params& p) { return p.sinks && p.d_lse; }
+constexpr double kLeastKnown = 1.0 / 4096, kLeastFar = 0.5;
 
 // The least that position leaves to row i: sums of dS·distance are taken around it, for a row's dS sum to little.
 static METATTN_HD int64_t nearest_distance(const Params& p, const Sequence& s, int64_t i) {

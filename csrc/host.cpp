@@ -30,8 +30,8 @@ py::dict build_info() {
 
 void set_isa(const std::string& name) {
   if (metattn_set_isa(name.c_str()) != 0)
-    throw py::value_error("isa: expected one of " + std::string(metattn_usable_isas()) + " or '' for the best, got '" +
-                          name + "'");
+    throw py::value_error("isa: expected one of " + std::string(metattn_usable_isas()) + " or '' for the best, got '" + name +
+                          "'");
 }
 
 }  // namespace

@@ -31,11 +31,9 @@ void for_each_task(int tasks, void (*run)(void*, int), void* context) {
   });
 }
 
-metattn::Threads threads() {
-  return {forked ? 1 : static_cast<int>(torch::stable::get_num_threads()), for_each_task};
-}
+metattn::Threads threads() { return {forked ? 1 : static_cast<int>(torch::stable::get_num_threads()), for_each_task}; }
 
-void run(metattn::MapName map, Call& call) {
+void run(metattn::MapName map, MapCall& call) {
   const metattn::Outcome outcome = metattn::run_map(map, call.p, call.is_double, threads());
   STD_TORCH_CHECK(outcome != metattn::Outcome::no_memory, "metattn: no memory for a map's scratch");
   STD_TORCH_CHECK(outcome != metattn::Outcome::isa_changed, "metattn: the instruction set was changed during the call");
@@ -46,8 +44,8 @@ void run(metattn::MapName map, Call& call) {
 template <bool plain>
 void forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
-  const Problem problem = take_problem(in);
-  Call call = make_call(problem);
+  const Inputs inputs = take_inputs(in);
+  MapCall call = make_call(inputs);
   Results results = new_results(call, false);
   run(metattn::kForward, call);
   put(stack, call, std::move(results));
@@ -56,10 +54,10 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 template <bool plain>
 void jvp(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Tangents tangents = take_tangents(in);
-  Call call = make_call(problem);
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_tangents(call, tangents);
   Results results = new_results(call, true);
@@ -68,11 +66,11 @@ void jvp(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // Parts of dQ, one for each chunk of keys.
-Tensor set_q_parts(Call& call) {
+Tensor set_q_parts(MapCall& call) {
   Params& p = call.p;
   const std::initializer_list<int64_t> sizes{p.key_chunks, call.leading, p.heads, call.rows, p.d};
   // a short sequence of a packed problem has fewer chunks than the longest: its other parts stay zero
-  Tensor parts = (call.packed ? zeros : empty)(call.given.q, sizes, call.compute_type());
+  Tensor parts = (call.packed ? zeros : empty)(call.inputs.q, sizes, call.compute_type());
   p.grad_q_parts = parts.data();
   p.grad_q_parts_stride[3] = p.d;
   p.grad_q_parts_stride[2] = call.rows * p.d;
@@ -82,9 +80,9 @@ Tensor set_q_parts(Call& call) {
 }
 
 // Parts of dK or dV, one for each part of the rows.
-Tensor set_key_parts(Call& call, char*& data, int64_t width) {
+Tensor set_key_parts(MapCall& call, char*& data, int64_t width) {
   Params& p = call.p;
-  Tensor parts = empty(call.given.k, {p.row_parts, call.leading, p.kv_heads, call.keys, width}, call.compute_type());
+  Tensor parts = empty(call.inputs.k, {p.row_parts, call.leading, p.kv_heads, call.keys, width}, call.compute_type());
   p.key_rows = call.keys;
   data = parts.data();
   return parts;
@@ -94,9 +92,9 @@ Tensor set_key_parts(Call& call, char*& data, int64_t width) {
 constexpr double kFloatTerms = 128;
 
 // Allocates the bias' gradient; the parts that it is the sum of, where it is not made in place.
-Tensor set_bias_parts(Call& call, int64_t elements, Tensor& grad_bias) {
+Tensor set_bias_parts(MapCall& call, int64_t elements, Tensor& grad_bias) {
   Params& p = call.p;
-  const Tensor& bias = call.given.bias;
+  const Tensor& bias = call.inputs.bias;
   const int64_t* sizes = bias.sizes();
   const int64_t chunks = sizes[3] == 1 ? p.key_chunks : 1;
   const int64_t row_parts = p.all_batches || p.all_heads || sizes[2] == 1 ? p.row_parts : 1;
@@ -118,26 +116,26 @@ Tensor set_bias_parts(Call& call, int64_t elements, Tensor& grad_bias) {
 }
 
 // Runs a key sweep for the gradients that are needed.
-Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
+Gradients run_key_sweep(metattn::MapName map, MapCall& call, int64_t needs) {
   Params& p = call.p;
   Gradients made = new_gradients(call, needs);
   Tensor q_parts, k_parts, v_parts, bias_parts, slope_sums;
   int64_t bias_elements = 0;
   if (needs & metattn::kNeedBias) {  // a broadcast bias has one owner for all that it is broadcast over
-    p.all_batches = call.given.bias.size(0) == 1;
-    p.all_heads = call.given.bias.size(1) == 1;
+    p.all_batches = call.inputs.bias.size(0) == 1;
+    p.all_heads = call.inputs.bias.size(1) == 1;
     bias_elements = set_bias_gradient(call);
   }
   metattn::plan_key_sweep(p, map);
   // spans of keys are added up in what has the compute type
-  const bool q_in_place = p.key_chunks == 1 && (p.key_chunk <= metattn::kSpan || call.given.q.dtype() == call.compute_type());
+  const bool q_in_place = p.key_chunks == 1 && (p.key_chunk <= metattn::kSpan || call.inputs.q.dtype() == call.compute_type());
   if (needs & metattn::kNeedQ && !q_in_place) q_parts = set_q_parts(call);
   const bool cuts_rows = p.row_parts > 1 && !p.all_batches && !p.all_heads;
   if (needs & metattn::kNeedK && cuts_rows) k_parts = set_key_parts(call, p.grad_k_parts, p.d);
   if (needs & metattn::kNeedV && cuts_rows) v_parts = set_key_parts(call, p.grad_v_parts, p.dv);
   if (needs & metattn::kNeedBias) bias_parts = set_bias_parts(call, bias_elements, made[3]);
   if (needs & metattn::kNeedSlopes) {
-    slope_sums = zeros(call.given.q, {p.key_chunks * p.row_parts, p.batch, p.heads}, codes.f64);
+    slope_sums = zeros(call.inputs.q, {p.key_chunks * p.row_parts, p.batch, p.heads}, codes.f64);
     p.slope_sums = reinterpret_cast<double*>(slope_sums.data());
   }
   run(map, call);
@@ -147,11 +145,11 @@ Gradients run_key_sweep(metattn::MapName map, Call& call, int64_t needs) {
 template <bool plain>
 void vjp(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
   const int64_t needs = in.integer();
-  Call call = make_call(problem);
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_cotangents(call, cotangents);
   put(stack, call, run_key_sweep(metattn::kVjp, call, needs));
@@ -160,13 +158,13 @@ void vjp(StableIValue* stack, uint64_t, uint64_t) {
 template <bool plain>
 void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
   const Tangents tangents = take_tangents(in);
   const Results given_t = take_results(in);
   const int64_t needs = in.integer();
-  Call call = make_call(problem);
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
@@ -178,17 +176,17 @@ void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
 template <bool plain>
 void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, plain);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
   const Tangents tangents = take_tangents(in);
   const int64_t needs = in.integer();
-  Call call = make_call(problem);
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
   Results results = new_results(call, true);
-  const bool at_once = !problem.sinks && metattn::fits_double_backward(call.p);
+  const bool at_once = !inputs.sinks && metattn::fits_double_backward(call.p);
   if (!at_once) {
     run(metattn::kJvp, call);
     set_tangent_results(call, results, bool(call.p.out_o_lo));
@@ -199,11 +197,11 @@ void double_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-#define METATTN_IMPLEMENT(library, prefix, plain)           \
-  library.impl(prefix "forward", forward<plain>);           \
-  library.impl(prefix "vjp", vjp<plain>);                   \
-  library.impl(prefix "jvp", jvp<plain>);                   \
-  library.impl(prefix "vjp_jvp", vjp_jvp<plain>);           \
+#define METATTN_IMPLEMENT(library, prefix, plain) \
+  library.impl(prefix "forward", forward<plain>); \
+  library.impl(prefix "vjp", vjp<plain>);         \
+  library.impl(prefix "jvp", jvp<plain>);         \
+  library.impl(prefix "vjp_jvp", vjp_jvp<plain>); \
   library.impl(prefix "double_backward", double_backward<plain>)
 
 STABLE_TORCH_LIBRARY(metattn, library) { METATTN_DEFINE_OPERATORS(library); }

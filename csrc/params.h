@@ -71,7 +71,7 @@ struct Params {
   View grad_q, grad_k, grad_v;            // vjp and vjp_jvp
   char* grad_q_parts;                     // compute type [key_chunks, B, Hq, N, d]; null where grad_q is written at once
   int64_t grad_q_parts_stride[4];         // elements; over (chunk, seq, head, row), columns contiguous
-  char *grad_k_parts, *grad_v_parts;      // compute type [row_parts, B, Hkv, M, d or dv], contiguous; null where there is one
+  char *grad_k_parts, *grad_v_parts;      // compute type [row_parts, B, Hkv, M, d or dv], contiguous; null: one part
   int64_t key_rows;                       // M of those, or a packed problem's total
   char* grad_bias;                        // zero-filled; [parts, 1|B, 1|Hq, 1|N, 1|M]
   bool bias_in_double;                    // grad_bias holds float64, else the compute type
@@ -84,15 +84,15 @@ struct Params {
   int64_t sinks_batch;                    // 1 or batch
   char* grad_slopes;                      // likewise
   int64_t slopes_batch;
-  double* slope_sums;                     // key sweeps: [key_chunks·row_parts, B, Hq], zero-filled: Σ dS·distance of each part
+  double* slope_sums;                     // key sweeps: [key_chunks·row_parts, B, Hq], zero-filled: Σ dS·distance
   int64_t needs;
 
   // Plan (cpu/dispatch.cpp): how the work is cut. A unit is what one thread does alone.
   int64_t row_chunk;            // row sweeps: rows of a unit
   int64_t head_chunk;           // and query heads of it, of those that share a key head
   int64_t key_splits;           // forward: into how many the keys of a few rows are split; their sums are left to be added
-  char* split_sums;             // then: compute type [key_splits, B, Hq, N, dv] (or of packed rows), P not divided by its sum,
-  double* split_weights;        // and [key_splits, B, Hq, N, 3]: the reference element, the sum from there, the sum of rounded P
+  char* split_sums;             // then: compute type [key_splits, B, Hq, N, dv] (or of packed rows), not yet divided,
+  double* split_weights;        // and [key_splits, B, Hq, N, 3]: the reference element, P's sum from there and as rounded
   int64_t key_chunk;            // key sweeps: keys of a unit, a multiple of the key block
   int64_t key_chunks;
   int64_t row_parts;            // key sweeps: parts of an owner's row tiles, or of its pairs of batch and key head
@@ -106,9 +106,15 @@ struct Params {
   int64_t bias_parts_stride;    // elements of grad_bias from one part of a sum to the next
   bool own_bias;                // whether the bias is nowhere broadcast: a row pass stores its gradient
   bool twice;                   // weights are multiplied in two parts: few keys average no rounding out
-  char* aside;                  // where warps put long sums aside (aside.h), compute type; null: none is long
+  char* aside;                  // where warps put long sums aside (cuda/aside.h), compute type; null: none is long
   int64_t aside_chunks;         // of each block's results
 };
+
+// Whether scores are bent on their way from products: dR is not dS, and its sums over the keys are unknown.
+static METATTN_HD bool bends(const Params& p) { return p.softcap != 0; }
+// Whether the forward multiplies weights that are rounded in two parts, so that O's D is exact: where scores are bent, what
+// D lacks is hidden, and the gradient of slopes weighs it by distances.
+static METATTN_HD bool wants_exact_d(const Params& p) { return bends(p) || p.slopes; }
 
 enum Statistic : int { kReference, kLogTotal, kD, kTau, kDt, kSinkShare, kSlopeShare, kStatistics };
 

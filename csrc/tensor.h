@@ -70,8 +70,7 @@ constexpr int kMostDimensions = 5;
 
 Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type(), like.device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type(), like.device_index(), &made));
   return Tensor(made);
 }
 

@@ -23,8 +23,8 @@ def sink_probability(call, place, statistics):
 
 @triton.jit
 def beside_sink(call, given, place, statistics):
-    """1 − Ps of each row [*]; 1 where no sink makes what dS or dSt sum to a difference of large numbers."""
-    if (call.sinks is None) | ((given.dlse is None) & (given.sigma is None)):
+    """1 − Ps of each row [*]; 1 where no sink makes what dS and dSt sum to differences of large numbers."""
+    if (call.sinks is None) | (given.dlse is None):
         return tl.zeros_like(statistics.reference) + 1.0
     else:
         left = 1.0 - sink_probability(call, place, statistics)
@@ -99,6 +99,15 @@ def counted(lack, weights, x, hidden):
             return lack - multiplied
         else:
             return lack + (tl.sum(weights, 1) - multiplied)
+
+
+@triton.constexpr_function
+def wants_exact_d(call):
+    """Whether the forward multiplies P in two parts, where it is rounded, so that O's D is exact.
+
+    A softcap hides what D lacks, and the gradient of slopes weighs it by distances.
+    """
+    return call.softcap is not None or call.slopes is not None
 
 
 @triton.jit

@@ -6,6 +6,7 @@ in the same dtype. The thresholds were fixed before anything was measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from helpers import (
     relative_error,
     with_offset,
 )
+from torch import Tensor
 
 from metattn import host
 
@@ -205,6 +207,49 @@ class TestFarKeys:
         call = make_call(("sinks",), Shape(batch=1, heads=2, n=20, m=150, d=16, dv=16), dtype)
         call.inputs["sinks"] += more
         call.inputs["k"] = with_offset(call.inputs["k"], offset)
+        check(call, backend, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        ("of_lse", "of_sinks", "offset"),
+        [(False, False, 30.0), (True, False, 0.0), (False, True, 30.0)],
+        ids=["neither", "dlse", "tsinks"],
+    )
+    def test_which_sums_such_a_sink_leaves_known(
+        self, of_lse: bool, of_sinks: bool, offset: float, dtype: torch.dtype, backend: str
+    ) -> None:
+        """Those of dS and dSt, which cancel what keys share, unless lse has a cotangent."""
+        shape = Shape(batch=1, heads=2, n=20, m=150, d=16, dv=16)
+        call = make_call(("sinks", "alibi", "causal"), shape, dtype)
+        call.inputs["sinks"] += 15.0
+        call.inputs["k"] = with_offset(call.inputs["k"], offset)
+        call.inputs["alibi_slopes"] *= 0.01
+
+        def derivatives(call: Call, function: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+            generator = torch.Generator().manual_seed(1)
+            leaves = {
+                name: x.clone().requires_grad_(name != "sinks" or of_sinks) for name, x in call.inputs.items()
+            }
+            names = [name for name, x in leaves.items() if x.requires_grad]
+            results = function(*leaves.values())[: 2 if of_lse else 1]
+            given = [torch.randn(x.shape, generator=generator).to(dtype).to(x.dtype) for x in results]
+            wanted = [leaves[name] for name in names]
+            first = torch.autograd.grad(results, wanted, given, create_graph=True)
+            tangents = [torch.randn(x.shape, generator=generator).to(dtype).to(x.dtype) for x in first]
+            second = torch.autograd.grad(first, wanted, tangents)
+            found = {f"d{name}": x for name, x in zip(names, first, strict=True)}
+            return found | {f"d2{name}": x for name, x in zip(names, second, strict=True)}
+
+        wide = call.to(torch.float64)
+        ours, baseline = derivatives(call, call.function(backend)), derivatives(call, call.math)
+        check_errors(ours, baseline, derivatives(wide, wide.math), dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_slopes_of_many_keys(self, dtype: torch.dtype, backend: str) -> None:
+        """An error of D is weighed by distances. More rows and keys than all weights are in two parts for."""
+        shape = Shape(batch=1, heads=2, n=130, m=260, d=16, dv=16)
+        call = make_call(("alibi", "causal_bottom_right"), shape, dtype)
+        call.inputs["alibi_slopes"] = call.inputs["alibi_slopes"].float() * 0.1
         check(call, backend, dtype)
 
 

@@ -90,8 +90,7 @@ const Isa kIsas[] = {
     {"avx512", METATTN_MAPS(avx512), {}, nullptr, has_avx512},
 #endif
 #ifdef METATTN_HAS_AVX2
-    {"avx2", METATTN_MAPS(avx2), {}, nullptr,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", METATTN_MAPS(avx2), {}, nullptr, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"baseline", METATTN_MAPS(baseline), {}, nullptr, [] { return true; }},
 };
@@ -268,24 +267,22 @@ struct Range1d {
 // body(begin, end) over [0, count) in steps, on all threads.
 template <class Body>
 void parallel(const Threads& threads, int64_t count, int64_t step, Body body) {
-  Range1d range{[](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body,
-                count, step};
+  Range1d range{[](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body, count,
+                step};
   const int64_t steps = ceil_div(count, step);
-  threads.for_each(static_cast<int>(steps < threads.count ? steps : threads.count),
-                   [](void* context, int) {
-                     Range1d& job = *static_cast<Range1d*>(context);
-                     for (int64_t at; (at = job.next.fetch_add(job.step)) < job.count;)
-                       job.body(job.context, at, at + job.step < job.count ? at + job.step : job.count);
-                   },
-                   &range);
+  threads.for_each(static_cast<int>(steps < threads.count ? steps : threads.count), [](void* context, int) {
+    Range1d& job = *static_cast<Range1d*>(context);
+    for (int64_t at; (at = job.next.fetch_add(job.step)) < job.count;)
+      job.body(job.context, at, at + job.step < job.count ? at + job.step : job.count);
+  }, &range);
 }
 
 void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
   if (p.grad_q_parts != nullptr) {
     const int64_t batch = p.cu_q == nullptr ? p.batch : 1;
     const int64_t rows = p.grad_q_parts_stride[2] / (p.d > 0 ? p.d : 1);
-    const PartSum job{p.grad_q_parts, p.key_chunks, p.grad_q_parts_stride[0], is_double, p.scale, p.grad_q,
-                      {batch, p.heads, rows, p.d}};
+    const PartSum job{p.grad_q_parts, p.key_chunks, p.grad_q_parts_stride[0],   is_double,
+                      p.scale,        p.grad_q,     {batch, p.heads, rows, p.d}};
     parallel(threads, batch * p.heads * rows, 128, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
   }
   const auto sum_key_parts = [&](char* parts, const View& target, int64_t width, double factor) {
@@ -298,7 +295,12 @@ void finish_key_sweep(const Params& p, bool is_double, const Threads& threads) {
   sum_key_parts(p.grad_v_parts, p.grad_v, p.dv, 1);
   if (p.grad_bias_out) {
     const int64_t rows = p.bias_size[0] * p.bias_size[1] * p.bias_size[2];
-    const PartSum job{p.grad_bias, p.grad_bias_parts, rows * p.bias_size[3], is_double || p.bias_in_double, 1.0, p.grad_bias_out,
+    const PartSum job{p.grad_bias,
+                      p.grad_bias_parts,
+                      rows * p.bias_size[3],
+                      is_double || p.bias_in_double,
+                      1.0,
+                      p.grad_bias_out,
                       {p.bias_size[0], p.bias_size[1], p.bias_size[2], p.bias_size[3]}};
     parallel(threads, rows, 16, [&](int64_t begin, int64_t end) { sum_parts(job, begin, end); });
   }
@@ -332,7 +334,8 @@ Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) 
   const bool splits = !key_sweep && p.key_splits > 1;
   const int64_t rows = splits ? p.heads * split_rows(p) * (p.cu_q == nullptr ? p.batch : 1) : 0;
   const size_t weights = sizeof(double) * 3 * rows * p.key_splits;
-  const Memory sums = splits ? allocate((weights + rows * p.key_splits * p.dv * (is_double ? 8 : 4) + 63) / 64 * 64) : Memory(nullptr, std::free);
+  const Memory sums = splits ? allocate((weights + rows * p.key_splits * p.dv * (is_double ? 8 : 4) + 63) / 64 * 64)
+                             : Memory(nullptr, std::free);
   if (splits) {
     if (sums == nullptr) return Outcome::no_memory;
     p.split_weights = reinterpret_cast<double*>(sums.get());
@@ -345,12 +348,10 @@ Outcome run_map(MapName map, Params& p, bool is_double, const Threads& threads) 
     const Scratch scratch(stride, tasks);
     if (scratch.data() == nullptr) return Outcome::no_memory;
     Walk walk{p, kernel, units, scratch.data(), stride};
-    threads.for_each(tasks,
-                     [](void* context, int task) {
-                       const Walk& w = *static_cast<const Walk*>(context);
-                       w.kernel.run_units(w.p, w.scratch + task * w.scratch_stride, next_unit, context);
-                     },
-                     &walk);
+    threads.for_each(tasks, [](void* context, int task) {
+      const Walk& w = *static_cast<const Walk*>(context);
+      w.kernel.run_units(w.p, w.scratch + task * w.scratch_stride, next_unit, context);
+    }, &walk);
   }
   if (key_sweep) finish_key_sweep(p, is_double, threads);
   if (splits) parallel(threads, rows, 16, [&](int64_t begin, int64_t end) { join_splits(p, is_double, begin, end); });

@@ -48,7 +48,7 @@ struct DoubleBackward : SecondOrder<A> {
   }
 
   void select(int64_t block) {
-    T** const pointers[] = {&this->s, &this->tanh_tile, &this->z, &this->d_p, &this->t_r, &this->e, &tangents};
+    T** const pointers[] = {&this->s, &this->bend_tile, &this->z, &this->d_p, &this->t_r, &this->e, &tangents};
     for (T** pointer : pointers)
       if (*pointer != nullptr) *pointer += (block - selected) * tile_size;
     selected = block;
@@ -58,7 +58,7 @@ struct DoubleBackward : SecondOrder<A> {
 
   // ---- a tile: s = P, tangents = T, d_p = dP, e = E ----
 
-  template <bool Capped>
+  template <bool Bent>
   void tile_in_memory(const Tile& tile, int64_t block) {
     this->multiply(tile, block);
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -66,7 +66,7 @@ struct DoubleBackward : SecondOrder<A> {
       const int64_t at = r * kKeys;
       Vec<T> total = {};
       for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
-        const Vec<T> t = rounded(this->template tangent<Capped>(at, j));
+        const Vec<T> t = rounded(this->template tangent<Bent>(at, j));
         store(tangents + at + j, t);
         total += load(this->s + at + j) * t;
       }
@@ -76,7 +76,7 @@ struct DoubleBackward : SecondOrder<A> {
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void rows_in_registers(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     {
-      Scores<T, Rows, Vectors> weight, tangent;
+      RegisterTile<T, Rows, Vectors> weight, tangent;
       this->weights_and_tangents(tile, block, r, j, weight, tangent);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -86,7 +86,7 @@ struct DoubleBackward : SecondOrder<A> {
       }
     }
     if (!this->gains) return;
-    Scores<T, Rows, Vectors> gain{}, gain_t{};
+    RegisterTile<T, Rows, Vectors> gain{}, gain_t{};
     multiply_into(gain, this->d_o, r, this->v, block, j);
     if (this->c) multiply_into(gain_t, this->d_o, r, this->c, block, j);
 #pragma GCC unroll 4
@@ -119,36 +119,35 @@ struct DoubleBackward : SecondOrder<A> {
     Vec<T> total = {};
     for (int64_t i = 0; i < seen; ++i)
       for (int64_t at = place(i, r), j = 0; j < tiles[i].cols; j += kLanes<T>)
-        total += load(this->s + at + j) *
-                 ((load(tangents + at + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
+        total += load(this->s + at + j) * ((load(tangents + at + j) - row_tau) * this->d_p_kept(at, j) + this->e_kept(at, j));
     return sum<T>(total);
   }
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_row(int64_t r) {
     const T row_tau = static_cast<T>(tau[r]);
     for (int64_t i = 0; i < seen; ++i) {
       for (int64_t at = place(i, r), j = 0; j < tiles[i].cols; j += kLanes<T>) {
         const Vec<T> weight_kept = load(this->s + at + j) * this->kept(at, j);
-        this->template differentiate<Capped>(at, j, load(tangents + at + j) - row_tau, this->D[r], Dt[r]);
+        this->template differentiate<Bent>(at, j, load(tangents + at + j) - row_tau, this->D[r], Dt[r]);
         store(this->e + at + j, weight_kept);
       }
       if (this->results.want_scores) this->results.add_scores(tiles[i], r, this->d_s_t);
     }
   }
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_rows(int64_t rows) {
     for (int64_t r0 = 0; r0 < rows; r0 += kRowsTogether) {
       const int64_t end = smaller(rows, r0 + kRowsTogether);
       for (int64_t r = r0; r < end; ++r) tau[r] = this->lse.dead[r] ? 0 : tau_around(r);
       for (int64_t r = r0; r < end; ++r) Dt[r] = this->lse.dead[r] ? 0 : dt_of(r);
-      for (int64_t r = r0; r < end; ++r) differentiate_row<Capped>(r);
+      for (int64_t r = r0; r < end; ++r) differentiate_row<Bent>(r);
     }
   }
   // The same of rows that have all their keys in registers.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void all_in_registers(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     {
-      Scores<T, Rows, Vectors> weight, tangent;
+      RegisterTile<T, Rows, Vectors> weight, tangent;
       this->weights_and_tangents(tile, block, r, j, weight, tangent);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -162,7 +161,7 @@ struct DoubleBackward : SecondOrder<A> {
         store_all<T>(tangents + (r + i) * kKeys + j, tangent.at[i]);
       }
     }
-    Scores<T, Rows, Vectors> gain, gain_t;
+    RegisterTile<T, Rows, Vectors> gain, gain_t;
     this->gains_of(block, r, j, gain, gain_t);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
@@ -197,17 +196,13 @@ struct DoubleBackward : SecondOrder<A> {
           else rows_in_registers<Rows, Vectors>(tile, block, r, j);
         });
     }
-    if (this->p.softcap != 0) tile_in_memory<true>(tile, block);
-    else tile_in_memory<false>(tile, block);
+    for_bends(this->p, [&]<bool Bent>() { tile_in_memory<Bent>(tile, block); });
   }
   bool all_at_once() const { return this->in_registers && this->p.m <= PackedKeys<T>::kKeyPanel; }
 
   void end(const Tile& tile, const KeySpan& span, bool visited) {
     const Params& p = this->p;
-    if (!all_at_once()) {
-      if (p.softcap != 0) differentiate_rows<true>(visited ? tile.rows : 0);
-      else differentiate_rows<false>(visited ? tile.rows : 0);
-    }
+    if (!all_at_once()) for_bends(p, [&]<bool Bent>() { differentiate_rows<Bent>(visited ? tile.rows : 0); });
     for (int64_t i = 0; visited && i < seen; ++i) {
       select(first + i);
       // in two parts: Pt cancels what all values share, and a peaked row of few keys averages nothing out
@@ -216,8 +211,7 @@ struct DoubleBackward : SecondOrder<A> {
       if (this->c) this->results.sums.over_keys(tiles[i], this->e, this->c, selected, acc);
       this->add(tiles[i], selected, in_two_parts);
     }
-    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds),
-                           nullptr);
+    this->results.end_rows(tile, span, visited, nullptr, this->known(this->results.sums, this->sums_of_ds), nullptr);
     this->results.sums.finish_over_keys(acc, tile.rows, p.dv);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.s.q0 + tile.row0 + r;

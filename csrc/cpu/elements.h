@@ -51,9 +51,13 @@ static inline To bit_cast(From x) {
 }
 
 template <class T>
-static inline T widen(double x) { return static_cast<T>(x); }
+static inline T widen(double x) {
+  return static_cast<T>(x);
+}
 template <class T>
-static inline T widen(float x) { return static_cast<T>(x); }
+static inline T widen(float x) {
+  return static_cast<T>(x);
+}
 template <class T>
 static inline T widen(BFloat16 x) {
   return static_cast<T>(bit_cast<float>(static_cast<uint32_t>(x.bits) << 16));
@@ -71,7 +75,9 @@ static inline T widen(Float16 x) {
 template <class To>
 struct Narrow {
   template <class T>
-  static To from(T x) { return static_cast<To>(x); }
+  static To from(T x) {
+    return static_cast<To>(x);
+  }
 };
 template <>
 struct Narrow<BFloat16> {
@@ -127,9 +133,7 @@ static inline __m256i narrowed(Vec<float> x) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 }
 // Sixteen bfloat16 as floats.
-static inline Vec<float> widened(__m256i bits) {
-  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-}
+static inline Vec<float> widened(__m256i bits) { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
 
 static inline void store_row(const float* row, int64_t count, float factor, int64_t stride, BFloat16* target) {
   if (stride != 1) return store_row<BFloat16, float>(row, count, factor, stride, target);
@@ -233,6 +237,10 @@ template <class T>
 static inline bool is_finite(T x) {
   return x - x == 0;
 }
+template <class T>
+static inline Vec<T> finite_or_0(Vec<T> x) {
+  return x - x == 0 ? x : Vec<T>{};
+}
 
 template <class T>
 static void store_rounded_row(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count, T factor,
@@ -248,7 +256,7 @@ static void store_rounded_row(const View& high, const View& low, int64_t high_at
         const __m256i bits = narrowed(x);
         const Vec<float> wide = widened(bits);
         _mm256_mask_storeu_epi16(target + c, mask, bits);
-        _mm256_mask_storeu_epi16(rest + c, mask, narrowed(x - (wide - wide == 0 ? wide : Vec<float>{})));
+        _mm256_mask_storeu_epi16(rest + c, mask, narrowed(x - finite_or_0<float>(wide)));
       }
       return;
     }
@@ -263,8 +271,8 @@ static void store_rounded_row(const View& high, const View& low, int64_t high_at
 }
 // Row `row` of an output in its dtype, times a factor, and what rounding lost of it in `low`, where that is kept.
 template <class T>
-static inline void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count,
-                                    T factor, T* row, T* scratch) {
+static inline void store_row_in_two(const View& high, const View& low, int64_t high_at, int64_t low_at, int64_t count, T factor,
+                                    T* row, T* scratch) {
   if (has_rows_of<T>(high)) {  // nothing is lost
     T* const target = reinterpret_cast<T*>(high.data) + high_at;
     for (int64_t c = 0; c < count; c += kLanes<T>) store_first(target + c, count - c, load(row + c) * factor);

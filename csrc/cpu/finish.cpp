@@ -13,19 +13,19 @@ template <class T>
 void sum_parts_of(const PartSum& job, int64_t begin, int64_t end) {
   const int64_t width = job.sizes[3];
   const T* parts = reinterpret_cast<const T*>(job.parts);
-  constexpr int64_t kSpan = 256;
-  T total[kSpan];
+  constexpr int64_t kPiece = 256;
+  T total[kPiece];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t i2 = row % job.sizes[2], i1 = row / job.sizes[2] % job.sizes[1], i0 = row / (job.sizes[2] * job.sizes[1]);
-    for (int64_t c0 = 0; c0 < width; c0 += kSpan) {
-      const int64_t span = smaller(kSpan, width - c0);
+    for (int64_t c0 = 0; c0 < width; c0 += kPiece) {
+      const int64_t piece = smaller(kPiece, width - c0);
       const T* source = parts + row * width + c0;
-      for (int64_t c = 0; c < span; ++c) total[c] = source[c];
+      for (int64_t c = 0; c < piece; ++c) total[c] = source[c];
       for (int64_t part = 1; part < job.count; ++part) {
         source += job.part_stride;
-        for (int64_t c = 0; c < span; ++c) total[c] += source[c];
+        for (int64_t c = 0; c < piece; ++c) total[c] += source[c];
       }
-      store_row(job.target, offset_of(job.target, i0, i1, i2) + c0 * job.target.stride[3], job.target.stride[3], span,
+      store_row(job.target, offset_of(job.target, i0, i1, i2) + c0 * job.target.stride[3], job.target.stride[3], piece,
                 static_cast<T>(job.factor), total);
     }
   }
@@ -33,14 +33,14 @@ void sum_parts_of(const PartSum& job, int64_t begin, int64_t end) {
 
 // Σ (a + a_lo)∘b over a row.
 double dot(const View& a, const View& a_lo, const View& b, int64_t seq, int64_t head, int64_t row, int64_t width) {
-  constexpr int64_t kSpan = 256;
-  double x[kSpan], y[kSpan], low[kSpan], total = 0;
-  for (int64_t c0 = 0; c0 < width; c0 += kSpan) {
-    const int64_t span = smaller(kSpan, width - c0);
-    load_row(b, offset_of(b, seq, head, row) + c0 * b.stride[3], b.stride[3], span, y);
-    load_row(a, offset_of(a, seq, head, row) + c0 * a.stride[3], a.stride[3], span, x);
-    add_low(a_lo, seq, head, row, c0, span, x, low);
-    for (int64_t c = 0; c < span; ++c) total += x[c] * y[c];
+  constexpr int64_t kPiece = 256;
+  double x[kPiece], y[kPiece], low[kPiece], total = 0;
+  for (int64_t c0 = 0; c0 < width; c0 += kPiece) {
+    const int64_t piece = smaller(kPiece, width - c0);
+    load_row(b, offset_of(b, seq, head, row) + c0 * b.stride[3], b.stride[3], piece, y);
+    load_row(a, offset_of(a, seq, head, row) + c0 * a.stride[3], a.stride[3], piece, x);
+    add_low(a_lo, seq, head, row, c0, piece, x, low);
+    for (int64_t c = 0; c < piece; ++c) total += x[c] * y[c];
   }
   return total;
 }

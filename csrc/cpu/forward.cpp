@@ -19,7 +19,7 @@ struct Forward {
   PackedRows<A> q;
   PackedKeys<A> k, v;
   WeightedSums<A> sums;
-  T *s, *tanh_tile, *z;
+  T *s, *bend_tile, *z;
   T* acc;       // [kRows][padded(dv)] unnormalised output
   T* totals;    // [kRows][kLanes] sums of exponentials
   T* added;     // [kRows][kLanes], where weights are rounded, by how much that made them larger
@@ -49,8 +49,8 @@ struct Forward {
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, true, false);
     sums = WeightedSums<A>::take(arena, p, true);
     s = arena.take<T>(kRows * kKeys);
-    tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
-    z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
+    bend_tile = take_bends<T>(arena, p, kRows * kKeys);
+    z = take_dropout<T>(arena, p, kRows * kKeys);
     acc = arena.take<T>(kRows * wide_dv);
     totals = arena.take<T>(kRows * kLanes<T>);
     if (WeightedSums<A>::kRounds) added = arena.take<T>(kRows * kLanes<T>);
@@ -74,7 +74,8 @@ struct Forward {
     q.pack(p, p.q, tile, nullptr, row);
     clear(tile.rows);
     // a split of the keys has no sink: it is added with the sums
-    const T sink = p.sinks && p.key_splits == 1 ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
+    const T sink =
+        p.sinks && p.key_splits == 1 ? load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)) : -kInfinity<T>;
     for (int64_t r = 0; r < tile.rows; ++r) {
       reference[r] = 0;
       limit[r] = -kInfinity<T>;
@@ -121,7 +122,6 @@ struct Forward {
   }
   bool is_done(int64_t slot) const { return waiting[slot].done; }
   void set_done(int64_t slot, bool is) { waiting[slot].done = is; }
-
 
   void refer_to(int64_t r, T element) {
     reference[r] = element;
@@ -171,7 +171,7 @@ struct Forward {
   // Weights of several rows, in registers.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
-    Scores<T, Rows, Vectors> x{};
+    RegisterTile<T, Rows, Vectors> x{};
     multiply_into(x, q, r, k, block, j);
     scale_scores(p, exponents, x);
 #pragma GCC unroll 4
@@ -200,13 +200,12 @@ struct Forward {
   void visit(const Tile& tile, int64_t block) {
     if constexpr (kInRegisters<A>) {
       if (in_registers) {
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          weigh_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { weigh_rows<Rows, Vectors>(tile, block, r, j); });
         return sums.over_keys(tile, s, v, block, acc);
       }
     }
-    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, bend_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     for (int64_t r = 0; r < tile.rows; ++r) {
       T* s_row = s + r * kKeys;

@@ -26,8 +26,8 @@ inline Vec<T> spread(const T* a) {
 }
 
 template <class T, Read Way, int Rows, int Vectors>
-inline void micro_kernel(int64_t k_count, const Operand<T>& a, int64_t row, const T* b, int64_t b_step, T* c,
-                         int64_t c_stride, bool accumulate) {
+inline void micro_kernel(int64_t k_count, const Operand<T>& a, int64_t row, const T* b, int64_t b_step, T* c, int64_t c_stride,
+                         bool accumulate) {
   // every loop over acc is unrolled, or the compiler keeps it in memory
   Vec<T> acc[Rows][Vectors];
   if (accumulate) {
@@ -81,19 +81,17 @@ void last_rows(int64_t rows, int64_t k_count, const Operand<T>& a, int64_t row, 
 template <class T, Read Way, int Vectors>
 void gemm_panel(int64_t m, int64_t k, const Operand<T>& a, const T* b, int64_t b_step, T* c, int64_t c_stride,
                 bool accumulate) {
-  constexpr int kRows = kMicroRows<Vectors>;
+  constexpr int kStep = kMicroRows<Vectors>;
   int64_t row = 0;
-  for (; row + kRows <= m; row += kRows)
-    micro_kernel<T, Way, kRows, Vectors>(k, a, row, b, b_step, c + row * c_stride, c_stride, accumulate);
-  last_rows<T, Way, Vectors, kRows - 1>(m - row, k, a, row, b, b_step, c + row * c_stride, c_stride,
-                                                  accumulate);
+  for (; row + kStep <= m; row += kStep)
+    micro_kernel<T, Way, kStep, Vectors>(k, a, row, b, b_step, c + row * c_stride, c_stride, accumulate);
+  last_rows<T, Way, Vectors, kStep - 1>(m - row, k, a, row, b, b_step, c + row * c_stride, c_stride, accumulate);
 }
 
 }  // namespace
 
 template <Read Way, class T>
-void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Panels<T>& b, T* c, int64_t c_stride,
-          bool accumulate) {
+void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Panels<T>& b, T* c, int64_t c_stride, bool accumulate) {
   const T* panel = b.data;
   for (int64_t col = 0; col < n; col += b.panel, panel += b.stride, c += b.panel) {
     switch (((n - col < b.panel ? n - col : b.panel) + kLanes<T> - 1) / kLanes<T>) {
@@ -105,7 +103,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Panels<T>&
   }
 }
 
-#define METATTN_INSTANTIATE(way, type)                                                                                 \
+#define METATTN_INSTANTIATE(way, type)                                                                                      \
   template void gemm<Read::way, type>(int64_t, int64_t, int64_t, const Operand<type>&, const Panels<type>&, type*, int64_t, \
                                       bool)
 METATTN_INSTANTIATE(kRowMajor, float);

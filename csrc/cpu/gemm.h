@@ -45,7 +45,6 @@ enum class Read { kRowMajor, kTransposed, kTwoAtOnce };
 // C [m, n], rows c_stride apart, columns contiguous; columns up to the next multiple
 // of kLanes are written. Compiled in gemm.cpp alone.
 template <Read Way = Read::kRowMajor, class T>
-void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Panels<T>& b, T* c, int64_t c_stride,
-          bool accumulate);
+void gemm(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Panels<T>& b, T* c, int64_t c_stride, bool accumulate);
 
 }  // namespace metattn::METATTN_ISA

@@ -21,7 +21,7 @@ struct Jvp {
   PackedRows<A> q, a;
   PackedKeys<A> k, b, v, c;
   WeightedSums<A> sums;  // in two parts: Dt = rowsum(dO∘Ot) is to cancel with what is not rounded
-  T *s, *tanh_tile, *z, *t, *scratch_row;
+  T *s, *bend_tile, *z, *t, *scratch_row;
   T* acc;  // [kRows][padded(dv)]
   T base[kRows];        // t
   double excess[kRows];  // τ − t
@@ -57,8 +57,8 @@ struct Jvp {
     c = PackedKeys<A>::take(arena, p.t_v, p.dv, blocks, true, false);
     sums = WeightedSums<A>::take(arena, p).in_two_parts();
     s = arena.take<T>(kRows * kKeys);
-    tanh_tile = p.softcap != 0 ? arena.take<T>(kRows * kKeys) : nullptr;
-    z = p.rng != nullptr ? arena.take<T>(kRows * kKeys) : nullptr;
+    bend_tile = take_bends<T>(arena, p, kRows * kKeys);
+    z = take_dropout<T>(arena, p, kRows * kKeys);
     t = has_scores ? arena.take<T>(kRows * kKeys) : nullptr;
     acc = arena.take<T>(kRows * wide_dv);
     scratch_row = arena.take<T>(wide_dv);
@@ -117,23 +117,20 @@ struct Jvp {
   bool is_done(int64_t slot) const { return waiting[slot].done; }
   void set_done(int64_t slot, bool is) { waiting[slot].done = is; }
   // T of a row, from column j on.
-  template <bool Capped>
+  template <bool Bent>
   Vec<T> tangent_at(int64_t r, int64_t j) const {
     Vec<T> tangent = rounded(load(t + r * kKeys + j) * static_cast<T>(p.scale));
-    if constexpr (Capped) {
-      const Vec<T> u = load(tanh_tile + r * kKeys + j);
-      tangent *= 1 - u * u;
-    }
+    if constexpr (Bent) tangent *= slope_at(bend_tile + r * kKeys + j);
     return moves_addend(p) ? tangent + load(row + j) : tangent;
   }
   // base = the mean of T by the weights of these keys, the first that have any.
-  template <bool Capped>
+  template <bool Bent>
   void find_base(const Tile& tile, int64_t r) {
     Vec<T> total = {}, weights = {};
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
       const Vec<T> weight = load(s + r * kKeys + j);
       weights += weight;
-      total += weight * tangent_at<Capped>(r, j);
+      total += weight * tangent_at<Bent>(r, j);
     }
     const T mean = sum<T>(total) / sum<T>(weights);
     based[r] = sum<T>(weights) > 0;
@@ -141,17 +138,17 @@ struct Jvp {
   }
 
   // t = P∘(T − base)∘Z and s = P∘Z; excess gains Σ P∘(T − base).
-  template <bool Capped>
+  template <bool Bent>
   void weigh_row(const Tile& tile, int64_t r) {
     T *s_row = s + r * kKeys, *t_row = t + r * kKeys;
     Vec<T> total = {};
     lse.probabilities(exponents, tile.cols, r, s_row);
-    if (!based[r]) find_base<Capped>(tile, r);
+    if (!based[r]) find_base<Bent>(tile, r);
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>) {
       const Vec<T> weight = load(s_row + j);
       const Vec<T> keep = z != nullptr ? load(z + r * kKeys + j) : splat<T>(1);
       if (has_scores) {
-        const Vec<T> weighted = weight * (tangent_at<Capped>(r, j) - base[r]);
+        const Vec<T> weighted = weight * (tangent_at<Bent>(r, j) - base[r]);
         total += weighted;
         store(t_row + j, weighted * keep);
       }
@@ -164,7 +161,7 @@ struct Jvp {
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void weigh_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) {
     const T scale = static_cast<T>(p.scale);
-    Scores<T, Rows, Vectors> weight{}, tangent{};
+    RegisterTile<T, Rows, Vectors> weight{}, tangent{};
     multiply_into(weight, q, r, k, block, j);
     scale_scores(p, exponents, weight);
     if (a) multiply_into(tangent, a, r, k, block, j);
@@ -188,24 +185,22 @@ struct Jvp {
   }
   // s, and t, of a tile in memory.
   void weigh_tile(const Tile& tile, int64_t block) {
-    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, bend_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     if (a) multiply_scores(tile, a, k, block, t, false);
     if (b) multiply_scores(tile, q, b, block, t, bool(a));
     if (has_scores && !a && !b) memset(t, 0, sizeof(T) * kRows * kKeys);
     for (int64_t r = 0; r < tile.rows; ++r) {
       if (moves_addend(p)) load_addend_tangent(p, tile, r, s + r * kKeys, row);
-      if (p.softcap != 0) weigh_row<true>(tile, r);
-      else weigh_row<false>(tile, r);
+      for_bends(p, [&]<bool Bent>() { weigh_row<Bent>(tile, r); });
     }
   }
 
   void visit(const Tile& tile, int64_t block) {
     if constexpr (kInRegisters<A>) {
       if (in_registers)
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          weigh_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { weigh_rows<Rows, Vectors>(tile, block, r, j); });
     }
     if (!in_registers) weigh_tile(tile, block);
     if (has_scores) sums.over_keys(tile, t, v, block, acc);
@@ -222,8 +217,7 @@ struct Jvp {
     if (p.sinks) {
       const T sink = load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0));
       const T weight = lse.probability_of(r, sink);
-      const T tangent =
-          p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
+      const T tangent = p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : static_cast<T>(0);
       excess[r] += static_cast<double>(weight * (tangent - base[r]));
     }
     const int64_t i = tile.s.q0 + tile.row0 + r;
@@ -258,8 +252,7 @@ struct Jvp {
       const int64_t i = tile.s.q0 + tile.row0 + r;
       store_row_in_two(p.out_o, p.out_o_lo, offset_of(p.out_o, tile.seq, tile.head, i),
                        offset_of(p.out_o_lo, tile.seq, tile.head, i), p.dv, T{1}, acc + r * wide_dv, row);
-      *double_at(p.out_lse, tile.seq, tile.head, i) =
-          lse.dead[r] ? 0 : static_cast<double>(base[r]) + excess[r];
+      *double_at(p.out_lse, tile.seq, tile.head, i) = lse.dead[r] ? 0 : static_cast<double>(base[r]) + excess[r];
     }
     return false;
   }

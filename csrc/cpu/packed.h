@@ -1,9 +1,8 @@
-// Blocks of rows and of keys as the products want them, and the products themselves, by kind of arithmetic: float and
-// double, all in that type, here; Pairs, whose operands are bfloat16, in packed_pairs.h. The maps know no difference.
+// contract.h for float and double, all in that type.
 #pragma once
 
 #include "gemm.h"
-#include "masks.h"
+#include "key_sums.h"
 
 namespace metattn::METATTN_ISA {
 
@@ -19,13 +18,12 @@ template <class A>
 struct Scope {};
 
 // A block of rows as panels [padded(width) / panel][kRows][panel]: operand A and operand B of a product over rows.
-// `dead` rows (bit set) become zeros, so that what they hold can never leak. T: float or double.
+// T: float or double.
 template <class T>
 struct PackedRows {
   T* data = nullptr;
   int64_t width = 0, wide = 0, panel = 0;
 
-  // summed_over: whether products sum over these rows.
   static PackedRows take(Arena& arena, const View& view, int64_t width, bool /*summed_over*/) {
     const int64_t wide = padded<T>(width);
     return {view ? arena.take<T>(kRows * wide) : nullptr, width, wide, panel_of<T>(width)};
@@ -50,14 +48,12 @@ struct PackedRows {
       for (int64_t c = 0; c < wide; c += panel) memcpy(data + c * kRows + r * panel, row + c, sizeof(T) * panel);
     }
   }
-  // Σ over columns of this row times `other`, a padded plain row.
   T dot(int64_t r, const T* other) const {
     Vec<T> total = {};
     for (int64_t c = 0; c < wide; c += panel)
       for (int64_t i = 0; i < panel; i += kLanes<T>) total += load(data + c * kRows + r * panel + i) * load(other + c + i);
     return sum<T>(total);
   }
-  // The same of a plain row of `width` elements and no more.
   T dot_bare(int64_t r, const T* other) const {
     if (wide == kLanes<T>) return sum<T>(load(data + r * panel) * load_first(other, width));
     Vec<T> total = {};
@@ -105,16 +101,14 @@ struct PackedKeys {
     return {turned + block * kKeys * width, kKeyPanel, width * kKeyPanel, kKeyPanel};
   }
 
-  // Loads keys [first, first + keys) of a sequence into the natural block, and zeros up to the next multiple of kLanes.
-  // Marks keys that hold an infinity or a NaN, and says whether there are any.
+  // Into the natural block, and zeros up to the next multiple of kLanes.
   bool load_keys(const View& view, int64_t seq, int64_t kv_head, int64_t first, int64_t keys, int64_t block, T* row,
                  bool* strange) {
     T* const natural_block = block_at(block);
     if (wide == panel) load_wide_rows(view, offset_of(view, seq, kv_head, first), keys, width, wide, natural_block);
     for (int64_t key = 0; wide != panel && key < keys; ++key) {
       load_wide_row(view, offset_of(view, seq, kv_head, first + key), width, wide, row);
-      for (int64_t c = 0; c < wide; c += panel)
-        memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
+      for (int64_t c = 0; c < wide; c += panel) memcpy(natural_block + c * kKeys + key * panel, row + c, sizeof(T) * panel);
     }
     for (int64_t key = keys; key < round_up(keys, kLanes<T>); ++key) erase(block, key);
     Bits<T> found = {};
@@ -122,14 +116,12 @@ struct PackedKeys {
       for (int64_t i = 0; i < keys * panel; i += kLanes<T>) found |= strange_lanes<T>(load(natural_block + c * kKeys + i));
     if (!any_set(found)) return false;
     for (int64_t key = 0; key < keys; ++key)
-      for (int64_t c = 0; c < wide; c += panel)
-        strange[key] |= !finite_row(natural_block + c * kKeys + key * panel, panel);
+      for (int64_t c = 0; c < wide; c += panel) strange[key] |= !finite_row(natural_block + c * kKeys + key * panel, panel);
     return true;
   }
   void erase(int64_t block, int64_t key) {
     for (int64_t c = 0; c < wide; c += panel) memset(block_at(block) + c * kKeys + key * panel, 0, sizeof(T) * panel);
   }
-  // Makes of what was loaded what is wanted.
   void finish(int64_t block, int64_t keys) {
     if (natural != nullptr && loaded != nullptr) pair_keys(natural_block(block), keys);
     if (turned != nullptr) turn(block, keys);
@@ -174,30 +166,24 @@ static void pack_key_block(const Params& p, int64_t seq, int64_t kv_head, const 
     if (*packed[t]) packed[t]->finish(block, keys);
 }
 
-// C [kRows][kKeys] (+)= rows·keysᵀ of a tile.
 template <class T>
 static void multiply_scores(const Tile& tile, const PackedRows<T>& rows, const PackedKeys<T>& keys, int64_t block, T* c,
                             bool accumulate) {
   gemm(tile.rows, tile.keys, rows.width, rows.rows(), keys.over_features(block), c, kKeys, accumulate);
 }
 
-// Products of a tile of weights [kRows][kKeys], summed over its keys or its rows.
 template <class T>
 struct WeightedSums {
-  // output: the sums are O.
   static WeightedSums take(Arena&, const Params&, bool /*output*/ = false) { return {}; }
   WeightedSums in_two_parts() const { return {}; }
 
-  // Whether weights are rounded, which put may make larger.
   static constexpr bool kRounds = false;
   bool knows_sums() const { return false; }
-  // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones.
   void put(T* weights, int64_t r, int64_t j, Vec<T> weight, Vec<T>& /*added*/) const { store(weights + r * kKeys + j, weight); }
   void over_keys_put(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums) const {
     over_keys(tile, weights, keys, block, sums);
   }
 
-  // sums [kRows][padded(width)] += weights·keys; lacking: of CommonKeys.
   void over_keys(const Tile& tile, const T* weights, const PackedKeys<T>& keys, int64_t block, T* sums,
                  T* /*lacking*/ = nullptr) const {
     const Operand<T> by = row_major(weights, kKeys);
@@ -207,99 +193,29 @@ struct WeightedSums {
     }
     gemm(tile.rows, keys.width, tile.keys, by, keys.over_keys(block), sums, keys.wide, true);
   }
-  // Sums over all keys are in their place.
   static void finish_over_keys(T* sums, int64_t rows, int64_t width) {
     if (!by_twos<T>(width)) return;
     for (int64_t r = 0; r < rows; ++r, sums += kLanes<T>) store(sums, sums_of_twos<T>(load(sums)));
   }
 };
 
-// to += from
 template <class T>
-static inline void add_all(T* to, const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(to + i) + load(from + i));
-}
-
-// Sums of many terms, in whole vectors. A float loses digits of what is added to a long sum: every kSpan terms or so, what was
-// gathered is put aside.
-template <class T>
-struct LongSums {
-  T *data = nullptr, *aside = nullptr;
-  int64_t terms = 0;
-
-  static LongSums take(Arena& arena, bool wanted, int64_t size, int64_t terms) {
-    if (!wanted) return {};
-    T* const data = arena.take<T>(size);
-    return {data, sizeof(T) == sizeof(float) && terms > 2 * kSpan ? arena.take<T>(size) : nullptr};
-  }
-  void clear(int64_t size) {
-    memset(data, 0, sizeof(T) * size);
-    if (aside != nullptr) memset(aside, 0, sizeof(T) * size);
-    terms = 0;
-  }
-  void gained(int64_t more, int64_t size) {
-    if (aside == nullptr || (terms += more) < kSpan) return;
-    add_all(aside, data, size);
-    memset(data, 0, sizeof(T) * size);
-    terms = 0;
-  }
-  void finish(int64_t size) {
-    if (aside != nullptr) add_all(data, aside, size);
-  }
-};
-
-// What sums over keys, whose weights cancel what all keys share, lack where weights are rounded.
-template <class A>
-struct CommonKeys {
-  Compute<A>* lacking = nullptr;
-  static CommonKeys take(Arena&, bool /*wanted*/, const View&, int64_t /*width*/) { return {}; }
-  void begin(const Params&, const View&, const Tile&, const bool* /*dead*/, Compute<A>* /*row*/) {}
-  void finish(int64_t /*rows*/, const Compute<A>* /*known*/, Compute<A>* /*sums*/) const {}
-};
-
-// Sums over rows, for each key of a unit: [blocks][kKeys][padded(width)]; or turned, [blocks][width][kKeys], where that
-// leaves fewer lanes empty.
-template <class T>
-struct KeySums {
-  LongSums<T> sums;
-  int64_t width = 0, wide = 0;
-  bool turned = false;
-
-  // terms: most rows of a sum.
+struct KeySums : SumsOfKeys<T> {
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width, int64_t terms) {
     const int64_t wide = padded<T>(width);
-    return {LongSums<T>::take(arena, wanted, blocks * kKeys * wide, terms), width, wide,
-            wide == panel_of<T>(width) && 4 * width <= 3 * wide};
+    // turned, where that leaves fewer lanes empty
+    const bool turned = wide == panel_of<T>(width) && 4 * width <= 3 * wide;
+    return {{LongSums<T>::take(arena, wanted, blocks * kKeys * wide, terms), width, wide, width, turned}};
   }
-  int64_t size(int64_t keys) const { return turned ? round_up(keys, kKeys) * width : keys * wide; }
-  void clear(int64_t keys) { sums.clear(size(keys)); }
-  void gained(int64_t rows, int64_t keys) { sums.gained(rows, size(keys)); }
-  void finish(int64_t keys) { sums.finish(size(keys)); }
-  // cancel: weights cancel what all rows may share.
   void add(const Tile& tile, const T* weights, const WeightedSums<T>&, const PackedRows<T>& rows, int64_t block,
            bool /*cancel*/) {
     constexpr int64_t kTwo = 2 * kLanes<T>;  // a dozen rows of so many fit the registers
-    if (turned)
-      gemm<Read::kTransposed>(width, tile.keys, tile.rows, rows.turned(), Panels<T>{weights, kTwo, kTwo, kKeys},
-                              sums.data + block * kKeys * width, kKeys, true);
+    if (this->turned)
+      gemm<Read::kTransposed>(this->width, tile.keys, tile.rows, rows.turned(), Panels<T>{weights, kTwo, kTwo, kKeys},
+                              this->of_block(block), kKeys, true);
     else
-      gemm<Read::kTransposed>(tile.keys, width, tile.rows, transposed(weights, kKeys), rows.columns(),
-                              sums.data + block * kKeys * wide, wide, true);
-  }
-  // The sums of kLanes keys, counted from the unit's first, from a multiple of that on: [kLanes][padded(width)], in `rows`
-  // or where they are.
-  const T* of_keys(int64_t first, T* rows) const {
-    if (!turned) return sums.data + first * wide;
-    const T* corner = sums.data + first / kKeys * kKeys * width + first % kKeys;
-    for (int64_t c = 0; c < width; c += kLanes<T>) {
-      Vec<T> square[kLanes<T>];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = c + i < width ? load(corner + (c + i) * kKeys) : Vec<T>{};
-      transpose<T>(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes<T>; ++i) store(rows + i * wide + c, square[i]);
-    }
-    return rows;
+      gemm<Read::kTransposed>(tile.keys, this->width, tile.rows, transposed(weights, kKeys), rows.columns(),
+                              this->of_block(block), this->wide, true);
   }
 };
 

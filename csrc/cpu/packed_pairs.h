@@ -1,4 +1,4 @@
-// packed.h for Pairs: bfloat16 operands, float sums. Scores are exact products of the inputs; weights (probabilities and
+// contract.h for Pairs: bfloat16 operands, float sums. Scores are exact products of the inputs; weights (probabilities and
 // their derivatives) are rounded to bfloat16, or, where few keys would average no rounding out, taken in two parts.
 //
 // Derivatives of scores cancel what keys, or queries, have in common; once rounded they do not. Sums over keys therefore
@@ -31,14 +31,7 @@ static_assert(kRows % kPairDepth == 0 && kKeys % kPairDepth == 0 && kLanes<float
 static inline int64_t tiles_wide(int64_t x) { return round_up(x, kPairTile); }
 static inline int64_t tiles_deep(int64_t x) { return round_up(x, kPairDepth); }
 
-static inline Vec<float> finite_or_0(Vec<float> x) {
-  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(x), infinity, _CMP_LT_OQ), x);
-}
-
-static inline __m256i load_half(const uint16_t* source) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-}
+static inline __m256i load_half(const uint16_t* source) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)); }
 
 // Tiles (pairs.h): where row r of those that hold rows of `deep` elements begins, and element c of it.
 template <class U>
@@ -49,8 +42,7 @@ static inline int64_t in_tiles(int64_t c) { return c / kPairDepth * kTileElement
 
 // A row of bfloat16 as it is, with zeros behind, up to `deep` elements, into tiles; `strange` gathers the infinities and
 // NaN in it.
-static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t deep, uint16_t* row,
-                            __mmask32& strange) {
+static inline void copy_row(const View& view, int64_t offset, int64_t count, int64_t deep, uint16_t* row, __mmask32& strange) {
   const uint16_t* source = reinterpret_cast<const uint16_t*>(view.data) + offset;
   const int64_t stride = view.stride[3];
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
@@ -72,7 +64,8 @@ static inline void add_row(const uint16_t* row, int64_t width, float* total) {
 }
 // A total of so many rows becomes their mean; 0 where it is infinite or NaN: the sums that it is for are too.
 static inline void divide_total(float* total, int64_t width, int64_t rows) {
-  for (int64_t c = 0; c < width; c += kPairTile) store(total + c, finite_or_0(load(total + c) / static_cast<float>(rows)));
+  for (int64_t c = 0; c < width; c += kPairTile)
+    store(total + c, finite_or_0<float>(load(total + c) / static_cast<float>(rows)));
 }
 static inline void zero_row(uint16_t* row, int64_t deep) {
   for (int64_t c = 0; c < deep; c += kPairDepth) memset(row + c * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
@@ -148,7 +141,8 @@ struct PackedRows<Pairs> {
   float dot_bare(int64_t r, const float* other) const {
     const uint16_t* row = tile_row(data, r, deep);
     Vec<float> total = {};
-    for (int64_t c = 0; c < width; c += kPairTile) total += widened(load_half(row + in_tiles(c))) * load_first(other + c, width - c);
+    for (int64_t c = 0; c < width; c += kPairTile)
+      total += widened(load_half(row + in_tiles(c))) * load_first(other + c, width - c);
     return sum<float>(total);
   }
 };
@@ -213,67 +207,7 @@ static inline void multiply_scores(const Tile& tile, const PackedRows<Pairs>& ro
 }
 
 // What sixteen weights lost when they were rounded to these bits (nothing where they overflowed).
-static inline __m512 lost(__m512 x, __m256i bits) { return finite_or_0(x - widened(bits)); }
-
-// Keys share what no derivative of scores depends on: their weights sum to what is known (GradientSweep), but not once they
-// are rounded, nor where D comes of an O whose weights were. What is lacking is the weight of a mean key: of keys that all
-// rows of a block attend to or, where there are few, of the last that each attends to. It depends on no key chunk.
-template <>
-struct CommonKeys<Pairs> {
-  static constexpr int64_t kOfAll = 32, kOfEach = 8;
-  float* means = nullptr;    // [kRows][padded width], or [padded width]
-  float* lacking = nullptr;  // [kRows]
-  int64_t width = 0, wide = 0;
-  bool shared = false;
-
-  static CommonKeys take(Arena& arena, bool wanted, const View& view, int64_t width) {
-    if (!wanted || !view) return {};
-    const int64_t wide = padded<float>(width);
-    return {arena.take<float>(kRows * wide), arena.take<float>(kRows), width, wide, false};
-  }
-  // row: scratch [padded width].
-  void begin(const Params& p, const View& view, const Tile& tile, const bool* dead, float* row) {
-    if (means == nullptr) return;
-    memset(lacking, 0, sizeof(float) * kRows);
-    const int64_t lo = attended_keys(p, tile.s, tile.row0 + tile.rows - 1).lo, hi = attended_keys(p, tile.s, tile.row0).hi;
-    shared = !p.mask && !p.bias && hi - lo >= kOfEach;
-    if (shared) {
-      const int64_t count = smaller(hi - lo, kOfAll);
-      memset(means, 0, sizeof(float) * wide);
-      for (int64_t n = 0; n < count; ++n) add(view, tile, lo + n * (hi - lo) / count, row, means);
-      divide(means, count);
-      return;
-    }
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      float* const mean = means + r * wide;
-      memset(mean, 0, sizeof(float) * wide);
-      const Range range = attended_keys(p, tile.s, tile.row0 + r);
-      int64_t count = 0;
-      for (int64_t j = range.hi - 1; !dead[r] && j >= range.lo && count < kOfEach; --j) {
-        if (!attends<float>(p, tile.s, tile.seq, tile.head, tile.row0 + r, j)) continue;
-        add(view, tile, j, row, mean);
-        ++count;
-      }
-      divide(mean, larger(1, count));
-    }
-  }
-  void add(const View& view, const Tile& tile, int64_t key, float* row, float* total) const {
-    load_wide_row(view, offset_of(view, tile.seq, tile.kv_head, tile.s.k0 + key), width, wide, row);
-    for (int64_t c = 0; c < wide; c += kPairTile) store(total + c, load(total + c) + load(row + c));
-  }
-  void divide(float* total, int64_t count) const {
-    for (int64_t c = 0; c < wide; c += kPairTile) store(total + c, finite_or_0(load(total + c) / static_cast<float>(count)));
-  }
-  // sums [kRows][padded width] += lacking·mean; known [kRows]: what the weights of a row sum to.
-  void finish(int64_t rows, const float* known, float* sums) const {
-    for (int64_t r = 0; means != nullptr && r < rows; ++r) {
-      const float weight = lacking[r] + (known != nullptr ? known[r] : 0);
-      const float* mean = shared ? means : means + r * wide;
-      for (int64_t c = 0; is_finite(weight) && c < wide; c += kPairTile)
-        store(sums + r * wide + c, load(sums + r * wide + c) + weight * load(mean + c));
-    }
-  }
-};
+static inline __m512 lost(__m512 x, __m256i bits) { return finite_or_0<float>(x - widened(bits)); }
 
 // What is done about what weights lose when they are rounded: nothing; their sums, or what those lost, are kept; it is the
 // weights' second part.
@@ -285,12 +219,11 @@ struct WeightedSums<Pairs> {
   uint16_t* rounded = nullptr;  // [kPart] tiles [kRows][kKeys] of weights, or of pairs of rows; and what rounding lost
   float* losses = nullptr;      // [kKeys] what rounding took from the sum of each key's weights
   bool twice = false;           // what rounding lost is multiplied too
-  bool known_sums = true;       // of derivatives of scores over the keys: not where a softcap bends them
+  bool known_sums = true;       // of derivatives of scores over the keys: not where scores are bent
 
   static WeightedSums take(Arena& arena, const Params& p, bool output = false) {
-    // a softcap's D must be exact, for it cannot be told from the sums
-    const bool few = smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples) || (output && p.softcap != 0);
-    return {arena.take<uint16_t>(2 * kPart), arena.take<float>(kKeys), few, p.softcap == 0};
+    const bool few = smaller(p.n, p.m) <= (output ? kFewForOutput : kFewSamples) || (output && wants_exact_d(p));
+    return {arena.take<uint16_t>(2 * kPart), arena.take<float>(kKeys), few, !bends(p)};
   }
   WeightedSums in_two_parts() const { return {rounded, losses, true, known_sums}; }
   bool knows_sums() const { return !twice && known_sums; }
@@ -300,8 +233,8 @@ struct WeightedSums<Pairs> {
   static __m512i placed(__m512i words) {
     if constexpr (!SideBySide) return words;
     // word l of the result: word l / 2 of the first half, or of the second
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, words);
   }
   // Two times sixteen weights as bfloat16, placed.
@@ -374,14 +307,13 @@ struct WeightedSums<Pairs> {
       for (int64_t r = round_up(tile.rows, 2); r < tiles_deep(tile.rows); r += 2)
         for (int part = 0; part <= (how == Rounding::kTwoParts); ++part)
           memset(target + part * kPart + r * kPairTile, 0, sizeof(uint16_t) * kPairDepth);
-      if constexpr (how == Rounding::kLosses) store(losses + j, finite_or_0(low + high));
+      if constexpr (how == Rounding::kLosses) store(losses + j, finite_or_0<float>(low + high));
     }
     return zeros == 0;
   }
 
   static constexpr bool kRounds = true;
-  // Weights from column j of row r on, for over_keys_put; `added` gains by how much they are multiplied as larger ones,
-  // where they are in one part.
+  // `added` gains where weights are in one part.
   void put(float* /*weights*/, int64_t r, int64_t j, Vec<float> weight, Vec<float>& added) const {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
     uint16_t* const target = tile_row(rounded, r, kKeys) + in_tiles(j);
@@ -417,22 +349,17 @@ struct WeightedSums<Pairs> {
   }
 };
 
-// Sums over rows, turned: [blocks][wide width][kKeys].
+// Turned.
 template <>
-struct KeySums<Pairs> {
-  LongSums<float> sums;
-  int64_t width = 0, wide = 0;
-
+struct KeySums<Pairs> : SumsOfKeys<float> {
   static KeySums take(Arena& arena, bool wanted, int64_t blocks, int64_t width, int64_t terms) {
-    return {LongSums<float>::take(arena, wanted, blocks * kKeys * tiles_wide(width), terms), width, padded<float>(width)};
+    const int64_t columns = tiles_wide(width);
+    return {
+        {LongSums<float>::take(arena, wanted, blocks * kKeys * columns, terms), width, padded<float>(width), columns, true}};
   }
-  int64_t size(int64_t keys) const { return round_up(keys, kKeys) * tiles_wide(width); }
-  void clear(int64_t keys) { sums.clear(size(keys)); }
-  void gained(int64_t rows, int64_t keys) { sums.gained(rows, size(keys)); }
-  void finish(int64_t keys) { sums.finish(size(keys)); }
-  void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows,
-           int64_t block, bool cancel) {
-    float* const target = sums.data + block * kKeys * tiles_wide(width);
+  void add(const Tile& tile, const float* weights, const WeightedSums<Pairs>& by, const PackedRows<Pairs>& rows, int64_t block,
+           bool cancel) {
+    float* const target = of_block(block);
     bool twice = by.twice;
     if (!twice && !cancel) by.round_pairs<Rounding::kPlain>(tile, weights);
     if (!twice && cancel) {
@@ -443,20 +370,8 @@ struct KeySums<Pairs> {
     }
     if (twice) by.round_pairs<Rounding::kTwoParts>(tile, weights);
     for (int part = 0; part <= twice; ++part)
-      gemm_pairs(tiles_wide(width), tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows,
+      gemm_pairs(columns, tile.cols, tiles_deep(tile.rows), rows.turned, kPairTile * kRows,
                  by.rounded + part * WeightedSums<Pairs>::kPart, kPairTile * kRows, target, kKeys, true);
-  }
-  const float* of_keys(int64_t first, float* rows) const {
-    const float* corner = sums.data + first / kKeys * kKeys * tiles_wide(width) + first % kKeys;
-    for (int64_t c = 0; c < tiles_wide(width); c += kPairTile) {
-      Vec<float> square[kPairTile];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kPairTile; ++i) square[i] = load(corner + (c + i) * kKeys);
-      transpose<float>(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kPairTile; ++i) store(rows + i * wide + c, square[i]);
-    }
-    return rows;
   }
 };
 

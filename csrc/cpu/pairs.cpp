@@ -57,8 +57,8 @@ inline void tile_block(int64_t k, const uint16_t* a, int64_t a_stride, const uin
 }
 
 template <bool TwoDown>
-inline void tile_rows(int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
-                      float* c, int64_t c_stride, bool accumulate) {
+inline void tile_rows(int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, float* c,
+                      int64_t c_stride, bool accumulate) {
   int64_t col = 0;
   for (; col + 2 * kPairTile <= n; col += 2 * kPairTile, b += 2 * b_stride)
     tile_block<TwoDown, true>(k, a, a_stride, b, b_stride, c + col, c_stride, accumulate);
@@ -66,8 +66,8 @@ inline void tile_rows(int64_t n, int64_t k, const uint16_t* a, int64_t a_stride,
 }
 
 // Two rows of tiles where K is two tiles deep: A stays in registers, and is loaded once.
-inline void tile_rows_resident(int64_t n, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
-                               float* c, int64_t c_stride, bool accumulate) {
+inline void tile_rows_resident(int64_t n, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, float* c,
+                               int64_t c_stride, bool accumulate) {
   const int64_t c_bytes = 4 * c_stride;
   _tile_loadd(4, a, 64);
   _tile_loadd(5, a + a_stride, 64);
@@ -95,8 +95,8 @@ inline void tile_rows_resident(int64_t n, const uint16_t* a, int64_t a_stride, c
 
 }  // namespace
 
-void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b,
-                int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                float* c, int64_t c_stride, bool accumulate) {
   int64_t row = 0;
   for (; row + 2 * kPairTile <= m; row += 2 * kPairTile, a += 2 * a_stride) {
     float* const c_row = c + row * c_stride;
@@ -154,8 +154,8 @@ inline void micro_kernel(int64_t k, const uint16_t* a, const uint16_t* b, int64_
 
 }  // namespace
 
-void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b,
-                int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                float* c, int64_t c_stride, bool accumulate) {
   for (int64_t col = 0; col < n; col += 2 * kPairTile, b += 2 * b_stride) {
     for (int64_t row = 0; row < m; row += kMicroRows) {
       const uint16_t* a_rows = a + row / kPairTile * a_stride + row % kPairTile * kPairDepth;

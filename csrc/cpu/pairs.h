@@ -13,8 +13,8 @@ constexpr int64_t kTileElements = kPairTile * kPairDepth;
 
 // C [m, n] (+)= A [m, k]·B. Tiles along K follow each other; a_stride, b_stride: elements from one row of A's tiles to the
 // next, one column of B's to the next; rows of C are c_stride apart. Compiled in pairs.cpp alone.
-void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b,
-                int64_t b_stride, float* c, int64_t c_stride, bool accumulate);
+void gemm_pairs(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride,
+                float* c, int64_t c_stride, bool accumulate);
 
 // While it lives, this thread may call gemm_pairs. The tiles' shapes are a thread's own, and other libraries' too: they
 // are put back.

@@ -28,19 +28,19 @@ static inline bool fits_registers(const Params& p, const Exponents<T>& exponents
   return kInRegisters<A> && is_narrow(p) && exponents.plain && !p.mask && p.rng == nullptr;
 }
 
-// Scores: rows × vectors of keys.
+// Rows × vectors of keys.
 template <class T, int Rows, int Vectors>
-struct Scores {
+struct RegisterTile {
   Vec<T> at[Rows][Vectors];
 };
 
 // gains += rows [r, r + Rows)·keysᵀ, of keys from column j of a tile on.
 template <class T, int Rows, int Vectors>
-[[gnu::always_inline]] static inline void multiply_into(Scores<T, Rows, Vectors>& gains, const PackedRows<T>& rows,
+[[gnu::always_inline]] static inline void multiply_into(RegisterTile<T, Rows, Vectors>& gains, const PackedRows<T>& rows,
                                                         int64_t r, const PackedKeys<T>& keys, int64_t block, int64_t j) {
   const Panels<T> panels = keys.over_features(block);
   const T* b = panels.data + j / panels.panel * panels.stride;
-  Scores<T, Rows, Vectors> x = gains;
+  RegisterTile<T, Rows, Vectors> x = gains;
   for (int64_t c = 0; c < rows.width; c += rows.panel) {
     const T* a = rows.data + c * kRows + r * rows.panel;
     const int64_t steps = smaller(rows.panel, rows.width - c);
@@ -62,7 +62,7 @@ template <class T, int Rows, int Vectors>
 // Makes products elements, as `scores` does for a tile: rounded, not to become part of another operation.
 template <class T, int Rows, int Vectors>
 [[gnu::always_inline]] static inline void scale_scores(const Params& p, const Exponents<T>& exponents,
-                                                       Scores<T, Rows, Vectors>& x) {
+                                                       RegisterTile<T, Rows, Vectors>& x) {
   if constexpr (Exponents<T>::kFoldsScale) return;
   if (!exponents.scales()) return;
   const T scale = static_cast<T>(p.scale);

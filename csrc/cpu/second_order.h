@@ -30,8 +30,8 @@ struct SecondOrder : GradientSweep<A> {
 
   void pack(int64_t seq, int64_t kv_head, const Sequence& at, int64_t key0, int64_t keys, int64_t block) {
     const Params& p = this->p;
-    pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&this->k, &b, &this->v, &c},
-                         {&p.k, &p.t_k, &p.v, &p.t_v}, this->row);
+    pack_key_block<A, 4>(p, seq, kv_head, at, key0, keys, block, {&this->k, &b, &this->v, &c}, {&p.k, &p.t_k, &p.v, &p.t_v},
+                         this->row);
   }
   void begin(const Tile& tile) {
     GradientSweep<A>::begin(tile);
@@ -53,23 +53,18 @@ struct SecondOrder : GradientSweep<A> {
   }
 
   // Vectors from column j on of the row that begins at `at`. Rounded as jvp rounds: T − τ cancels.
-  Vec<T> e_kept(int64_t at, int64_t j) const {
-    return this->gains && c ? load(e + at + j) * this->kept(at, j) : Vec<T>{};
-  }
+  Vec<T> e_kept(int64_t at, int64_t j) const { return this->gains && c ? load(e + at + j) * this->kept(at, j) : Vec<T>{}; }
   Vec<T> raw_tangent(int64_t at, int64_t j) const { return rounded(load(t_r + at + j) * static_cast<T>(this->p.scale)); }
-  template <bool Capped>
+  template <bool Bent>
   Vec<T> tangent(int64_t at, int64_t j) const {
     Vec<T> t = raw_tangent(at, j);
-    if constexpr (Capped) {
-      const Vec<T> u = load(this->tanh_tile + at + j);
-      t *= 1 - u * u;
-    }
+    if constexpr (Bent) t *= slope_at(this->bend_tile + at + j);
     if (moves_addend(this->p)) t += load(beta + j);
     return t;
   }
 
   // s = dRt, t_r = dR, d_p = Pt∘Z; d_s_t = dSt, where it is wanted. excess: T − τ.
-  template <bool Capped>
+  template <bool Bent>
   void differentiate(int64_t at, int64_t j, Vec<T> excess, T d, T d_t) {
     T* const s = this->s + at + j;
     const Vec<T> weight = load(s), keep = this->kept(at, j);
@@ -78,10 +73,10 @@ struct SecondOrder : GradientSweep<A> {
     const Vec<T> d_s = weight * gain;
     const Vec<T> dst = weight_t * gain + weight * (e_kept(at, j) - d_t);
     if (this->results.want_scores) store(d_s_t + j, dst);
-    if constexpr (Capped) {
-      const Vec<T> u = load(this->tanh_tile + at + j);
-      const Vec<T> slope = 1 - u * u, bend = u * slope * static_cast<T>(-2 / this->p.softcap);
-      store(s, slope * dst + bend * raw_tangent(at, j) * d_s);
+    if constexpr (Bent) {
+      const T* const bend = this->bend_tile + at + j;
+      const Vec<T> slope = slope_at(bend);
+      store(s, slope * dst + curve_at(bend, slope, this->p) * raw_tangent(at, j) * d_s);
       store(t_r + at + j, slope * d_s);
     } else {
       store(s, dst);
@@ -93,8 +88,8 @@ struct SecondOrder : GradientSweep<A> {
   // In registers: P, and T, of rows [r, r + Rows), of the keys from column j on.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void weights_and_tangents(const Tile& tile, int64_t block, int64_t r, int64_t j,
-                                                   Scores<T, Rows, Vectors>& weight,
-                                                   Scores<T, Rows, Vectors>& tangent) const {
+                                                   RegisterTile<T, Rows, Vectors>& weight,
+                                                   RegisterTile<T, Rows, Vectors>& tangent) const {
     this->probabilities_of(tile, block, r, j, weight);
     tangent = {};
     if (a) multiply_into(tangent, a, r, this->k, block, j);
@@ -107,8 +102,8 @@ struct SecondOrder : GradientSweep<A> {
   }
   // dP − D, and E.
   template <int Rows, int Vectors>
-  [[gnu::always_inline]] void gains_of(int64_t block, int64_t r, int64_t j, Scores<T, Rows, Vectors>& gain,
-                                       Scores<T, Rows, Vectors>& gain_t) const {
+  [[gnu::always_inline]] void gains_of(int64_t block, int64_t r, int64_t j, RegisterTile<T, Rows, Vectors>& gain,
+                                       RegisterTile<T, Rows, Vectors>& gain_t) const {
     gain = gain_t = {};
     if (this->gains) multiply_into(gain, this->d_o, r, this->v, block, j);
     if (this->gains && c) multiply_into(gain_t, this->d_o, r, c, block, j);

@@ -297,8 +297,8 @@ struct KeySweepResults {
   void add_bias_to(const Tile& tile, int64_t r, const T* d_scores) {
     const int64_t stride = p.grad_bias_stride[4];
     Sum* target = reinterpret_cast<Sum*>(p.grad_bias) + tile.key0 / p.key_chunk * p.grad_bias_stride[0] +
-                  row_part * p.grad_bias_part_stride + tile.seq * p.grad_bias_stride[1] +
-                  tile.head * p.grad_bias_stride[2] + (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
+                  row_part * p.grad_bias_part_stride + tile.seq * p.grad_bias_stride[1] + tile.head * p.grad_bias_stride[2] +
+                  (tile.row0 + r) * p.grad_bias_stride[3] + tile.key0 * stride;
     if (stride == 0) {
       Sum total = 0;
       for (int64_t j = 0; j < tile.keys; ++j) total += static_cast<Sum>(d_scores[j]);
@@ -350,8 +350,9 @@ struct KeySweepResults {
     const int64_t at = span.s.k0 + span.key0;
     T* part = reinterpret_cast<T*>(parts);
     if (parts != nullptr)
-      part += sums.width * (at + p.key_rows * (span.kv_head + p.kv_heads * (p.cu_k == nullptr ? span.row_part * p.batch + span.seq
-                                                                                               : span.row_part)));
+      part += sums.width *
+              (at + p.key_rows *
+                        (span.kv_head + p.kv_heads * (p.cu_k == nullptr ? span.row_part * p.batch + span.seq : span.row_part)));
     for (int64_t first = 0; first < span.keys; first += kLanes<T>) {
       const T* found = sums.of_keys(first, rows);
       const int64_t count = smaller(kLanes<T>, span.keys - first);
@@ -380,7 +381,7 @@ struct GradientSweep {
   T* row;
   PackedRows<A> q, d_o;
   PackedKeys<A> k, v;
-  T *s, *tanh_tile, *z, *d_p;  // tiles
+  T *s, *bend_tile, *z, *d_p;  // tiles
   T* scratch_row;
   LogSumExp<T> lse;
   T D[kRows];
@@ -404,8 +405,8 @@ struct GradientSweep {
     v = PackedKeys<A>::take(arena, p.v, p.dv, blocks, sums_values, gains);
     const int64_t elements = tiles * rows * kKeys;
     s = arena.take<T>(elements);
-    tanh_tile = p.softcap != 0 ? arena.take<T>(elements) : nullptr;
-    z = p.rng != nullptr ? arena.take<T>(elements) : nullptr;
+    bend_tile = take_bends<T>(arena, p, elements);
+    z = take_dropout<T>(arena, p, elements);
     d_p = arena.take<T>(elements);
     scratch_row = arena.take<T>(padded<T>(p.dv));
   }
@@ -419,23 +420,24 @@ struct GradientSweep {
     row_dots(p.o, p.o_lo, p.d_lse, tile, d_o, lse.dead, p.dv, row, scratch_row, D);
     if (asks_sums()) find_sums(tile);
     for (int64_t r = 0; results.want_slopes && r < tile.rows; ++r)
-      results.nearest[r] = sink_has_most(tile, r) ? 0 : nearest_distance(p, tile.s, tile.row0 + r);
+      results.nearest[r] = beside_sink(tile, r) < kLeastFar ? 0 : nearest_distance(p, tile.s, tile.row0 + r);
     results.begin_rows(tile, lse.dead, row);
   }
   bool asks_sums() const { return WeightedSums<A>::kRounds || results.want_slopes; }
   // Σ dS = Σ P∘dP − D·Σ P, with Σ P∘dP = D + dL, and Σ P = 1 − Ps.
   void find_sums(const Tile& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      sums_of_ds[r] = 0;
+    memset(sums_of_ds, 0, sizeof(T) * tile.rows);
+    for (int64_t r = 0; (p.d_lse || p.sinks) && r < tile.rows; ++r) {
       if (lse.dead[r]) continue;
-      if (p.d_lse)
-        sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
+      if (p.d_lse) sums_of_ds[r] = static_cast<T>(*double_at(p.d_lse, tile.seq, tile.head, tile.s.q0 + tile.row0 + r));
       if (p.sinks) sums_of_ds[r] += D[r] * sink_probability(tile, r);
+      if (!(beside_sink(tile, r) > kLeastKnown)) sums_of_ds[r] = kUnknown;
     }
   }
-  // Then what dS sums to over the keys is a small difference of large numbers.
-  bool sink_has_most(const Tile& tile, int64_t r) const {
-    return p.sinks && (p.d_lse || p.lse_t) && !lse.dead[r] && sink_probability(tile, r) > T{0.5};
+  static constexpr T kUnknown = static_cast<T>(__builtin_nan(""));
+  // 1 − Ps; 1 where it does not matter to what dS and dSt sum to.
+  double beside_sink(const Tile& tile, int64_t r) const {
+    return is_difference(p) && !lse.dead[r] ? 1 - static_cast<double>(sink_probability(tile, r)) : 1;
   }
   T sink_probability(const Tile& tile, int64_t r) const {
     return lse.probability_of(r, load_scalar<T>(p.sinks, offset_of(p.sinks, tile.seq, tile.head, 0)));
@@ -445,7 +447,7 @@ struct GradientSweep {
 
   // s = scores, d_p = dO Vᵀ, z.
   void multiply(const Tile& tile, int64_t block) {
-    scores(p, exponents, tile, q, k, block, s, tanh_tile, row);
+    scores(p, exponents, tile, q, k, block, s, bend_tile, row);
     if (z != nullptr) dropout_tile(p, tile, z);
     if (gains) multiply_scores(tile, d_o, v, block, d_p, false);
   }
@@ -455,7 +457,7 @@ struct GradientSweep {
   // P of rows [r, r + Rows), of the keys from column j on.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void probabilities_of(const Tile& tile, int64_t block, int64_t r, int64_t j,
-                                               Scores<T, Rows, Vectors>& x) const {
+                                               RegisterTile<T, Rows, Vectors>& x) const {
     x = {};
     multiply_into(x, q, r, k, block, j);
     scale_scores(p, exponents, x);
@@ -472,16 +474,19 @@ struct GradientSweep {
 };
 
 // The kernels of a map that walks by `sweep`, for each arithmetic. The ISAs with bfloat16 products have those alone.
-#define METATTN_MAP_KERNEL(Map, sweep, A)                                           \
-  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },                   \
-   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) {         \
-     Map<A> map(p, scratch);                                                        \
-     for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
-   }}
+#define METATTN_MAP_KERNEL(Map, sweep, A)                                          \
+  {[](const Params& p) { return Map<A>(p, nullptr).arena.used; },                  \
+   [](const Params& p, char* scratch, int64_t (*next)(void*), void* walk) {        \
+    Map<A> map(p, scratch);                                                        \
+    for (int64_t unit; (unit = next(walk)) >= 0;) sweep<Compute<A>>(p, unit, map); \
+  }}
 #ifdef METATTN_PAIRS
 #define METATTN_MAP_KERNELS(Map, sweep) {{}, {}, METATTN_MAP_KERNEL(Map, sweep, Pairs)}
 #else
-#define METATTN_MAP_KERNELS(Map, sweep) {METATTN_MAP_KERNEL(Map, sweep, float), METATTN_MAP_KERNEL(Map, sweep, double), {}}
+#define METATTN_MAP_KERNELS(Map, sweep)                                               \
+  {                                                                                   \
+    METATTN_MAP_KERNEL(Map, sweep, float), METATTN_MAP_KERNEL(Map, sweep, double), {} \
+  }
 #endif
 
 }  // namespace metattn::METATTN_ISA

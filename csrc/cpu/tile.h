@@ -2,11 +2,8 @@
 // only combine these helpers (docs/math.md has the formulas).
 #pragma once
 
-#include "packed.h"
+#include "contract.h"
 #include "philox.h"
-#ifdef METATTN_PAIRS
-#include "packed_pairs.h"
-#endif
 
 namespace metattn::METATTN_ISA {
 
@@ -15,8 +12,8 @@ namespace metattn::METATTN_ISA {
 // A row of a [seq, head, row, key] view under a tile; columns past its keys become 0.
 template <class T>
 static void load_bias_row(const View& bias, const Tile& tile, int64_t r, T* row) {
-  load_row(bias, offset_of(bias, tile.seq, tile.head, tile.row0 + r) + tile.key0 * bias.stride[3], bias.stride[3],
-           tile.keys, row);
+  load_row(bias, offset_of(bias, tile.seq, tile.head, tile.row0 + r) + tile.key0 * bias.stride[3], bias.stride[3], tile.keys,
+           row);
   for (int64_t j = tile.keys; j < tile.cols; ++j) row[j] = 0;
 }
 
@@ -36,15 +33,34 @@ static void load_addend_tangent(const Params& p, const Tile& tile, int64_t r, co
   if (p.t_bias) load_bias_row(p.t_bias, tile, r, row);
   else memset(row, 0, sizeof(T) * tile.cols);
   if (p.t_slopes) subtract_alibi(p.t_slopes, tile, r, row);
-  for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-    store(row + j, load(s_row + j) > -kInfinity<T> ? load(row + j) : Vec<T>{});
+  for (int64_t j = 0; j < tile.cols; j += kLanes<T>) store(row + j, load(s_row + j) > -kInfinity<T> ? load(row + j) : Vec<T>{});
 }
 
+// A softcap bends scores. for_bends calls body<Bent>(), which is compiled without it, too; bend_tile holds tanh(R / c).
+template <class Body>
+static inline void for_bends(const Params& p, const Body& body) {
+  if (bends(p)) body.template operator()<true>();
+  else body.template operator()<false>();
+}
 template <class T>
-static void cap_row(T* s, T* tanh_row, int64_t cols, T cap) {
+static inline T* take_bends(Arena& arena, const Params& p, int64_t elements) {
+  return bends(p) ? arena.take<T>(elements) : nullptr;
+}
+// Its first and second derivative, s1 and s2 of docs/math.md, from an element of bend_tile on.
+template <class T>
+static inline Vec<T> slope_at(const T* bend) {
+  const Vec<T> u = load(bend);
+  return 1 - u * u;
+}
+template <class T>
+static inline Vec<T> curve_at(const T* bend, Vec<T> slope, const Params& p) {
+  return load(bend) * slope * static_cast<T>(-2 / p.softcap);
+}
+template <class T>
+static void cap_row(T* s, T* bend_row, int64_t cols, T cap) {
   for (int64_t j = 0; j < cols; j += kLanes<T>) {
     const Vec<T> t = tanh_of<T>(load(s + j) / cap);
-    store(tanh_row + j, t);
+    store(bend_row + j, t);
     store(s + j, t * cap);
   }
 }
@@ -63,7 +79,7 @@ struct Exponents {
   T factor;        // log2(e)·natural
 
   explicit Exponents(const Params& p) {
-    plain = p.softcap == 0 && !p.bias && !p.slopes && !p.sinks && (!kFoldsScale || (p.scale > 1e-18 && p.scale < 1e18));
+    plain = !bends(p) && !p.bias && !p.slopes && !p.sinks && (!kFoldsScale || (p.scale > 1e-18 && p.scale < 1e18));
     natural = plain && kFoldsScale ? p.scale : 1;
     factor = static_cast<T>(natural * kLog2e);
   }
@@ -88,23 +104,23 @@ static inline void hide_outside(T* row, int64_t cols, int64_t lo, int64_t hi) {
 
 // tanh of what is hidden becomes 0: a NaN in it would come in by 0·NaN.
 template <class T>
-static inline void drop_hidden(const T* s_row, T* tanh_row, int64_t cols) {
+static inline void drop_hidden(const T* s_row, T* bend_row, int64_t cols) {
   for (int64_t j = 0; j < cols; j += kLanes<T>)
-    store(tanh_row + j, load(s_row + j) > -kInfinity<T> ? load(tanh_row + j) : Vec<T>{});
+    store(bend_row + j, load(s_row + j) > -kInfinity<T> ? load(bend_row + j) : Vec<T>{});
 }
 
 // The tile [kRows][kKeys] of Exponents: scale·QKᵀ with softcap, bias and ALiBi, or QKᵀ alone; −inf where masked.
-// tanh_tile receives tanh(R / c) where there is a softcap; row is scratch.
+// row is scratch.
 template <class A, class T>
 static void scores(const Params& p, const Exponents<T>& exponents, const Tile& tile, const PackedRows<A>& q,
-                   const PackedKeys<A>& k, int64_t block, T* s, T* tanh_tile, T* row) {
+                   const PackedKeys<A>& k, int64_t block, T* s, T* bend_tile, T* row) {
   multiply_scores(tile, q, k, block, s, false);
   if (!exponents.scales() && !p.mask && !tile.partial && tile.cols == tile.keys) return;
   for (int64_t r = 0; r < tile.rows; ++r) {
     T* s_row = s + r * kKeys;
     const int64_t i = tile.row0 + r;
     if (exponents.scales()) scale_row(s_row, tile.cols, static_cast<T>(p.scale));
-    if (p.softcap != 0) cap_row<T>(s_row, tanh_tile + r * kKeys, tile.cols, static_cast<T>(p.softcap));
+    if (bends(p)) cap_row<T>(s_row, bend_tile + r * kKeys, tile.cols, static_cast<T>(p.softcap));
     if (p.bias) {
       load_bias_row(p.bias, tile, r, row);
       // a select, not a sum, where the bias is −inf: it must hide NaN as a mask does
@@ -121,10 +137,14 @@ static void scores(const Params& p, const Exponents<T>& exponents, const Tile& t
     }
     const Range range = tile.partial ? attended_keys(p, tile.s, i) : Range{tile.key0, tile.key0 + tile.keys};
     hide_outside(s_row, tile.cols, range.lo - tile.key0, larger(0, smaller(range.hi - tile.key0, tile.keys)));
-    if (p.softcap != 0) drop_hidden(s_row, tanh_tile + r * kKeys, tile.cols);
+    if (bends(p)) drop_hidden(s_row, bend_tile + r * kKeys, tile.cols);
   }
 }
 
+template <class T>
+static inline T* take_dropout(Arena& arena, const Params& p, int64_t elements) {
+  return p.rng != nullptr ? arena.take<T>(elements) : nullptr;
+}
 // Z [kRows][kKeys]: 0 where dropout drops, 1/(1 − p) where it keeps.
 template <class T>
 static void dropout_tile(const Params& p, const Tile& tile, T* z) {
@@ -133,8 +153,8 @@ static void dropout_tile(const Params& p, const Tile& tile, T* z) {
   const T keep = static_cast<T>(p.dropout_keep_scale);
   for (int64_t r = 0; r < tile.rows; ++r) {
     for (int64_t j = 0; j < tile.cols; j += 4) {
-      const PhiloxWords words = philox(seed, static_cast<uint32_t>((tile.key0 + j) / 4),
-                                       static_cast<uint32_t>(tile.row0 + r), static_cast<uint32_t>(tile.head), batch);
+      const PhiloxWords words = philox(seed, static_cast<uint32_t>((tile.key0 + j) / 4), static_cast<uint32_t>(tile.row0 + r),
+                                       static_cast<uint32_t>(tile.head), batch);
       for (int w = 0; w < 4; ++w) z[r * kKeys + j + w] = words.w[w] >= p.dropout_threshold ? keep : 0;
     }
   }
@@ -210,8 +230,8 @@ static void add_low(const View& low, int64_t seq, int64_t head, int64_t i, int64
 // Σ o∘cotangent over the columns of each row, less the cotangent of lse: D of docs/math.md, or Dt with o's tangent
 // and none. `row` and `scratch` are padded<T>(dv) long. Dead rows get 0.
 template <class A, class T>
-static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile,
-                     const PackedRows<A>& d_o, const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
+static void row_dots(const View& values, const View& low, const View& minus, const Tile& tile, const PackedRows<A>& d_o,
+                     const bool* dead, int64_t dv, T* row, T* scratch, T* result) {
   if (d_o && !low && has_rows_of<T>(values)) {
     const T* source = reinterpret_cast<const T*>(values.data) + offset_of(values, tile.seq, tile.head, tile.s.q0 + tile.row0);
     for (int64_t r = 0; r < tile.rows; ++r) result[r] = d_o.dot_bare(r, source + r * values.stride[2]);

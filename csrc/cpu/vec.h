@@ -103,12 +103,8 @@ static inline T max_element(Vec<T> x) {
 
 // Whether an element lies above `limit`.
 #if METATTN_VECTOR_BYTES == 64
-static inline bool any_above(Vec<float> x, float limit) {
-  return _mm512_cmp_ps_mask(x, splat(limit), _CMP_GT_OQ) != 0;
-}
-static inline bool any_above(Vec<double> x, double limit) {
-  return _mm512_cmp_pd_mask(x, splat(limit), _CMP_GT_OQ) != 0;
-}
+static inline bool any_above(Vec<float> x, float limit) { return _mm512_cmp_ps_mask(x, splat(limit), _CMP_GT_OQ) != 0; }
+static inline bool any_above(Vec<double> x, double limit) { return _mm512_cmp_pd_mask(x, splat(limit), _CMP_GT_OQ) != 0; }
 #else
 template <class V, class T>
 static inline bool any_above(V x, T limit) {
@@ -147,13 +143,15 @@ template <class T>
 static inline Vec<T> load_first(const T* source, int64_t count) {
   Vec<T> x = {};
   if (count >= kLanes<T>) memcpy(&x, source, sizeof x);
-  else for (int64_t i = 0; i < count; ++i) x[i] = source[i];
+  else
+    for (int64_t i = 0; i < count; ++i) x[i] = source[i];
   return x;
 }
 template <class T>
 static inline void store_first(T* target, int64_t count, Vec<T> x) {
   if (count >= kLanes<T>) memcpy(target, &x, sizeof x);
-  else for (int64_t i = 0; i < count; ++i) target[i] = x[i];
+  else
+    for (int64_t i = 0; i < count; ++i) target[i] = x[i];
 }
 #endif
 

@@ -17,7 +17,7 @@ struct Vjp : GradientSweep<A> {
   }
 
   // s = dR, d_p = P∘Z; returns dS in `row`, where it is wanted.
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
     T *s_row = this->s + at, *p_row = this->d_p + at;
@@ -26,10 +26,7 @@ struct Vjp : GradientSweep<A> {
       const Vec<T> weight = load(s_row + j), keep = this->kept(at, j);
       Vec<T> d_s = weight * (this->d_p_kept(at, j) - this->D[r]);
       if (this->results.want_scores) store(this->row + j, d_s);
-      if constexpr (Capped) {
-        const Vec<T> u = load(this->tanh_tile + at + j);
-        d_s *= 1 - u * u;
-      }
+      if constexpr (Bent) d_s *= slope_at(this->bend_tile + at + j);
       store(s_row + j, d_s);
       store(p_row + j, weight * keep);
     }
@@ -38,7 +35,7 @@ struct Vjp : GradientSweep<A> {
   // The same of several rows, in registers.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void differentiate_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) const {
-    Scores<T, Rows, Vectors> weight, gain{};
+    RegisterTile<T, Rows, Vectors> weight, gain{};
     this->probabilities_of(tile, block, r, j, weight);
     if (this->gains) multiply_into(gain, this->d_o, r, this->v, block, j);
 #pragma GCC unroll 4
@@ -56,15 +53,13 @@ struct Vjp : GradientSweep<A> {
     auto& results = this->results;
     if constexpr (kInRegisters<A>) {
       if (this->in_registers)
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          differentiate_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { differentiate_rows<Rows, Vectors>(tile, block, r, j); });
     }
     if (!this->in_registers) {
       this->multiply(tile, block);
       for (int64_t r = 0; r < tile.rows; ++r) {
-        if (this->p.softcap != 0) differentiate_row<true>(tile, r);
-        else differentiate_row<false>(tile, r);
+        for_bends(this->p, [&]<bool Bent>() { differentiate_row<Bent>(tile, r); });
         if (results.want_scores) results.add_scores(tile, r, this->row);
       }
     }

@@ -25,26 +25,27 @@ struct VjpJvp : SecondOrder<A> {
   // The tangent of D·Ps: Dt·Ps + D·Pst, with Pst = Ps·(σ − τ).
   void find_tangents_of_sums(const Tile& tile) {
     const Params& p = this->p;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      sums_of_dst[r] = 0;
-      if (!p.sinks || this->lse.dead[r]) continue;
+    memset(sums_of_dst, 0, sizeof(T) * tile.rows);
+    for (int64_t r = 0; p.sinks && r < tile.rows; ++r) {
+      if (this->lse.dead[r]) continue;
       const T moved = (p.t_sinks ? load_scalar<T>(p.t_sinks, offset_of(p.t_sinks, tile.seq, tile.head, 0)) : T{0}) - tau[r];
       sums_of_dst[r] = this->sink_probability(tile, r) * (Dt[r] + this->D[r] * moved);
+      if (!(this->beside_sink(tile, r) > kLeastKnown)) sums_of_dst[r] = this->kUnknown;
     }
   }
 
-  template <bool Capped>
+  template <bool Bent>
   void differentiate_row(const Tile& tile, int64_t r) {
     const int64_t at = r * kKeys;
     for (int64_t j = 0; j < tile.cols; j += kLanes<T>)
-      this->template differentiate<Capped>(at, j, this->template tangent<Capped>(at, j) - tau[r], this->D[r], Dt[r]);
+      this->template differentiate<Bent>(at, j, this->template tangent<Bent>(at, j) - tau[r], this->D[r], Dt[r]);
   }
 
   // Of several rows, in registers; P and Pt wait in memory while the rest is made.
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void differentiate_rows(const Tile& tile, int64_t block, int64_t r, int64_t j) const {
     {
-      Scores<T, Rows, Vectors> weight, tangent;
+      RegisterTile<T, Rows, Vectors> weight, tangent;
       this->weights_and_tangents(tile, block, r, j, weight, tangent);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
@@ -54,7 +55,7 @@ struct VjpJvp : SecondOrder<A> {
         store_all<T>(this->d_p + (r + i) * kKeys + j, tangent.at[i]);
       }
     }
-    Scores<T, Rows, Vectors> gain, gain_t;
+    RegisterTile<T, Rows, Vectors> gain, gain_t;
     this->gains_of(block, r, j, gain, gain_t);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
@@ -71,8 +72,7 @@ struct VjpJvp : SecondOrder<A> {
     this->multiply(tile, block);
     for (int64_t r = 0; r < tile.rows; ++r) {
       this->begin_row(tile, r);
-      if (this->p.softcap != 0) differentiate_row<true>(tile, r);
-      else differentiate_row<false>(tile, r);
+      for_bends(this->p, [&]<bool Bent>() { differentiate_row<Bent>(tile, r); });
       if (this->results.want_scores) this->results.add_scores(tile, r, this->d_s_t);
     }
   }
@@ -80,9 +80,8 @@ struct VjpJvp : SecondOrder<A> {
   void visit(const Tile& tile, int64_t block) {
     if constexpr (kInRegisters<A>) {
       if (this->in_registers)
-        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j) [[gnu::always_inline]] {
-          differentiate_rows<Rows, Vectors>(tile, block, r, j);
-        });
+        walk_registers<T>(tile, [&]<int Rows, int Vectors>(int64_t r, int64_t j)
+                                    [[gnu::always_inline]] { differentiate_rows<Rows, Vectors>(tile, block, r, j); });
     }
     if (!this->in_registers) differentiate_tile(tile, block);
     this->add(tile, block, this->results.sums);

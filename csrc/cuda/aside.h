@@ -26,27 +26,25 @@ struct Aside {
   template <int Tiles>
   METATTN_DEVICE void put(int element, Fragment<T, Tiles>& x, const Rows<T>& decay) const {
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL for (int e = 0; e < 4; ++e)
-          put_one(element + 4 * t + e, lane, x.x[slot][t][e], decay.x[slot][e / 2]);
+      METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL(int e = 0; e < 4; ++e) put_one(element + 4 * t + e, lane, x.x[slot][t][e], decay.x[slot][e / 2]);
   }
   METATTN_DEVICE void put(int element, Rows<T>& x, const Rows<T>& decay) const {
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) put_one(element + h, lane, x.x[slot][h], decay.x[slot][h]);
+      METATTN_UNROLL(int h = 0; h < 2; ++h) put_one(element + h, lane, x.x[slot][h], decay.x[slot][h]);
   }
   // x gains what lies there.
   template <int Tiles>
   METATTN_DEVICE void settle(int element, Fragment<T, Tiles>& x, const Rows<T>& decay) const {
     if (!begun) return;
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL for (int e = 0; e < 4; ++e)
-          x.x[slot][t][e] += at(element + 4 * t + e, lane) * decay.x[slot][e / 2];
+      METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL(int e = 0; e < 4; ++e) x.x[slot][t][e] += at(element + 4 * t + e, lane) * decay.x[slot][e / 2];
   }
   METATTN_DEVICE void settle(int element, Rows<T>& x, const Rows<T>& decay) const {
     if (!begun) return;
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int h = 0; h < 2; ++h) x.x[slot][h] += at(element + h, lane) * decay.x[slot][h];
+      METATTN_UNROLL(int h = 0; h < 2; ++h) x.x[slot][h] += at(element + h, lane) * decay.x[slot][h];
   }
 
  private:

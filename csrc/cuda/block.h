@@ -8,7 +8,7 @@
 #ifdef __CUDACC__
 #define METATTN_DEVICE __device__ __forceinline__
 #define METATTN_CALLED __device__ __noinline__
-#define METATTN_UNROLL _Pragma("unroll")
+#define METATTN_UNROLL(...) _Pragma("unroll") for (__VA_ARGS__)
 #else
 #include <atomic>
 #include <barrier>
@@ -19,7 +19,7 @@
 #include <vector>
 #define METATTN_DEVICE inline
 #define METATTN_CALLED inline
-#define METATTN_UNROLL
+#define METATTN_UNROLL(...) for (__VA_ARGS__)
 #endif
 
 namespace metattn::cuda {
@@ -34,8 +34,8 @@ static METATTN_DEVICE int lane_of(int slot) { return slot; }
 #endif
 
 // for each lane that this thread stands for
-#define METATTN_EACH_LANE(slot, lane)                                \
-  METATTN_UNROLL for (int slot = 0; slot < kSlots; ++slot)           \
+#define METATTN_EACH_LANE(slot, lane)                 \
+  METATTN_UNROLL(int slot = 0; slot < kSlots; ++slot) \
     if ([[maybe_unused]] const int lane = ::metattn::cuda::lane_of(slot); true)
 
 #ifdef __CUDACC__
@@ -58,15 +58,13 @@ struct Block {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     if constexpr (Bytes == 16)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0)
-                   : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
     else
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(Bytes),
-                   "r"(there ? Bytes : 0)
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(Bytes), "r"(there ? Bytes : 0)
                    : "memory");
 #else
     constexpr int kWords = Bytes / 4;
-    METATTN_UNROLL for (int w = 0; w < kWords; ++w)
+    METATTN_UNROLL(int w = 0; w < kWords; ++w)
       static_cast<uint32_t*>(to)[w] = there ? static_cast<const uint32_t*>(from)[w] : 0;
 #endif
   }
@@ -87,7 +85,7 @@ static METATTN_DEVICE int first_lane() { return lane_of(0); }
 static METATTN_DEVICE int lane_step() { return kLanes; }
 template <class T>
 static METATTN_DEVICE T lane_sum(T x) {
-  METATTN_UNROLL for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  METATTN_UNROLL(int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
 static METATTN_DEVICE void set_bits(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
@@ -144,7 +142,9 @@ struct Block {
 static inline int first_lane() { return 0; }
 static inline int lane_step() { return 1; }
 template <class T>
-static inline T lane_sum(T x) { return x; }
+static inline T lane_sum(T x) {
+  return x;
+}
 static inline void set_bits(uint32_t* word, uint32_t bits) { std::atomic_ref<uint32_t>(*word).fetch_or(bits); }
 #endif
 
@@ -161,7 +161,9 @@ struct Rows {
 };
 
 template <class T>
-static METATTN_HD T larger_of(T a, T b) { return a > b ? a : b; }
+static METATTN_HD T larger_of(T a, T b) {
+  return a > b ? a : b;
+}
 
 // Row and column of element e of the 16 × 8 tile t that a lane holds: how tensor cores lay out their results.
 static METATTN_DEVICE int row_of(int lane, int e) { return lane / 4 + 8 * (e / 2); }
@@ -174,28 +176,26 @@ struct Fragment {
 
   METATTN_DEVICE void fill(T value) {
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL for (int e = 0; e < 4; ++e) x[slot][t][e] = value;
+      METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL(int e = 0; e < 4; ++e) x[slot][t][e] = value;
   }
   // f(value, row, column, slot, tile, e)
   template <class F>
   METATTN_DEVICE void each(F f) {
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL for (int e = 0; e < 4; ++e)
-          f(x[slot][t][e], row_of(lane, e), column_of(lane, t, e), slot, t, e);
+      METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL(int e = 0; e < 4; ++e) f(x[slot][t][e], row_of(lane, e), column_of(lane, t, e), slot, t, e);
   }
   // Adds up rows, or takes their maximum, with what the four lanes of a row have.
   template <class Join>
   METATTN_DEVICE Rows<T> joined(T start, Join join) const {
     Rows<T> rows = Rows<T>::filled(start);
     METATTN_EACH_LANE(slot, lane)
-      METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-        METATTN_UNROLL for (int e = 0; e < 4; ++e)
-          rows.x[slot][e / 2] = join(rows.x[slot][e / 2], x[slot][t][e]);
+      METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+        METATTN_UNROLL(int e = 0; e < 4; ++e) rows.x[slot][e / 2] = join(rows.x[slot][e / 2], x[slot][t][e]);
 #ifdef __CUDACC__
-    METATTN_UNROLL for (int h = 0; h < 2; ++h)
-      METATTN_UNROLL for (int step = 1; step < 4; step *= 2)
+    METATTN_UNROLL(int h = 0; h < 2; ++h)
+      METATTN_UNROLL(int step = 1; step < 4; step *= 2)
         rows.x[0][h] = join(rows.x[0][h], __shfl_xor_sync(0xffffffffu, rows.x[0][h], step));
 #else
     for (int quad = 0; quad < kLanes; quad += 4)

@@ -6,10 +6,12 @@
 namespace metattn::cuda {
 
 template <class T>
-static METATTN_DEVICE T probability(T s, T reference, T log_total) { return exponential((s - reference) - log_total); }
+static METATTN_DEVICE T probability(T s, T reference, T log_total) {
+  return exponential((s - reference) - log_total);
+}
 
 template <class T, int Tiles>
-static METATTN_DEVICE void apply_dropout(const Params& p, const Kept<Tiles>& kept, Fragment<T, Tiles>& x) {
+static METATTN_DEVICE void apply_dropout(const Params& p, const DropoutBits<Tiles>& kept, Fragment<T, Tiles>& x) {
   x.each([&](T& value, int, int, int slot, int t, int e) {
     value = kept.at(slot, t, e) ? value * static_cast<T>(p.dropout_keep_scale) : 0;
   });
@@ -41,8 +43,8 @@ struct Scores {
 };
 
 template <bool Full, bool Turned, class S, class T, int Tiles>
-static METATTN_DEVICE void scores_of(Scores<T, Tiles>& at, const Window<Turned>& window, Tile<S> rows, int first_row,
-                                     Tile<S> columns, int depth) {
+static METATTN_DEVICE void scores_of(Scores<T, Tiles>& at, const Window<Turned>& window, SharedTile<S> rows, int first_row,
+                                     SharedTile<S> columns, int depth) {
   at.s.fill(0);
   at.dp.fill(0);
   at.e.fill(0);
@@ -53,8 +55,8 @@ static METATTN_DEVICE void scores_of(Scores<T, Tiles>& at, const Window<Turned>&
 
 // dO Vᵀ and, Second, dO Cᵀ, or turned; the side of dO as rows in a row pass. Tiles that are absent leave zeros.
 template <bool Second, class S, class T, int Tiles>
-static METATTN_DEVICE void cotangents_of(Scores<T, Tiles>& at, Tile<S> d_o, int first_row, Tile<S> v, Tile<S> c,
-                                         int depth) {
+static METATTN_DEVICE void cotangents_of(Scores<T, Tiles>& at, SharedTile<S> d_o, int first_row, SharedTile<S> v,
+                                         SharedTile<S> c, int depth) {
   add_scores(at.dp, d_o, first_row, v, depth);
   if constexpr (Second) add_scores(at.e, d_o, first_row, c, depth);
 }
@@ -66,7 +68,7 @@ static METATTN_DEVICE void differentiate(Scores<T, Tiles>& at, const Window<Turn
                                          int first_row) {
   const Params& p = window.p;
   const bool drops = Full && p.rng != nullptr;
-  const Kept<Tiles> kept = dropout<Full, Turned, Tiles>(window);
+  const DropoutBits<Tiles> kept = dropout<Full, Turned, Tiles>(window);
   const T keep_scale = static_cast<T>(p.dropout_keep_scale);
   at.s.each([&](T& value, int r, int c, int slot, int t, int e) {
     const int row = Turned ? c : first_row + r;

@@ -77,16 +77,26 @@ template <class S>
 using Compute = typename ComputeOf<S>::type;
 
 template <class T>
-static METATTN_DEVICE T widened(double x) { return static_cast<T>(x); }
+static METATTN_DEVICE T widened(double x) {
+  return static_cast<T>(x);
+}
 template <class T>
-static METATTN_DEVICE T widened(float x) { return static_cast<T>(x); }
+static METATTN_DEVICE T widened(float x) {
+  return static_cast<T>(x);
+}
 template <class T>
-static METATTN_DEVICE T widened(BFloat16 x) { return static_cast<T>(to_float(x)); }
+static METATTN_DEVICE T widened(BFloat16 x) {
+  return static_cast<T>(to_float(x));
+}
 template <class T>
-static METATTN_DEVICE T widened(Float16 x) { return static_cast<T>(to_float(x)); }
+static METATTN_DEVICE T widened(Float16 x) {
+  return static_cast<T>(to_float(x));
+}
 
 template <class T>
-static METATTN_DEVICE T widened(Tf32 x) { return static_cast<T>(x.value); }
+static METATTN_DEVICE T widened(Tf32 x) {
+  return static_cast<T>(x.value);
+}
 
 template <class S, class T>
 static METATTN_DEVICE S narrowed(T x) {
@@ -107,7 +117,9 @@ template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
 
 template <class T>
-static METATTN_DEVICE bool is_finite(T x) { return x - x == 0; }
+static METATTN_DEVICE bool is_finite(T x) {
+  return x - x == 0;
+}
 
 // Rounded: not to become part of another operation.
 static METATTN_DEVICE float product(float x, float y) {

@@ -11,7 +11,10 @@
 
 #include <algorithm>
 
-#include "cuda/keys.h"
+#include "cuda/forward_rows.h"
+#include "cuda/gradient_columns.h"
+#include "cuda/gradient_rows.h"
+#include "cuda/jvp_rows.h"
 #include "cuda/launch.h"
 #include "cuda/sums.h"
 
@@ -68,8 +71,7 @@ __global__ void __launch_bounds__(kLanes* kMostWarps, kResident) pass_kernel(con
 }
 template <class T>
 __global__ void sum_parts_kernel(const __grid_constant__ Params p) {
-  sum_parts<T>(p, static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
-               static_cast<int64_t>(gridDim.x) * blockDim.x);
+  sum_parts<T>(p, static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, static_cast<int64_t>(gridDim.x) * blockDim.x);
 }
 template <class T>
 __global__ void sum_shares_kernel(const __grid_constant__ Params p, Statistic field) {
@@ -157,8 +159,7 @@ const char* start_pass(const Params& p, const Gpu& gpu, int64_t pairs, int64_t l
   Params with_room = p;
   if (sizeof(T) < sizeof(double) && visits >= kLongVisits && gpu.allocate != nullptr) {
     with_room.aside_chunks = chunks;
-    with_room.aside =
-        static_cast<char*>(gpu.allocate(gpu.context, sizeof(T) * Pass::kSums * kLanes * warps * chunks * blocks));
+    with_room.aside = static_cast<char*>(gpu.allocate(gpu.context, sizeof(T) * Pass::kSums * kLanes * warps * chunks * blocks));
   }
   return start<Pass>(with_room, gpu, warps, blocks, chunks);
 }
@@ -185,14 +186,12 @@ const char* start_bias_sums(const Params& p, const Gpu& gpu) {
 
 template <class S, int Columns, int Tiles, bool Full, bool Second>
 const char* start_gradients(const Params& p, const Gpu& gpu, int64_t chunks) {
-  const char* error =
-      start_rows<GradientRows<S, Columns, Tiles, Full, Second>>(p, gpu, p.grad_q ? larger(1, chunks) : 1);
+  const char* error = start_rows<GradientRows<S, Columns, Tiles, Full, Second>>(p, gpu, p.grad_q ? larger(1, chunks) : 1);
   // two results of 128 features and their tangents' scores: half as many queries at a time, or registers spill
   constexpr int kQueryTiles = Second && Columns == 16 ? Tiles / 2 : Tiles;
-  using Keys = GradientKeys<S, Columns, kQueryTiles, Full, Second>;
-  const int64_t visits = (p.n + Keys::kQueries - 1) / Keys::kQueries * (p.heads / larger(1, p.kv_heads));
-  if (error == nullptr && (p.grad_k || p.grad_v))
-    error = start_pass<Keys>(p, gpu, p.batch * p.kv_heads, p.m, chunks, visits);
+  using Pass = GradientColumns<S, Columns, kQueryTiles, Full, Second>;
+  const int64_t visits = (p.n + Pass::kQueries - 1) / Pass::kQueries * (p.heads / larger(1, p.kv_heads));
+  if (error == nullptr && (p.grad_k || p.grad_v)) error = start_pass<Pass>(p, gpu, p.batch * p.kv_heads, p.m, chunks, visits);
   return error;
 }
 
@@ -208,9 +207,7 @@ const char* start_map(Map map, const Params& p, const Gpu& gpu) {
   }
 }
 
-static bool is_full(const Params& p) {
-  return p.softcap != 0 || p.bias || p.slopes || p.mask || p.rng != nullptr;
-}
+static bool is_full(const Params& p) { return p.softcap != 0 || p.bias || p.slopes || p.mask || p.rng != nullptr; }
 
 // What follows a map's passes: sums over what a bias is broadcast over, and over rows for sinks and slopes.
 template <class S, int Tiles>
@@ -232,11 +229,11 @@ template <class S>
 const char* run_two_bytes(Map map, const Params& p, const Gpu& gpu) {
   const int64_t width = larger(p.d, p.dv);
   const bool full = is_full(p) || (std::is_same_v<S, BFloat16> && !gpu.from_80);
-  const char* error = full            ? start_map<S, 8, 2, true>(map, p, gpu)
-                      : width <= 32   ? start_map<S, 4, 4, false>(map, p, gpu)
-                      : width <= 64   ? start_map<S, 8, 4, false>(map, p, gpu)
-                      : width <= 128  ? start_map<S, 16, 4, false>(map, p, gpu)
-                                      : start_map<S, 8, 2, false>(map, p, gpu);
+  const char* error = full           ? start_map<S, 8, 2, true>(map, p, gpu)
+                      : width <= 32  ? start_map<S, 4, 4, false>(map, p, gpu)
+                      : width <= 64  ? start_map<S, 8, 4, false>(map, p, gpu)
+                      : width <= 128 ? start_map<S, 16, 4, false>(map, p, gpu)
+                                     : start_map<S, 8, 2, false>(map, p, gpu);
   return error != nullptr ? error : start_sums<S, 2>(map, p, gpu);
 }
 

@@ -84,10 +84,10 @@ struct Rooms {
 
 // tf32: whether it is allowed. All maps of a call take it or none: what one has rounded and another has not would not
 // cancel, as T − τ must.
-void run(Map map, Call& call, bool tf32) {
+void run(Map map, MapCall& call, bool tf32) {
   Params& p = call.p;
-  Gpu gpu = gpu_of(call.given.q);
-  Rooms rooms{call.given.q, {}};
+  Gpu gpu = gpu_of(call.inputs.q);
+  Rooms rooms{call.inputs.q, {}};
   gpu.allocate = [](void* context, size_t bytes) { return static_cast<Rooms*>(context)->allocate(bytes); };
   gpu.context = &rooms;
   p.twice = p.m <= kFewKeys;
@@ -100,10 +100,10 @@ int32_t device_of(const Tensor& q) { return q.device_type() == codes.cpu ? 0 : q
 
 void forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const bool tf32 = in.flag();
-  const Guard guard(device_of(problem.q));
-  Call call = make_call(problem);
+  const Guard guard(device_of(inputs.q));
+  MapCall call = make_call(inputs);
   Results results = new_results(call, false);
   run(Map::forward, call, tf32);
   put(stack, call, std::move(results));
@@ -111,12 +111,12 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 
 void jvp(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Tangents tangents = take_tangents(in);
   const bool tf32 = in.flag();
-  const Guard guard(device_of(problem.q));
-  Call call = make_call(problem);
+  const Guard guard(device_of(inputs.q));
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_tangents(call, tangents);
   Results results = new_results(call, true);
@@ -137,9 +137,9 @@ int64_t bias_parts(const Params& p) {
 }
 
 // Allocates the bias' gradient; the parts that it is the sum of, where it is not made in place.
-Tensor set_bias_parts(Call& call, Tensor& grad_bias) {
+Tensor set_bias_parts(MapCall& call, Tensor& grad_bias) {
   Params& p = call.p;
-  const Tensor& bias = call.given.bias;
+  const Tensor& bias = call.inputs.bias;
   const int64_t* sizes = bias.sizes();
   // blocks that position leaves out are never visited
   grad_bias = zeros(bias, {sizes[0], sizes[1], sizes[2], sizes[3]}, bias.dtype());
@@ -156,11 +156,10 @@ Tensor set_bias_parts(Call& call, Tensor& grad_bias) {
   return parts;
 }
 
-Gradients run_gradients(Map map, Call& call, int64_t needs, bool tf32) {
+Gradients run_gradients(Map map, MapCall& call, int64_t needs, bool tf32) {
   Params& p = call.p;
   Gradients made = new_gradients(call, needs);
-  const Tensor statistics =
-      empty(call.given.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, call.compute_type());
+  const Tensor statistics = empty(call.inputs.q, {metattn::kStatistics, call.leading, p.heads, call.rows}, call.compute_type());
   p.statistics = statistics.data();
   p.statistics_stride[2] = call.rows;
   p.statistics_stride[1] = call.packed ? 0 : p.heads * call.rows;
@@ -173,13 +172,13 @@ Gradients run_gradients(Map map, Call& call, int64_t needs, bool tf32) {
 
 void vjp(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
   const int64_t needs = in.integer();
   const bool tf32 = in.flag();
-  const Guard guard(device_of(problem.q));
-  Call call = make_call(problem);
+  const Guard guard(device_of(inputs.q));
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_cotangents(call, cotangents);
   put(stack, call, run_gradients(Map::vjp, call, needs, tf32));
@@ -187,15 +186,15 @@ void vjp(StableIValue* stack, uint64_t, uint64_t) {
 
 void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
   const Tangents tangents = take_tangents(in);
   const Results given_t = take_results(in);
   const int64_t needs = in.integer();
   const bool tf32 = in.flag();
-  const Guard guard(device_of(problem.q));
-  Call call = make_call(problem);
+  const Guard guard(device_of(inputs.q));
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
@@ -206,14 +205,14 @@ void vjp_jvp(StableIValue* stack, uint64_t, uint64_t) {
 // jvp, then vjp_jvp with what that gave.
 void double_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Problem problem = take_problem(in);
+  const Inputs inputs = take_inputs(in);
   const Results given = take_results(in);
   const Cotangents cotangents = take_cotangents(in);
   const Tangents tangents = take_tangents(in);
   const int64_t needs = in.integer();
   const bool tf32 = in.flag();
-  const Guard guard(device_of(problem.q));
-  Call call = make_call(problem);
+  const Guard guard(device_of(inputs.q));
+  MapCall call = make_call(inputs);
   set_results(call, given);
   set_cotangents(call, cotangents);
   set_tangents(call, tangents);
@@ -262,9 +261,7 @@ STABLE_TORCH_LIBRARY_IMPL(metattn_bare, CUDA, library) { METATTN_IMPLEMENT_OPERA
 extern "C" __attribute__((visibility("default"))) void metattn_emulate_shared_memory(int64_t bytes) {
   emulated_shared_memory = static_cast<size_t>(bytes);
 }
-extern "C" __attribute__((visibility("default"))) void metattn_emulate_from_80(int yes) {
-  emulated_from_80 = yes != 0;
-}
+extern "C" __attribute__((visibility("default"))) void metattn_emulate_from_80(int yes) { emulated_from_80 = yes != 0; }
 STABLE_TORCH_LIBRARY(metattn_emulated, library) { METATTN_DEFINE_OPERATORS(library); }
 STABLE_TORCH_LIBRARY_IMPL(metattn_emulated, CPU, library) { METATTN_IMPLEMENT_OPERATORS(library); }
 STABLE_TORCH_LIBRARY(metattn_emulated_bare, library) { METATTN_DEFINE_OPERATORS(library); }

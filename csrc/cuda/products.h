@@ -8,12 +8,12 @@ namespace metattn::cuda {
 
 // A tile in shared memory: rows of `ld` elements, of which those past the width are zeros up to a multiple of 16.
 template <class S>
-struct Tile {
+struct SharedTile {
   S* data = nullptr;
   int ld = 0;
   METATTN_HD explicit operator bool() const { return data != nullptr; }
   METATTN_DEVICE S* row(int r) const { return data + r * ld; }
-  METATTN_DEVICE Tile from(int64_t elements) const { return {data == nullptr ? nullptr : data + elements, ld}; }
+  METATTN_DEVICE SharedTile from(int64_t elements) const { return {data == nullptr ? nullptr : data + elements, ld}; }
 };
 
 #if defined(__CUDA_ARCH__)
@@ -33,9 +33,7 @@ constexpr bool kCompiled = kTensorCores<S> || (!kIsTf32<S> && (Full || sizeof(S)
 #endif
 
 #ifdef __CUDACC__
-static METATTN_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+static METATTN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 static METATTN_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -64,9 +62,11 @@ static METATTN_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b0));
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 static METATTN_DEVICE uint32_t tf32_bits(float x) { return __float_as_uint(to_tf32(x)); }
@@ -86,7 +86,7 @@ static METATTN_DEVICE uint32_t pair(float x, float y) {
 
 // acc += A·Bᵀ over `depth` features: A sixteen rows, B 8·Tiles rows. Nothing where either is absent.
 template <class S, class T, int Tiles>
-static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int first_row, Tile<S> b, int depth) {
+static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, SharedTile<S> a, int first_row, SharedTile<S> b, int depth) {
   if (!a || !b) return;
   if constexpr (kTensorCores<S>) {
 #ifdef __CUDACC__
@@ -99,7 +99,7 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int fi
     const auto step = [&](int k) {
       uint32_t rows[4];
       load_matrices(rows, a_row + k);
-      METATTN_UNROLL for (int t = 0; t < Tiles; t += 2) {
+      METATTN_UNROLL(int t = 0; t < Tiles; t += 2) {
         uint32_t columns[4];
         load_matrices(columns, b_row + t * 8 * b.ld + k);
         multiply<S>(acc.x[0][t], rows, columns[0], columns[1]);
@@ -125,7 +125,7 @@ static METATTN_DEVICE void add_scores(Fragment<T, Tiles>& acc, Tile<S> a, int fi
 #endif
       for (int k = 0; k < depth; ++k) {
         const T x = widened<T>(low[k]), y = widened<T>(high[k]);
-        METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
+        METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
           const T u = widened<T>(columns[8 * t * b.ld + k]), v = widened<T>(columns[(8 * t + 1) * b.ld + k]);
           acc.x[slot][t][0] += x * u;
           acc.x[slot][t][1] += x * v;
@@ -170,7 +170,7 @@ static METATTN_DEVICE Rows<T> sums_as_multiplied(const Fragment<T, Tiles>& weigh
 // twice: what rounding the weights lost is multiplied too. A sum over few terms has nothing to average that out. Not in
 // TF32, where B is rounded as much.
 template <class S, class T, int Tiles, int Columns>
-static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragment<T, Tiles>& weights, Tile<S> b,
+static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragment<T, Tiles>& weights, SharedTile<S> b,
                                         int first, bool twice) {
   if (!b) return;
   if constexpr (kTensorCores<S> && kIsTf32<S>) {
@@ -179,11 +179,11 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     // keys may be summed in any order, so those are these
     const int lane = lane_of(0);
     const S* b_row = b.row(2 * (lane % 4)) + first + lane / 4;
-    METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
-      const float(&w)[4] = weights.x[0][t];
+    METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
+      const float (&w)[4] = weights.x[0][t];
       const uint32_t rows[4] = {tf32_bits(w[0]), tf32_bits(w[2]), tf32_bits(w[1]), tf32_bits(w[3])};
       const S* columns = b_row + 8 * t * b.ld;
-      METATTN_UNROLL for (int c = 0; c < Columns; ++c)
+      METATTN_UNROLL(int c = 0; c < Columns; ++c)
         multiply<S>(acc.x[0][c], rows, __float_as_uint(columns[8 * c].value), __float_as_uint(columns[b.ld + 8 * c].value));
     }
 #endif
@@ -192,13 +192,13 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     static_assert(Tiles % 2 == 0 && Columns % 2 == 0);
     const int lane = lane_of(0);
     const S* b_row = b.row(lane % 16) + first + lane / 16 * 8;
-    METATTN_UNROLL for (int t = 0; t < Tiles; t += 2) {
-      const float(&w)[4] = weights.x[0][t];
-      const float(&u)[4] = weights.x[0][t + 1];
+    METATTN_UNROLL(int t = 0; t < Tiles; t += 2) {
+      const float (&w)[4] = weights.x[0][t];
+      const float (&u)[4] = weights.x[0][t + 1];
       const uint32_t rows[4] = {pair<S>(w[0], w[1]), pair<S>(w[2], w[3]), pair<S>(u[0], u[1]), pair<S>(u[2], u[3])};
       const uint32_t lost[4] = {lost_pair<S>(w[0], w[1]), lost_pair<S>(w[2], w[3]), lost_pair<S>(u[0], u[1]),
                                 lost_pair<S>(u[2], u[3])};
-      METATTN_UNROLL for (int c = 0; c < Columns; c += 2) {
+      METATTN_UNROLL(int c = 0; c < Columns; c += 2) {
         uint32_t columns[4];
         load_matrices_turned(columns, b_row + t * 8 * b.ld + c * 8);
         multiply<S>(acc.x[0][c], rows, columns[0], columns[1]);
@@ -211,8 +211,8 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
     }
 #endif
   } else {
-    METATTN_UNROLL for (int t = 0; t < Tiles; ++t) {
-      METATTN_UNROLL for (int k = 0; k < 8; ++k) {
+    METATTN_UNROLL(int t = 0; t < Tiles; ++t) {
+      METATTN_UNROLL(int k = 0; k < 8; ++k) {
         METATTN_EACH_LANE(slot, lane) {
           // the lane of this row that holds column 8·t + k
           T x, y;
@@ -229,7 +229,7 @@ static METATTN_DEVICE void add_weighted(Fragment<T, Columns>& acc, const Fragmen
             y = as_multiplied<S>(y, twice);
           }
           const S* columns = b.row(8 * t + k) + first + 2 * (lane % 4);
-          METATTN_UNROLL for (int c = 0; c < Columns; ++c) {
+          METATTN_UNROLL(int c = 0; c < Columns; ++c) {
             const T u = widened<T>(columns[8 * c]), v = widened<T>(columns[8 * c + 1]);
             acc.x[slot][c][0] += x * u;
             acc.x[slot][c][1] += x * v;

@@ -2,7 +2,7 @@
 // a tile of the sum, or one of its parts, and adds in an order that shapes alone decide.
 #pragma once
 
-#include "cuda/rows.h"
+#include "cuda/operands.h"
 
 namespace metattn::cuda {
 
@@ -73,8 +73,8 @@ struct BiasSums {
 
   static METATTN_DEVICE bool is_shared(const Params& p, int dim) { return p.grad_bias_stride[dim + 1] == 0; }
 
-  METATTN_DEVICE void add(const Params& p, Block& block, const Place& place, int64_t row0, int64_t key0, int warp_row,
-                          int rows, Fragment<T, kTiles>& sum, Fragment<T, kTiles>& lost) const {
+  METATTN_DEVICE void add(const Params& p, Block& block, const Place& place, int64_t row0, int64_t key0, int warp_row, int rows,
+                          Fragment<T, kTiles>& sum, Fragment<T, kTiles>& lost) const {
     if (row0 >= place.s.n || key0 >= place.s.m) return;
     const Range range = keys_of_rows(p, place, row0, rows);
     if (key0 >= range.hi || key0 + kKeys <= range.lo) return;

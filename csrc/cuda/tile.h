@@ -49,8 +49,8 @@ struct Pieces {
     return piece;
   }
   template <class S>
-  METATTN_HD Tile<S> tile(bool wanted, int rows, int ld) {
-    return wanted ? Tile<S>{take<S>(static_cast<int64_t>(rows) * ld), ld} : Tile<S>{};
+  METATTN_HD SharedTile<S> tile(bool wanted, int rows, int ld) {
+    return wanted ? SharedTile<S>{take<S>(static_cast<int64_t>(rows) * ld), ld} : SharedTile<S>{};
   }
 };
 
@@ -71,12 +71,14 @@ static METATTN_DEVICE void copy16(void* to, const void* from) {
 }
 
 template <class S>
-static METATTN_DEVICE bool strange(S x) { return !is_finite(widened<Compute<S>>(x)); }
+static METATTN_DEVICE bool strange(S x) {
+  return !is_finite(widened<Compute<S>>(x));
+}
 
 // f(r, c) for the pieces of sixteen bytes, at (row, column), that this thread has of a tile's rows: it may look at what
 // it has copied there itself before others may.
 template <class S, class F>
-static METATTN_DEVICE void each_piece(const Block& block, Tile<S> tile, int rows, F f) {
+static METATTN_DEVICE void each_piece(const Block& block, SharedTile<S> tile, int rows, F f) {
   constexpr int kVector = 16 / sizeof(S);
   const int chunks = tile.ld / kVector, further = block.workers() / chunks, beside = block.workers() % chunks;
   int r = block.worker() / chunks, c = block.worker() % chunks;
@@ -92,8 +94,8 @@ static METATTN_DEVICE void each_piece(const Block& block, Tile<S> tile, int rows
 // Begins to copy rows [first, first + rows) of a (sequence, head) into a tile: zeros outside [lo, hi), and past the
 // width. What does not lie in pieces of sixteen bytes is copied at once. Not inlined: kernels have up to nine of these.
 template <class S>
-static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, const View& view, int64_t base,
-                                      int64_t first, int64_t lo, int64_t hi, int64_t width) {
+static METATTN_CALLED void start_tile(Block& block, SharedTile<S> tile, int rows, const View& view, int64_t base, int64_t first,
+                                      int64_t lo, int64_t hi, int64_t width) {
   if (!tile) return;
   constexpr int kVector = 16 / sizeof(S);
   const S* data = reinterpret_cast<const S*>(view.data) + base;
@@ -108,7 +110,7 @@ static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, cons
       block.template copy<16>(tile.row(r) + c, inside ? source : data, inside);
     } else {
       alignas(16) S values[kVector];
-      METATTN_UNROLL for (int v = 0; v < kVector; ++v)
+      METATTN_UNROLL(int v = 0; v < kVector; ++v)
         values[v] = there && c + v < width ? source[v * view.stride[3]] : narrowed<S>(Compute<S>{0});
       copy16(tile.row(r) + c, values);
     }
@@ -118,28 +120,28 @@ static METATTN_CALLED void start_tile(Block& block, Tile<S> tile, int rows, cons
 // Rounds, where products are TF32's, what this thread has copied of a tile's rows and waited for: tensor cores would cut
 // it off. Here once, not for every warp and product that reads it.
 template <class S>
-static METATTN_CALLED void round_tile(const Block& block, Tile<S> tile, int rows) {
+static METATTN_CALLED void round_tile(const Block& block, SharedTile<S> tile, int rows) {
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     alignas(16) S values[16 / sizeof(S)];
     copy16(values, tile.row(r) + c);
-    METATTN_UNROLL for (S& x : values) x = narrowed<S>(as_factor(x));
+    METATTN_UNROLL(S& x : values) x = narrowed<S>(as_factor(x));
     copy16(tile.row(r) + c, values);
   });
 }
 template <class S, int Count>
-static METATTN_DEVICE void round_tiles(const Block& block, int rows, const Tile<S> (&tiles)[Count]) {
+static METATTN_DEVICE void round_tiles(const Block& block, int rows, const SharedTile<S> (&tiles)[Count]) {
   if constexpr (kIsTf32<S>)
-    METATTN_UNROLL for (int n = 0; n < Count; ++n) round_tile(block, tiles[n], rows);
+    METATTN_UNROLL(int n = 0; n < Count; ++n) round_tile(block, tiles[n], rows);
 }
 
 // Whether this thread copied an infinity or a NaN.
 template <class S>
-static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int rows) {
+static METATTN_CALLED bool met_strange(const Block& block, SharedTile<S> tile, int rows) {
   bool met = false;
   if (!tile) return met;
   each_piece(block, tile, rows, [&](int r, int c) {
-    METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v) met |= strange(tile.row(r)[c + v]);
+    METATTN_UNROLL(int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v) met |= strange(tile.row(r)[c + v]);
   });
   return met;
 }
@@ -147,11 +149,11 @@ static METATTN_CALLED bool met_strange(const Block& block, Tile<S> tile, int row
 // Zeros for infinities and NaN in the rows for which skip(r) holds, by the threads that copied them. The rest stays: a row
 // whose weight lies at a sink has scores all the same.
 template <class S, class Skip>
-static METATTN_DEVICE void clear_rows(const Block& block, Tile<S> tile, int rows, Skip skip) {
+static METATTN_DEVICE void clear_rows(const Block& block, SharedTile<S> tile, int rows, Skip skip) {
   if (!tile) return;
   each_piece(block, tile, rows, [&](int r, int c) {
     if (!skip(r)) return;
-    METATTN_UNROLL for (int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
+    METATTN_UNROLL(int v = 0; v < static_cast<int>(16 / sizeof(S)); ++v)
       if (strange(tile.row(r)[c + v])) tile.row(r)[c + v] = narrowed<S>(Compute<S>{0});
   });
 }
@@ -163,12 +165,9 @@ template <class T>
 struct Statistics {
   T *reference, *log_total, *d, *tau, *dt;
   static METATTN_HD Statistics take(Pieces& pieces, int rows) {
-    return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows),
-            pieces.take<T>(rows)};
+    return {pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows), pieces.take<T>(rows)};
   }
-  METATTN_DEVICE Statistics from(int row) const {
-    return {reference + row, log_total + row, d + row, tau + row, dt + row};
-  }
+  METATTN_DEVICE Statistics from(int row) const { return {reference + row, log_total + row, d + row, tau + row, dt + row}; }
   METATTN_DEVICE bool idle(int r) const { return reference[r] == kInfinity<T>; }
 };
 
@@ -187,11 +186,11 @@ static METATTN_DEVICE bool is_idle(const Params& p, const Place& place, T refere
 // The log-sum-exp in its two parts, for P = exp((S − reference) − log_total), which keeps its digits however large scores
 // are; a row that attends to nothing has +inf as its reference.
 template <class T>
-struct LogSumExp {
+struct RowLogSumExp {
   T reference, log_total;
 };
 template <class T>
-static METATTN_DEVICE LogSumExp<T> known_lse(const Params& p, const Place& place, int64_t i) {
+static METATTN_DEVICE RowLogSumExp<T> known_lse(const Params& p, const Place& place, int64_t i) {
   const double* lse = double_at(p.lse, place.seq, place.head, place.s.q0 + i);
   const double log_total = lse[p.lse.stride[3]];
   if (log_total == -kInfinity<double>) return {kInfinity<T>, 0};
@@ -231,10 +230,10 @@ static METATTN_DEVICE T sink_probability(const Params& p, const Place& place, T 
   return exponential((per_head<T>(p.sinks, place) - reference) - log_total);
 }
 
-// What rows' dS, and dSt, sum to over the keys are small differences of large numbers where a sink has most of the weight.
+// 1 − Ps; 1 where it does not matter to what rows' dS and dSt sum to.
 template <class T>
 static METATTN_DEVICE T beside_sink(const Params& p, const Place& place, T reference, T log_total) {
-  return p.sinks && (p.d_lse || p.lse_t) ? 1 - sink_probability(p, place, reference, log_total) : T{1};
+  return is_difference(p) ? 1 - sink_probability(p, place, reference, log_total) : T{1};
 }
 
 // A warp finds out the statistics of its rows from `first` on; tell: and tells the column pass.
@@ -243,7 +242,7 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
                                            int64_t first, bool second, bool tell) {
   for (int r = 0; r < kWarpRows; ++r) {
     const int64_t i = first + r;
-    LogSumExp<T> lse{kInfinity<T>, 0};
+    RowLogSumExp<T> lse{kInfinity<T>, 0};
     T d = 0, tau = 0, dt = 0;
     if (i < place.s.n) {
       lse = known_lse<T>(p, place, i);
@@ -281,8 +280,8 @@ static METATTN_DEVICE void find_statistics(const Params& p, const Place& place, 
 
 // Begins to copy what a row pass told of rows [first, first + rows); rows that are not there attend to nothing.
 template <class T>
-static METATTN_DEVICE void start_statistics(Block& block, const Params& p, const Place& place,
-                                            const Statistics<T>& known, int64_t first, int rows) {
+static METATTN_DEVICE void start_statistics(Block& block, const Params& p, const Place& place, const Statistics<T>& known,
+                                            int64_t first, int rows) {
   for (int r = block.worker(); r < rows; r += block.workers()) {
     const int64_t i = first + r;
     const bool there = i < place.s.n;
@@ -348,8 +347,7 @@ static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<
         x += bias;
       }
       if (p.slopes) x -= product(slope, static_cast<T>(alibi_distance(place.s, i, j)));
-      if (p.mask && keep)
-        keep = p.mask.data[offset_of(p.mask, place.seq, place.head, i) + j * p.mask.stride[3]] != 0;
+      if (p.mask && keep) keep = p.mask.data[offset_of(p.mask, place.seq, place.head, i) + j * p.mask.stride[3]] != 0;
     }
     value = keep ? x : -kInfinity<T>;
   });
@@ -357,15 +355,15 @@ static METATTN_DEVICE void finish_scores(const Window<Turned>& window, Fragment<
 
 // Which entries dropout keeps, a bit each; all where there is none.
 template <int Tiles>
-struct Kept {
+struct DropoutBits {
   static_assert(4 * Tiles <= 32);
   uint32_t bits[kSlots];
   METATTN_DEVICE bool at(int slot, int t, int e) const { return bits[slot] >> (4 * t + e) & 1; }
 };
 
 template <bool Full, bool Turned, int Tiles>
-static METATTN_DEVICE Kept<Tiles> dropout(const Window<Turned>& window) {
-  Kept<Tiles> kept;
+static METATTN_DEVICE DropoutBits<Tiles> dropout(const Window<Turned>& window) {
+  DropoutBits<Tiles> kept;
   METATTN_EACH_LANE(slot, lane) kept.bits[slot] = 0xffffffffu;
   if constexpr (Full) {
     const Params& p = window.p;
@@ -399,8 +397,8 @@ static METATTN_DEVICE Kept<Tiles> dropout(const Window<Turned>& window) {
 template <bool Turned, class T>
 static METATTN_DEVICE T bias_tangent(const Window<Turned>& window, int r, int c) {
   const View& view = window.p.t_bias;
-  return load<T>(view, offset_of(view, window.place.seq, window.place.head, window.query(r, c)) +
-                           window.key(r, c) * view.stride[3]);
+  return load<T>(view,
+                 offset_of(view, window.place.seq, window.place.head, window.query(r, c)) + window.key(r, c) * view.stride[3]);
 }
 
 // ---- keys that nobody may see ----
@@ -409,13 +407,13 @@ static METATTN_DEVICE T bias_tangent(const Window<Turned>& window, int r, int c)
 // must not reach a sum. All threads of a block come here, or none.
 template <class S, class T, int Tiles, int Count>
 static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Fragment<T, Tiles>& s,
-                                        const Tile<S> (&tiles)[Count]) {
+                                        const SharedTile<S> (&tiles)[Count]) {
   static_assert(8 * Tiles <= 64);
   for (int w = block.worker(); w < 2; w += block.workers()) seen[w] = 0;
   block.sync();
   METATTN_EACH_LANE(slot, lane)
-    METATTN_UNROLL for (int t = 0; t < Tiles; ++t)
-      METATTN_UNROLL for (int e = 0; e < 4; ++e)
+    METATTN_UNROLL(int t = 0; t < Tiles; ++t)
+      METATTN_UNROLL(int e = 0; e < 4; ++e)
         if (s.x[slot][t][e] != -kInfinity<T>) {
           const int c = column_of(lane, t, e);
           set_bits(seen + c / 32, uint32_t{1} << c % 32);
@@ -423,7 +421,7 @@ static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Frag
   block.sync();
   for (int c = block.worker(); c < 8 * Tiles; c += block.workers()) {
     if (seen[c / 32] >> c % 32 & 1) continue;
-    METATTN_UNROLL for (int n = 0; n < Count; ++n)
+    METATTN_UNROLL(int n = 0; n < Count; ++n)
       if (tiles[n])
         for (int f = 0; f < tiles[n].ld; ++f) tiles[n].row(c)[f] = narrowed<S>(T{0});
   }
@@ -434,8 +432,8 @@ static METATTN_DEVICE void clear_unseen(Block& block, uint32_t* seen, const Frag
 
 // Stores factor·acc of a warp's rows: columns [first, …) of rows row0 on, up to row `end`.
 template <class S, class T, int Columns>
-static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t row0, int64_t end, int64_t first,
-                                      int64_t width, T factor, Fragment<T, Columns>& acc) {
+static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t row0, int64_t end, int64_t first, int64_t width,
+                                      T factor, Fragment<T, Columns>& acc) {
   if (!view) return;
   S* out = reinterpret_cast<S*>(view.data) + base;
   acc.each([&](T& value, int r, int c, int, int, int) {
@@ -446,9 +444,8 @@ static METATTN_DEVICE void store_rows(const View& view, int64_t base, int64_t ro
 
 // The same, and what rounding lost.
 template <class S, class T, int Columns>
-static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, int64_t base, int64_t low_base,
-                                             int64_t row0, int64_t end, int64_t first, int64_t width,
-                                             Fragment<T, Columns>& acc) {
+static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, int64_t base, int64_t low_base, int64_t row0,
+                                             int64_t end, int64_t first, int64_t width, Fragment<T, Columns>& acc) {
   S* out = reinterpret_cast<S*>(high.data) + base;
   BFloat16* lost = reinterpret_cast<BFloat16*>(low.data) + low_base;
   acc.each([&](T& value, int r, int c, int, int, int) {
@@ -458,8 +455,7 @@ static METATTN_DEVICE void store_rows_in_two(const View& high, const View& low, 
     if (sizeof(S) >= 4 || !low) return;
     // where float16 overflowed, low (bfloat16) is the value itself
     const T wide = widened<T>(kept);
-    lost[(row0 + r) * low.stride[2] + (first + c) * low.stride[3]] =
-        narrowed<BFloat16>(value - (is_finite(wide) ? wide : 0));
+    lost[(row0 + r) * low.stride[2] + (first + c) * low.stride[3]] = narrowed<BFloat16>(value - (is_finite(wide) ? wide : 0));
   });
 }
 

@@ -2,25 +2,25 @@
 // head. dK and dV or, Second, dKt and dVt.
 #pragma once
 
-#include "cuda/rows.h"
+#include "cuda/operands.h"
 
 namespace metattn::cuda {
 
 template <class S, int Columns, int Tiles, bool Full, bool Second>
-struct GradientKeys {
+struct GradientColumns {
   using Element = S;
   static constexpr bool kFull = Full;
   static constexpr int kTiles = Tiles;
   static constexpr int kQueries = 8 * kTiles;
   static constexpr int kSums = 8 * Columns;
   using T = Compute<S>;
-  Tile<S> k, b, v, c;
+  SharedTile<S> k, b, v, c;
   QueryTiles<S> queries;  // of the first stage, as the statistics
   Statistics<T> known;
   int stages;
   int64_t step;  // elements from a stage's queries to the next's
 
-  METATTN_HD GradientKeys(const Params& p, int warps, int stages, Pieces& pieces) : stages(stages) {
+  METATTN_HD GradientColumns(const Params& p, int warps, int stages, Pieces& pieces) : stages(stages) {
     const int ld = leading<S>(p, 8 * Columns), rows = kWarpRows * warps;
     k = pieces.tile<S>(true, rows, ld);
     b = pieces.tile<S>(Second && p.t_k, rows, ld);
@@ -43,9 +43,8 @@ struct GradientKeys {
     place.s = sequence(p, place.seq);
     const int64_t key0 = block.index() % blocks * rows;
     if (key0 >= place.s.m) return;
-    const auto own = [&](Tile<S> tile, const View& view, int64_t width) {
-      start_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m,
-                 width);
+    const auto own = [&](SharedTile<S> tile, const View& view, int64_t width) {
+      start_tile(block, tile, rows, view, offset_of(view, place.seq, place.kv_head, place.s.k0), key0, 0, place.s.m, width);
     };
     own(k, p.k, p.d);
     own(b, p.t_k, p.d);
@@ -116,9 +115,9 @@ struct GradientKeys {
     aside.settle(4 * Columns, grad_v, same);
     const int64_t mine = key0 + warp_row;
     store_rows<S>(p.grad_k, offset_of(p.grad_k, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.d,
-               static_cast<T>(p.scale), grad_k);
+                  static_cast<T>(p.scale), grad_k);
     store_rows<S>(p.grad_v, offset_of(p.grad_v, place.seq, place.kv_head, place.s.k0), mine, place.s.m, first, p.dv, T{1},
-               grad_v);
+                  grad_v);
   }
 };
 
