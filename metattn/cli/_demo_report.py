@@ -232,6 +232,8 @@ def _accuracy(axis: Any, characters: dict[str, Any]) -> None:
 
 
 def _against_length(axis: Any, results: dict[str, Any], key: str, factor: float, label: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     for name in names(results):
         points = [(row["length"], row[key] * factor) for row in of(results, name) if row[key] is not None]
         if points:
@@ -243,6 +245,8 @@ def _against_length(axis: Any, results: dict[str, Any], key: str, factor: float,
     axis.set_yscale("log")
     axis.set_xticks(lengths(results), [str(length) for length in lengths(results)])
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten may be too few to read
+    axis.yaxis.set_major_formatter("{x:,g}")
     axis.legend(loc="upper left", frameon=False)
     axis.margins(y=0.12)
     axis.set_title(label)
