@@ -12,15 +12,27 @@ import pytest
 import torch
 
 from metattn import cli
-from metattn.cli.tasks import Characters, Sinusoids, handwritten_digits, nearest_centroid, rows
+from metattn.cli.demo import WAYS, CharacterLearner
+from metattn.cli.tasks import (
+    Characters,
+    Sinusoids,
+    handwritten_digits,
+    nearest_centroid,
+    scribbles,
+    windows,
+)
 
 pytest.importorskip("sklearn", reason="the demo's extras are not installed")
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_sinusoids_are_the_papers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tasks = Sinusoids.draw(4000, generator)
-    x, y = tasks.points(10, generator)
+    drawing = generator()
+    tasks = Sinusoids.draw(4000, drawing)
+    x, y = tasks.points(10, drawing)
     assert x.shape == y.shape == (4000, 1, 10, 1)
     for drawn, low, high in ((tasks.amplitude, 0.1, 5.0), (tasks.phase, 0.0, math.pi), (x, -5.0, 5.0)):
         width = high - low
@@ -31,20 +43,49 @@ def test_sinusoids_are_the_papers() -> None:
     torch.testing.assert_close(y[7], expected)
 
 
-def test_digits_of_the_test_are_never_trained_on() -> None:
-    training, unseen = handwritten_digits()
-    assert (len(training.classes), len(unseen.classes)) == (6 * 8, 4)
-    seen = {image.numpy().tobytes() for images in training.classes for image in images}
-    assert not any(image.numpy().tobytes() in seen for images in unseen.classes for image in images)
+def test_digits_are_all_of_scikit_learns() -> None:
+    digits = handwritten_digits().classes
+    assert [len(images) for images in digits] == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert all(images.shape[1:] == (8, 8) and 0 <= images.min() < images.max() == 1 for images in digits)
+    middles = [images[:, 3:5, 3:5].mean() for images in digits]
+    assert min(range(10), key=lambda digit: middles[digit]) == 0  # the one with a hole there
+
+
+def test_scribbles_repeat_by_their_seed_alone() -> None:
+    first, again, other = (torch.stack(scribbles(30, 4, generator(s)).classes) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    every = torch.cat([first, other]).view(-1, 64)
+    apart = torch.cdist(every, every).fill_diagonal_(1)
+    assert apart.min() > 0
+
+
+def test_scribbles_look_like_the_digits_data() -> None:
+    drawn = torch.stack(scribbles(200, 10, generator()).classes)
+    assert drawn.shape == (200, 10, 8, 8)
+    assert 0 <= drawn.min() < drawn.max() <= 1
+    digits = torch.cat(handwritten_digits().classes)
+    assert abs(drawn.mean() - digits.mean()) < 0.02
+    assert abs(drawn.std() - digits.std()) < 0.02
+    # tall: ink in the rows at both ends, and next to none in the columns there
+    for images in (drawn, digits):
+        mean = images.flatten(0, -3).mean(0)
+        assert mean[[0, -1]].sum(1).min() > 4 * mean[:, [0, -1]].sum(0).max()
+
+
+def test_a_class_of_scribbles_is_one_character() -> None:
+    """Images of a class are nearer to each other than to those of other classes, but not the same."""
+    drawn = torch.stack(scribbles(60, 8, generator()).classes).flatten(2)
+    within = torch.stack([torch.pdist(images).mean() for images in drawn])
+    between = torch.pdist(drawn[:, 0]).mean()
+    assert 0.5 < within.mean() < 0.85 * between
 
 
 def test_tasks_have_distinct_classes_and_images() -> None:
     classes = tuple(
         torch.full((20, 8, 8), float(c)) + torch.arange(20).view(-1, 1, 1) / 100 for c in range(5)
     )
-    generator = torch.Generator().manual_seed(0)
     (images, labels), (others, other_labels) = Characters(classes).draw(
-        6, generator, ways=3, shots=5, queries=7
+        6, generator(), ways=3, shots=5, queries=7
     )
     assert images.shape == (6, 15, 8, 8)
     assert others.shape == (6, 21, 8, 8)
@@ -56,12 +97,23 @@ def test_tasks_have_distinct_classes_and_images() -> None:
         assert not set(images[task, :, 0, 0].tolist()) & set(others[task, :, 0, 0].tolist())
 
 
-def test_rows_keep_the_image_and_say_their_place() -> None:
-    image = torch.rand(2, 8, 8)
-    points = rows(image)
-    assert points.shape == (2, 8, 16)
-    torch.testing.assert_close(points[..., :8] * 0.37 + 0.3, image)
-    assert torch.equal(points[1, :, 8:], torch.eye(8))
+def test_windows_by_loops() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    found = windows(images)
+    assert found.shape == (2, 3, 16, 16)
+    for row in range(4):
+        for column in range(4):
+            for y in range(4):
+                for x in range(4):
+                    down, across = 2 * row - 1 + y, 2 * column - 1 + x
+                    inside = 0 <= down < 8 and 0 <= across < 8
+                    wanted = images[..., down, across] if inside else torch.zeros(2, 3)
+                    given = found[..., 4 * row + column, 4 * y + x] * 0.38 + 0.3
+                    torch.testing.assert_close(given, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_learner_prefers_no_class_before_a_task() -> None:
+    assert torch.equal(CharacterLearner()(torch.rand(7, 8, 8)), torch.zeros(7, WAYS))
 
 
 def test_nearest_centroid() -> None:
@@ -85,10 +137,12 @@ def test_quick_run(quick: tuple[int, Path]) -> None:
     assert code == 0
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     results: dict[str, Any] = json.loads((folder / "demo.json").read_text())
-    waves, digits = results["sinusoids"], results["digits"]
+    waves, characters = results["sinusoids"], results["characters"]
     assert waves["trained"][10] < waves["trained"][0]
-    assert digits["trained"][10] > 0.5 > digits["trained"][0]
-    assert digits["centroid"] > 0.8
+    for kind, chance in (("digits", 0.7), ("scribbles", 0.6)):
+        read = characters[kind]
+        assert read["trained"][10] > 0.5 > read["trained"][0]
+        assert abs(read["nearest"] - chance) < 0.15
     assert len(waves["curves"]) == 3
 
 

@@ -128,16 +128,18 @@ def glyphs(classes: int, images: int, generator: torch.Generator) -> Classes:
 
 
 def digits() -> tuple[Classes, Classes]:
-    """scikit-learn's digits, 8×8 made 28×28: 48 classes to train and to validate, 4 to test."""
-    both = []
-    for characters in handwritten_digits():
-        both.append(
-            tuple(
-                interpolate(images.unsqueeze(1), size=PIXELS, mode="bilinear", align_corners=False)[:, 0]
-                for images in characters.classes
-            )
-        )
-    return both[0], both[1]
+    """scikit-learn's digits, 8×8 made 28×28: 0-5, turned and mirrored into 48 classes; 6-9 as they are."""
+    classes = handwritten_digits().classes
+    turned = [torch.rot90(images, turns, (1, 2)) for images in classes[:6] for turns in range(4)]
+    training = [image for images in turned for image in (images, images.flip(2))]
+    return enlarged(training), enlarged(classes[6:])
+
+
+def enlarged(classes: Classes) -> Classes:
+    return tuple(
+        interpolate(images.unsqueeze(1), size=PIXELS, mode="bilinear", align_corners=False)[:, 0]
+        for images in classes
+    )
 
 
 def episodes(

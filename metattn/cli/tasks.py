@@ -1,4 +1,4 @@
-"""The demo's tasks: sinusoids as in the MAML paper, and few-shot classes of handwritten digits."""
+"""The demo's tasks: sinusoids as in the MAML paper; few-shot classes of scribbles and handwritten digits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Samples = tuple[Tensor, Tensor]  # (inputs, targets), tasks in front
 
@@ -60,25 +61,50 @@ class Characters:
         return labelled(support, shots), labelled(query, queries)
 
 
-def handwritten_digits() -> tuple[Characters, Characters]:
-    """scikit-learn's digits: 0-5, turned and mirrored into 48 classes, to meta-train; and 6-9 as they are."""
+def handwritten_digits() -> Characters:
+    """scikit-learn's handwritten digits: the ten classes in order, some 180 images each."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.from_numpy(data.images).float() / 16
     targets = torch.from_numpy(data.target)
-    training = []
-    for digit in range(6):
-        for turns in range(4):
-            turned = torch.rot90(images[targets == digit], turns, (1, 2))
-            training += [turned, turned.flip(2)]
-    return Characters(tuple(training)), Characters(tuple(images[targets == digit] for digit in range(6, 10)))
+    return Characters(tuple(images[targets == digit] for digit in range(10)))
 
 
-def rows(images: Tensor) -> Tensor:
-    """Each image [8, 8] as a set of 8 points: its rows, centred, with a unit vector for their place."""
-    place = torch.eye(8).expand(*images.shape[:-2], 8, 8)
-    return torch.cat([(images - 0.3) / 0.37, place], dim=-1)  # the data's mean and standard deviation
+def scribbles(classes: int, images: int, generator: torch.Generator) -> Characters:
+    """Characters that nobody writes: of each class one random pen line, drawn anew for every image.
+
+    The line is a sum of cosines, Σ_k c_k/k · cos(πkt) for t from 0 to 1, with c_k ∈ R² normal for each class.
+    Each image adds noise to the c_k, a slant, a pen of its own width and a shift. As in the data set of
+    digits the line fills the image's height, and at most 3/4 of its width.
+    """
+    count = classes * images
+    k = torch.arange(1, 6)
+    basis = torch.cos(math.pi * k * torch.linspace(0, 1, 40).unsqueeze(-1)) / k  # [points, terms]
+    terms = torch.randn(classes, 1, len(k), 2, generator=generator)
+    noise = torch.randn(classes, images, len(k), 2, generator=generator)
+    line = basis @ (terms + 0.3 * noise).flatten(0, 1)  # [count, points, (x, y)]
+    slant = 0.2 * torch.randn(count, 1, 1, generator=generator)
+    line = torch.cat([line[..., :1] + slant * line[..., 1:], line[..., 1:]], -1)
+    width = 0.25 + 0.25 * torch.rand(count, 1, 1, generator=generator)
+    low, high = line.amin(1, keepdim=True), line.amax(1, keepdim=True)
+    fit = (2 - width) / (high - low)  # the image is the square from −1 to 1
+    scale = torch.cat([torch.minimum(0.75 * fit[..., :1], fit[..., 1:]), fit[..., 1:]], -1)
+    shift = 0.06 * torch.randn(count, 1, 2, generator=generator)
+    line = (line - (low + high) / 2) * scale + shift
+    axis = (torch.arange(8) + 0.5) / 4 - 1
+    pixels = torch.cartesian_prod(axis, axis).flip(-1)  # (x, y) of each, row by row
+    # in parts, for all distances at once are [count, 64, points]
+    distance = torch.cat([torch.cdist(pixels, part).amin(-1) for part in line.split(1000)])
+    ink = (4 * (width[..., 0] / 2 - distance) + 0.5).clamp(0, 1)  # falls to 0 over one pixel
+    return Characters(tuple(ink.view(classes, images, 8, 8)))
+
+
+def windows(images: Tensor) -> Tensor:
+    """Images [..., 8, 8] as sets of 16 windows of 4×4 pixels, overlapping by half: [..., 16, 16]."""
+    paper = (0.0 - 0.3) / 0.38  # the digits' mean and standard deviation
+    scaled = pad((images - 0.3) / 0.38, (1, 1, 1, 1), value=paper)
+    return scaled.unfold(-2, 4, 2).unfold(-2, 4, 2).flatten(-4, -3).flatten(-2)
 
 
 def nearest_centroid(support: Samples, query: Samples) -> float:
