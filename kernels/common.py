@@ -102,12 +102,12 @@ def counted(lack, weights, x, hidden):
 
 
 @triton.constexpr_function
-def wants_exact_d(call):
+def wants_exact_d(softcap, slopes):
     """Whether the forward multiplies P in two parts, where it is rounded, so that O's D is exact.
 
     A softcap hides what D lacks, and the gradient of slopes weighs it by distances.
     """
-    return call.softcap is not None or call.slopes is not None
+    return softcap is not None or slopes is not None
 
 
 @triton.jit

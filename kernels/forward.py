@@ -35,7 +35,7 @@ def visit(state, block, start, MASKED: tl.constexpr, FORM: tl.constexpr):
     v = memory.load_keys(call.v, at, key_ids, inside, VALUE)
     v = products.without(v, scores.unseen_keys(call, s))
     kept, multiplied = kept * decay + tl.sum(p, 1), multiplied * decay
-    twice: tl.constexpr = common.wants_exact_d(call)
+    twice: tl.constexpr = common.wants_exact_d(call.softcap, call.slopes)
     multiplied += tl.sum(p if twice else p.to(v[0].dtype).to(tl.float32), 1)
     acc = products.add_product(products.scaled(acc, decay[:, None]), p, v, PRECISION, twice)
     return new_top, total, kept, multiplied, acc

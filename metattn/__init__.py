@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from metattn.autodiff import HigherOrderWarning
 from metattn.backends import available_backends, inductor, use_backend
 from metattn.functional import attention, explain, scaled_dot_product_attention, varlen_attention
+from metattn.higher_order import HigherOrderWarning
 from metattn.integrations.sdpa import sdpa_override
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ below (a transform, a compiler, a recording, a batched backward pass) the operat
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from metattn import backends
 from metattn import torch_internals as internals
 from metattn.backends import load, operators_of, reference
-from metattn.caller import level_of_caller
+from metattn.higher_order import by_reference, reference_jvp, warn
 from metattn.layout import (
     DOUBLE_BACKWARD,
     FORWARD,
@@ -50,10 +49,6 @@ from metattn.layout import (
 from metattn.problem import Constants, Primals, Problem, Results
 
 Tensors = Sequence[Tensor | None]
-
-
-class HigherOrderWarning(UserWarning):
-    """A derivative is taken for which there is no fused map: it costs the reference's time and N×M memory."""
 
 
 def attend(problem: Problem, primals: Primals, constants: Constants) -> tuple[Tensor, Tensor]:
@@ -381,7 +376,7 @@ def _of_vjp_jvp(layout: Layout, ctx: Any, given: Arguments, cotangents: Primals)
         along = given._replace(tangents=cotangents)
         along = along._replace(results_t=Results(*call_map(JVP, problem, along)))
         tangent_gradients = call_map(VJP_JVP, problem, along, wanted.tangents)
-    gradients, cotangent_gradients = _by_reference(problem, given, cotangents, wanted)
+    gradients, cotangent_gradients = by_reference(problem, given, cotangents, wanted)
     return layout.gradients(primals=gradients, cotangents=cotangent_gradients, tangents=tangent_gradients)
 
 
@@ -389,10 +384,10 @@ def _moved_jvp(problem: Problem, given: Arguments, move: Arguments) -> Tensors:
     """Jvp's tangents: along the tangents it is linear; along the primals they are the reference's."""
     found: Tensors = NO_RESULTS
     if _any(move.primals):
-        _warn("the forward-mode derivative of a forward-mode derivative")
+        warn("the forward-mode derivative of a forward-mode derivative")
         # the reference computes its own results
         still = move._replace(results=NO_RESULTS, tangents=NO_PRIMALS)
-        found = _reference_jvp(JVP, problem, None, given, still)
+        found = reference_jvp(JVP, problem, None, given, still)
     if _any(move.tangents):
         found = _sum(found, call_map(JVP, problem, given._replace(tangents=move.tangents)))
     return found
@@ -402,12 +397,12 @@ def _moved_vjp_jvp(problem: Problem, needs: Needs, given: Arguments, move: Argum
     """VjpJvp's tangents: linear in cotangents and tangents; along the primals the reference's."""
     found: Tensors = NO_PRIMALS
     if _any(move.primals):
-        _warn("a third derivative")
+        warn("a third derivative")
         # the reference computes its own results
         still = move._replace(
             results=NO_RESULTS, cotangents=NO_COTANGENTS, tangents=NO_PRIMALS, results_t=NO_RESULTS
         )
-        found = _reference_jvp(VJP_JVP, problem, needs, given, still)
+        found = reference_jvp(VJP_JVP, problem, needs, given, still)
     if _any(move.cotangents):
         along = _with_results_t(problem, given)._replace(cotangents=move.cotangents)
         found = _sum(found, call_map(VJP_JVP, problem, along, needs))
@@ -463,62 +458,7 @@ def _double_backward(problem: Problem, given: Arguments, needs: Needs, dq: Tenso
     return (*results_t, *gradients)
 
 
-# Beyond the fused maps.
-
-
-def _warn(what: str) -> None:
-    warnings.warn(
-        f"{what} of attention has no fused map: it goes through the reference, in eager PyTorch with N×M "
-        "matrices in memory",
-        HigherOrderWarning,
-        stacklevel=level_of_caller(),
-    )
-
-
-def _by_reference(
-    problem: Problem, given: Arguments, cotangents: Primals, wanted: Arguments
-) -> tuple[Primals, Cotangents]:
-    """The gradients of ⟨cotangents, VjpJvp⟩ in the primals, do and dlse that are wanted."""
-    of_constants = Constants(*(False,) * len(Constants._fields))  # type: ignore[arg-type]
-    flags = VJP_JVP.join(Arguments(wanted.primals, of_constants, NO_RESULTS, wanted.cotangents))
-    places = [place for place, flag in enumerate(flags) if flag]
-    found: list[Tensor | None] = [None] * VJP_JVP.size
-    if places:
-        _warn("a third derivative")
-        values, along = VJP_JVP.join(given), [c for c in cotangents if c is not None]
-        needs: Any = tuple([c is not None for c in cotangents])
-
-        def product(*x: Tensor) -> Tensor:
-            """⟨cotangents, VjpJvp⟩ of the wanted tensors."""
-            tensors = list(values)
-            for place, value in zip(places, x, strict=True):
-                tensors[place] = value
-            results = VJP_JVP.run(reference, problem, VJP_JVP.split(tensors), needs)
-            there = [result for result in results if result is not None]
-            return torch.stack([(r * c).sum() for r, c in zip(there, along, strict=True)]).sum()
-
-        gradient_of = torch.func.grad(product, argnums=tuple(range(len(places))))
-        for place, gradient in zip(places, gradient_of(*(values[place] for place in places)), strict=True):
-            found[place] = gradient
-    gradients = VJP_JVP.split(found)
-    return gradients.primals, gradients.cotangents
-
-
-def _reference_jvp(
-    layout: Layout, problem: Problem, needs: Needs | None, given: Arguments, move: Arguments
-) -> Tensors:
-    """The tangents of the reference's map, inside a Function's jvp: its operations have forward mode."""
-    duals = [
-        x if x is None or t is None else internals.with_tangent(x, t)
-        for x, t in zip(layout.join(given), layout.join(move), strict=True)
-    ]
-    found = layout.run(reference, problem, layout.split(duals), needs)
-    return tuple([x if x is None else _tangent(x) for x in found])
-
-
-def _tangent(x: Tensor) -> Tensor:
-    tangent = internals.tangent_of(x)
-    return torch.zeros_like(x) if tangent is None else tangent
+# Strides, saved tensors, sums.
 
 
 def _lying_as(likes: Tensors, tangents: Tensors) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import aot
+from benchmarks import aot, machine_code
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ from benchmarks import aot
     ],
 )
 def test_bytes_of_an_instruction(operation: str, of_shared: int, of_lanes: int | None) -> None:
-    assert aot.shared_bytes(operation) == of_shared
+    assert machine_code.shared_bytes(operation) == of_shared
     if of_lanes is not None:
-        assert aot.lane_bytes(operation) == of_lanes
+        assert machine_code.lane_bytes(operation) == of_lanes
 
 
 def test_counts_are_those_of_the_shortest_loop_with_products() -> None:
@@ -54,7 +54,7 @@ def test_counts_are_those_of_the_shortest_loop_with_products() -> None:
     /*00c0*/ FFMA R1, R1, R1, RZ ;
     /*00d0*/ @P0 BRA `(.L_x_2) ;
 """
-    counts = aot.main_loop(aot.instructions(code))
+    counts = machine_code.main_loop(machine_code.instructions(code))
     assert counts == {
         "all": 6, "tensor": 1, "mufu": 1, "half_rate": 0, "shared_bytes": 512 + 512, "global_bytes": 512,
         "spill": 0, "spill_of_any": 1,

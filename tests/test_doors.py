@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 import metattn
 from benchmarks import doors
 from benchmarks.doors import DOORS, Attention, expected_of, tensors
-from metattn.autodiff import HigherOrderWarning
 from metattn.backends import available_backends
+from metattn.higher_order import HigherOrderWarning
 
 FLOAT64 = True  # backends that lack it: TestSinglePrecision
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metattn
 from metattn import autodiff
-from metattn.autodiff import HigherOrderWarning
+from metattn.higher_order import HigherOrderWarning
 from metattn.layout import DOUBLE_BACKWARD, FORWARD, JVP, VJP, VJP_JVP, Arguments, Cotangents
 from metattn.problem import Primals, Results
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metattn
-from metattn.autodiff import HigherOrderWarning
 from metattn.backends import reference
+from metattn.higher_order import HigherOrderWarning
 from metattn.problem import Primals, Results
 
 ALL = (True,) * len(Primals._fields)

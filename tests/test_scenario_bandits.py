@@ -15,6 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "scenarios"))
 
+import bandit_players
 import bandits
 from bandits import SIZES, Player, Policy
 
@@ -71,7 +72,7 @@ def test_bandits_pay_by_their_chances() -> None:
 
 def test_successes_and_failures() -> None:
     pulled, paid = torch.tensor([[2, 0, 2, 2], [1, 1, 1, 1]]), torch.tensor([[1.0, 0, 1, 0], [0.0, 0, 1, 0]])
-    wins, losses = bandits.counts(pulled, paid, 3)
+    wins, losses = bandit_players.counts(pulled, paid, 3)
     assert wins.tolist() == [[0, 0, 2], [0, 1, 0]]
     assert losses.tolist() == [[1, 0, 1], [0, 3, 0]]
 
@@ -114,7 +115,7 @@ def test_the_published_setups() -> None:
 
 def test_indices_of_gittins() -> None:
     """One pull left: the arm's mean. Two: λ with p − λ + p·(p' − λ) = 0, p' = (s + 2) / (s + f + 3)."""
-    indices = bandits.gittins_indices(5, levels=4001)
+    indices = bandit_players.gittins_indices(5, levels=4001)
     wins, losses = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     chance, won = (wins + 1) / (wins + losses + 2), (wins + 2) / (wins + losses + 3)
     torch.testing.assert_close(indices[1, :4, :4], chance, rtol=0, atol=2.6e-4)

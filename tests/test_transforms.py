@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import metattn
-from metattn.autodiff import HigherOrderWarning
+from metattn.higher_order import HigherOrderWarning
 
 SMALL = Shape(batch=2, n=3, m=2, d=2, dv=1, lengths=((2, 1), (1, 0), (0, 1)))
 Function = Callable[..., Any]
