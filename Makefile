@@ -55,16 +55,18 @@ bench: build
 	$(PY) -m benchmarks.training_steps --out benchmarks/results/training-steps --page README.md
 
 # The site, in build/site; a warning is an error. Pages are laid out as in the sources, so that their links hold.
+# Notebooks are run, which takes half a minute more.
 docs: build
-	$(PY) -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || \
+	$(PY) -c 'import furo, ipykernel, myst_nb, sphinx_copybutton' 2>/dev/null || \
 		$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements-docs.txt
-	rm -rf build/pages build/site
+	rm -rf build/pages build/site build/jupyter_execute
 	mkdir -p build/pages/benchmarks build/pages/examples/scenarios
 	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs docs/site/index.md build/pages
 	cp -r benchmarks/results build/pages/benchmarks
 	cp examples/*.py build/pages/examples
 	cp -r examples/scenarios/*.py examples/scenarios/results build/pages/examples/scenarios
-	$(PY) -m sphinx -q -W --keep-going -c docs/site build/pages build/site
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} \
+		$(PY) -m sphinx -q -W --keep-going -c docs/site build/pages build/site
 
 # Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
 aot: $(ENVIRONMENT)
