@@ -41,6 +41,18 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
 
 
+def sloped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with ALiBi slopes, which are a function of q: they have derivatives too."""
+    n, m = q.shape[-2], k.shape[-2]
+    distance = (torch.arange(n)[:, None] + m - n - torch.arange(m)).abs()
+    scores = q @ k.mT * FEATURES**-0.5 - slopes_of(q)[..., None, None] * distance
+    return scores.masked_fill(torch.ones(n, m, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
+def slopes_of(q: Tensor) -> Tensor:
+    return q[..., 0, 0].square()
+
+
 DRAWN = torch.randn(4, 1, 2, 4, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -212,12 +224,12 @@ DOORS = {
 }
 
 
-def expected_of(door: str) -> tuple[Tensor, ...]:
-    """The plain formula's; but a recorded gradient of it cuts its graph at what autograd has saved."""
+def expected_of(door: str, formula: Attention) -> tuple[Tensor, ...]:
+    """The formula's; but a recorded gradient of it cuts its graph at what autograd has saved."""
     if door != "recorded_gradient":
-        return DOORS[door](plain)
+        return DOORS[door](formula)
     x = leaf()
-    (gradient,) = torch.autograd.grad(residual(plain)(x).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(residual(formula)(x).square().sum(), x, create_graph=True)
     return penalty(gradient, x)
 
 
@@ -232,17 +244,23 @@ def _torch(kernel: SDPBackend) -> Attention:
     return attend
 
 
-CONTESTANTS: dict[str, Attention] = {
-    "metattn": functools.partial(metattn.attention, causal=True),
-    "plain formula": plain,
-    "torch, math": _torch(SDPBackend.MATH),
-    "torch, flash": _torch(SDPBackend.FLASH_ATTENTION),
+def _with_slopes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return metattn.attention(q, k, v, causal=True, alibi_slopes=slopes_of(q))
+
+
+# each with the formula of what it computes
+CONTESTANTS: dict[str, tuple[Attention, Attention]] = {
+    "metattn": (functools.partial(metattn.attention, causal=True), plain),
+    "metattn, slopes": (_with_slopes, sloped),
+    "plain formula": (plain, plain),
+    "torch, math": (_torch(SDPBackend.MATH), plain),
+    "torch, flash": (_torch(SDPBackend.FLASH_ATTENTION), plain),
 }
 MARKS = ("<!-- doors:begin (written by `python -m benchmarks.doors`) -->", "<!-- doors:end -->")
 TOLERANCE = 1e-8  # relative, in float64
 
 
-def tried(door: str, attend: Attention) -> dict[str, Any]:
+def tried(door: str, attend: Attention, formula: Attention) -> dict[str, Any]:
     """What is behind a door: an error's text, or how far it is from right."""
     torch._dynamo.reset()
     try:
@@ -251,7 +269,7 @@ def tried(door: str, attend: Attention) -> dict[str, Any]:
             found = DOORS[door](attend)
     except Exception as error:  # whatever it is, it says that there is no number
         return {"verdict": "raises", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    exact = expected_of(door)
+    exact = expected_of(door, formula)
     distances = [
         float((x.detach() - y).norm() / y.norm().clamp_min(1e-30)) for x, y in zip(found, exact, strict=True)
     ]
@@ -279,7 +297,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/doors"))
     parser.add_argument("--page", type=Path, help="a Markdown file whose table of doors is rewritten")
     args = parser.parse_args()
-    found = {door: {name: tried(door, attend) for name, attend in CONTESTANTS.items()} for door in DOORS}
+    found = {door: {name: tried(door, *both) for name, both in CONTESTANTS.items()} for door in DOORS}
     results = {"machine": machine(), "doors": found}
     publish(results, markdown(results), args.out, "doors", args.page, MARKS)
     return 0

@@ -7,6 +7,7 @@ wrong there.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -32,12 +33,19 @@ def ours(backend: str | None) -> Attention:
     return lambda q, k, v: metattn.attention(q, k, v, causal=True, backend=backend)
 
 
+def with_slopes(backend: str) -> Attention:
+    return lambda q, k, v: metattn.attention(
+        q, k, v, causal=True, alibi_slopes=doors.slopes_of(q), backend=backend
+    )
+
+
+@pytest.mark.parametrize(("attend", "formula"), [(ours, doors.plain), (with_slopes, doors.sloped)])
 @pytest.mark.parametrize("door", DOORS)
-def test_door(door: str, backend: str) -> None:
+def test_door(door: str, attend: Callable[[str], Attention], formula: Attention, backend: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", HigherOrderWarning)
-        found = DOORS[door](ours(backend))
-    expected = expected_of(door)
+        found = DOORS[door](attend(backend))
+    expected = expected_of(door, formula)
     assert largest_difference(found, expected) < 1e-12 * max(float(x.abs().max()) for x in expected) + 1e-14
 
 
@@ -348,7 +356,7 @@ def compare_over_nothing(call: Call, mapped: set[str], transform: str, backend: 
 OVER_NOTHING = [*OF_AN_EXAMPLE, *(f"outside: {name}" for name in outside(None, None))]
 
 
-@pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
+@pytest.mark.filterwarnings("ignore::metattn.higher_order.HigherOrderWarning")
 class TestEmptyBatches:
     """vmap over a dimension of size 0, of every map, by every door; gradients of each sample of none."""
 
@@ -416,13 +424,13 @@ def test_door_in_single_precision(door: str, monkeypatch: pytest.MonkeyPatch) ->
     """The Triton backend's kernels are launched from Python, or by operators where torch looks from below."""
     monkeypatch.setattr(doors, "DRAWN", doors.DRAWN.float())
     found = DOORS[door](ours("triton"))
-    expected = expected_of(door)
+    expected = expected_of(door, doors.plain)
     assert largest_difference(found, expected) <= 1e-4 * max(float(x.abs().max()) for x in expected)
 
 
 @pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"{available_backends()['triton']}")
 @pytest.mark.parametrize("transform", OVER_NOTHING)
-@pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
+@pytest.mark.filterwarnings("ignore::metattn.higher_order.HigherOrderWarning")
 def test_empty_batches_in_single_precision(transform: str) -> None:
     call = TestEmptyBatches.CALL.to(torch.float32)
     for mapped in (set(call.inputs), {"q"}, {"bias"}):

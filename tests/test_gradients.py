@@ -388,7 +388,7 @@ class TestAutogradContract:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(sum(g.sum() for g in first), x)
 
-    @pytest.mark.filterwarnings("ignore::metattn.autodiff.HigherOrderWarning")
+    @pytest.mark.filterwarnings("ignore::metattn.higher_order.HigherOrderWarning")
     @pytest.mark.parametrize("names", [("plain",), ("bias", "sinks", "dropout")], ids="+".join)
     def test_gradients_are_their_owners(self, names: tuple[str, ...], backend: str) -> None:
         """Written to behind autograd's counter, as numpy and collectives do: no later order sees it."""
