@@ -117,7 +117,7 @@ asan: $(ENVIRONMENT)
 		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-		$(dir $(PY))pytest -p no:cacheprovider --numprocesses auto tests/test_cpu.py tests/test_faults_*.py \
+		$(dir $(PY))pytest -p no:cacheprovider --numprocesses auto tests/test_cpu*.py tests/test_faults_*.py \
 		-k "not triton and not cuda"
 
 # The CUDA library, whatever torch is installed, and what nvcc made of it.

@@ -67,6 +67,7 @@ FIRST = (
     *(f"test_faults_{theme}.py" for theme in ("layouts", "masks", "derivatives", "processes")),
     "test_precision.py",
     "test_tuning.py",
+    "test_tuned_files.py",
     "test_packaging.py",
 )
 

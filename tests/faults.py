@@ -1,4 +1,4 @@
-"""What tests of faults share: `check` compares with the reference's formula in float64, differentiated by torch."""
+"""What tests of faults share: both orders of a call beside those of the plain formula in float64."""
 
 from __future__ import annotations
 
