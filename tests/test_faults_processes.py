@@ -187,7 +187,8 @@ def test_one_thread_gives_the_same_bits(backend: str) -> None:
 
 
 def test_threads_in_one_process(backend: str) -> None:
-    leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(n=65, m=67).items()}
+    one_head = {"batch": 1, "heads": 1} if in_interpreter(backend) else {}
+    leaves = {name: t.to(DEVICES[backend], torch.float32) for name, t in qkv(n=65, m=67, **one_head).items()}
     call = partial(metattn.attention, causal=True, return_lse=True, backend=backend)
     o, lse = (t.detach() for t in call(**leaves))
     seeds = seeds_for(leaves, o, lse)
