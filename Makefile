@@ -110,7 +110,7 @@ isa-check: build
 	for isa in $$($(PY) -c 'from metattn import host; print(*host.usable_isas())'); do \
 		echo "METATTN_ISA=$$isa"; \
 		METATTN_ISA=$$isa OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto -k cpu tests/test_precision.py \
-			tests/test_faults.py; \
+			tests/test_faults_*.py; \
 	done
 
 # Reads and writes out of bounds, and undefined behaviour, in the CPU's kernels, on every instruction set that runs here.
@@ -121,7 +121,7 @@ asan: $(ENVIRONMENT)
 		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-		$(dir $(PY))pytest -p no:cacheprovider --numprocesses auto tests/test_cpu.py tests/test_faults.py \
+		$(dir $(PY))pytest -p no:cacheprovider --numprocesses auto tests/test_cpu*.py tests/test_faults_*.py \
 		-k "not triton and not cuda"
 
 # The CUDA library, whatever torch is installed, and what nvcc made of it.

@@ -62,7 +62,14 @@ SLOW_IN_TRITON = (
 )
 
 # The files that take longest begin, so that no worker is left with one of them when the others are done.
-FIRST = ("test_triton.py", "test_faults.py", "test_precision.py", "test_tuning.py", "test_packaging.py")
+FIRST = (
+    "test_triton.py",
+    *(f"test_faults_{theme}.py" for theme in ("layouts", "masks", "derivatives", "processes")),
+    "test_precision.py",
+    "test_tuning.py",
+    "test_tuned_files.py",
+    "test_packaging.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

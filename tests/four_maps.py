@@ -19,7 +19,7 @@ LONG = (1, 2, 1, 70, 130, 8, 12)
 LENGTHS = ((0, 5), (70, 130), (1, 3), (7, 0))
 SHORT_LENGTHS = ((0, 5), (20, 31), (1, 3), (7, 0))
 ALL = dict(softcap=1.5, causal="bottom-right", window=(20, -1), dropout_p=0.2, sinks=True, slopes=True)
-OPTIONS: dict[str, dict[str, Any]] = {
+MAP_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-left": {"causal": "top-left"},
     "bottom-right": {"causal": "bottom-right"},
@@ -52,8 +52,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, to
 
 
 @dataclass(frozen=True)
-class Call:
-    """A random call of the four maps: sizes [B, Hq, Hkv, N, M, d, dv] and options."""
+class MapCall:
+    """A random call of the four maps: sizes [B, Hq, Hkv, N, M, d, dv] and options.
+
+    Not helpers.Call, which the public checks settle first: here a map gets what it must bear itself, such as
+    no heads or a window without end. Options are values, for sizes at which they cross tiles.
+    """
 
     sizes: tuple[int, ...] = (2, 4, 2, 35, 70, 8, 12)
     dtype: torch.dtype = torch.float64
@@ -146,7 +150,7 @@ class Moved:
         return run
 
 
-def four_maps(backend: Any, call: Call, wide: bool = False) -> Outputs:
+def four_maps(backend: Any, call: MapCall, wide: bool = False) -> Outputs:
     """Every output of the four maps; `wide`: of the same inputs in float64."""
     problem, primals, tangents, constants, do, dlse = call.make()
     if wide:

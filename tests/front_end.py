@@ -124,15 +124,22 @@ def main() -> int:
         own = {"bias": True, "sinks": name == "sinks", "slopes": name == "slopes"}
         cases[f"tangent of {name}"] = {**own, "tangents": one(index), "maps": ("second",)}
         cases[f"gradient of {name}"] = {**own, "needs": one(index), "maps": ("vjp", "second")}
-    read, failed, label = 0, 0, ""
+    failed, label = 0, ""
+    begun: set[tuple[str, str]] = set()
+
+    def begun_before(*, fn: Any, key: str, **_: Any) -> bool:
+        """Many launches differ in nothing that is compiled: one of them is read."""
+        known = (fn.name, key) in begun
+        begun.add((fn.name, key))
+        return known
 
     def run(launch: Launch, *arguments: Any) -> None:
-        nonlocal read, failed
+        nonlocal failed
         launch.kernel.device_caches.clear()
         try:
             launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.constants)
         except ReadError:
-            read += 1
+            pass
         except Exception as error:
             while error.__cause__ is not None:
                 error = error.__cause__  # type: ignore[assignment]
@@ -142,6 +149,7 @@ def main() -> int:
     triton.runtime.driver.set_active(Driver())
     with (
         mock.patch.object(CUDABackend, "make_ttgir", stop),
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", begun_before),
         mock.patch.object(backend, "run", run),
         mock.patch.object(devices, "architecture", return_value="sm90"),
         mock.patch.dict("os.environ", {"TRITON_ALWAYS_COMPILE": "1"}),
@@ -157,7 +165,7 @@ def main() -> int:
         call(70000, 70000)
         label = "all sizes 1"
         call(1, 1, bias=True, everything=True)
-    print(f"Triton {triton.__version__}: {read} kernels read, {failed} failed")
+    print(f"Triton {triton.__version__}: {len(begun)} kernels read, {failed} failed")
     return min(failed, 1)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from metattn.backends import cuda  # noqa: E402
 from tests import emulation  # noqa: E402
-from tests.four_maps import LENGTHS, LONG, OPTIONS, SHORT, Call, four_maps  # noqa: E402
+from tests.four_maps import LENGTHS, LONG, MAP_OPTIONS, SHORT, MapCall, four_maps  # noqa: E402
 
 NAMES = ("plain", "bottom-right", "mask", "bias", "everything")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,8 +35,8 @@ def main() -> None:
         for name in NAMES:
             for dtype in DTYPES:
                 for sizes in (SHORT, LONG):
-                    four_maps(cuda, Call(sizes, dtype, **OPTIONS[name]))
-                four_maps(cuda, Call(SHORT, dtype, lengths=LENGTHS, **OPTIONS[name]))
+                    four_maps(cuda, MapCall(sizes, dtype, **MAP_OPTIONS[name]))
+                four_maps(cuda, MapCall(SHORT, dtype, lengths=LENGTHS, **MAP_OPTIONS[name]))
             print(f"{name}, stages {stages}", flush=True)
 
 

@@ -20,13 +20,13 @@ import torch
 from four_maps import (
     LENGTHS,
     LONG,
+    MAP_OPTIONS,
     ODD,
-    OPTIONS,
     SHARED,
     SHORT,
     SHORT_LENGTHS,
     TOLERANCE,
-    Call,
+    MapCall,
     Moved,
     Outputs,
     assert_close,
@@ -50,7 +50,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ON_DEVICE = Moved(cuda, "cpu" if emulation.installed() else "cuda")
 
 
-def check(call: Call, terms: int = 1) -> None:
+def check(call: MapCall, terms: int = 1) -> None:
     """terms: how many of size 1 are summed to what may be 0."""
     relative = TOLERANCE[call.dtype]
     found, exact = four_maps(ON_DEVICE, call), four_maps(reference, call, wide=True)
@@ -59,19 +59,19 @@ def check(call: Call, terms: int = 1) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", MAP_OPTIONS)
 def test_four_maps(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(Call(sizes, dtype, **OPTIONS[name]))
+    check(MapCall(sizes, dtype, **MAP_OPTIONS[name]))
 
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_odd_sizes(name: str, dtype: torch.dtype) -> None:
-    check(Call(ODD[name], dtype))
+    check(MapCall(ODD[name], dtype))
 
 
 def test_no_features() -> None:
-    check(Call((1, 2, 1, 20, 40, 0, 0), torch.float32, **OPTIONS["bias"]))
+    check(MapCall((1, 2, 1, 20, 40, 0, 0), torch.float32, **MAP_OPTIONS["bias"]))
 
 
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
@@ -79,19 +79,19 @@ def test_no_features() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_every_tile(name: str, width: int, dtype: torch.dtype) -> None:
     """Not in float32: at these widths the calls' scores are so large that its own rounding shows."""
-    check(Call((1, 2, 1, 70, 75, width, width), dtype, **OPTIONS[name]))
+    check(MapCall((1, 2, 1, 70, 75, width, width), dtype, **MAP_OPTIONS[name]))
 
 
 @pytest.mark.parametrize("has", SHARED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_shared_bias(has: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(Call((2, 2, 1, 20, 40, 4, 4), dtype, bias=has), terms=2 * 2 * 20 * 40)
+    check(MapCall((2, 2, 1, 20, 40, 4, 4), dtype, bias=has), terms=2 * 2 * 20 * 40)
 
 
 @pytest.mark.parametrize("lengths", [SHORT_LENGTHS, LENGTHS], ids=["short", "long"])
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_packed(name: str, lengths: tuple[tuple[int, int], ...]) -> None:
-    check(Call(SHORT, torch.float32, lengths=lengths, **OPTIONS[name]))
+    check(MapCall(SHORT, torch.float32, lengths=lengths, **MAP_OPTIONS[name]))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def shared_memory(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("width", [64, 128])
 def test_smaller_blocks(width: int, dtype: torch.dtype, shared_memory: int) -> None:
     """As compute capability 7.5 has it: fewer warps a block, smaller tiles."""
-    check(Call((1, 2, 1, 70, 75, width, width), dtype, **OPTIONS["bottom-right"]))
+    check(MapCall((1, 2, 1, 70, 75, width, width), dtype, **MAP_OPTIONS["bottom-right"]))
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def before_80() -> Iterator[None]:
 @pytest.mark.parametrize("width", [32, 128, 200])
 def test_bfloat16_without_tensor_cores(width: int, shared_memory: int) -> None:
     """One shape of tile serves every call, without options too."""
-    check(Call((1, 2, 1, 70, 75, width, width), torch.bfloat16))
+    check(MapCall((1, 2, 1, 70, 75, width, width), torch.bfloat16))
 
 
 @emulated
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused(shared_memory: int) -> None:
     assert reason.endswith(expected.replace("\\", ""))
     assert cuda.too_large(torch.bfloat16, 256, 256, shared_memory) is None
     with pytest.raises(RuntimeError, match="does not fit the shared memory"):
-        four_maps(ON_DEVICE, Call((1, 1, 1, 3, 4, 256, 256)))
+        four_maps(ON_DEVICE, MapCall((1, 1, 1, 3, 4, 256, 256)))
 
 
 @emulated
@@ -153,7 +153,7 @@ def assert_same_bits(first: Outputs, second: Outputs) -> None:
 
 
 def test_reruns_give_the_same_bits() -> None:
-    call = Call(LONG, torch.bfloat16, **OPTIONS["everything"])
+    call = MapCall(LONG, torch.bfloat16, **MAP_OPTIONS["everything"])
     assert_same_bits(four_maps(ON_DEVICE, call), four_maps(ON_DEVICE, call))
 
 
@@ -214,7 +214,7 @@ def relative_errors(found: Outputs, exact: Outputs) -> dict[str, float]:
     return errors
 
 
-def check_tf32(call: Call) -> None:
+def check_tf32(call: MapCall) -> None:
     """No further off than 1.5 times what rounding the same products' operands costs the formulas."""
     exact = four_maps(reference, call, wide=True)
     with RoundedProducts():
@@ -228,16 +228,16 @@ def check_tf32(call: Call) -> None:
 
 @in_tf32
 @pytest.mark.parametrize("sizes", [SHORT, UNEVEN], ids=["short", "uneven"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", MAP_OPTIONS)
 def test_tf32(name: str, sizes: tuple[int, ...]) -> None:
-    check_tf32(Call(sizes, torch.float32, **OPTIONS[name]))
+    check_tf32(MapCall(sizes, torch.float32, **MAP_OPTIONS[name]))
 
 
 @in_tf32
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 192])
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_every_tile_in_tf32(name: str, width: int) -> None:
-    check_tf32(Call((1, 2, 1, 70, 75, width, width), torch.float32, **OPTIONS[name]))
+    check_tf32(MapCall((1, 2, 1, 70, 75, width, width), torch.float32, **MAP_OPTIONS[name]))
 
 
 @emulated
@@ -246,7 +246,7 @@ def test_every_tile_in_tf32(name: str, width: int) -> None:
 )
 def test_what_does_not_fit_in_tf32(width: int, shared_memory: int) -> None:
     """float32's smallest tiles are smaller: they take all maps of such heads, those too that would fit."""
-    call = Call((1, 2, 1, 33, 40, width, width), torch.float32)
+    call = MapCall((1, 2, 1, 33, 40, width, width), torch.float32)
     before = four_maps(ON_DEVICE, call)
     with precision("tf32"):
         assert_same_bits(before, four_maps(ON_DEVICE, call))
@@ -256,11 +256,11 @@ def test_what_does_not_fit_in_tf32(width: int, shared_memory: int) -> None:
 @pytest.mark.parametrize("lengths", [SHORT_LENGTHS, LENGTHS], ids=["short", "long"])
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_packed_in_tf32(name: str, lengths: tuple[tuple[int, int], ...]) -> None:
-    check_tf32(Call(SHORT, torch.float32, lengths=lengths, **OPTIONS[name]))
+    check_tf32(MapCall(SHORT, torch.float32, lengths=lengths, **MAP_OPTIONS[name]))
 
 
 @dataclass(frozen=True)
-class RoundedCall(Call):
+class RoundedCall(MapCall):
     """A call whose products have nothing left to round, but for weights."""
 
     def make(self) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor]:
@@ -274,18 +274,18 @@ class RoundedCall(Call):
 @in_tf32
 @pytest.mark.parametrize("sizes", [SHORT, UNEVEN, (1, 2, 1, 70, 75, 128, 96)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, OPTIONS["everything"], {"bias": (0, 1, 1, 0)}], ids=["plain", "everything", "bias"]
+    "options", [{}, MAP_OPTIONS["everything"], {"bias": (0, 1, 1, 0)}], ids=["plain", "everything", "bias"]
 )
 def test_every_operand_is_rounded(options: dict[str, Any], sizes: tuple[int, ...]) -> None:
     """The same bits where they were rounded before: tensor cores would cut off, where nobody rounds."""
     with precision("tf32"):
-        found = four_maps(ON_DEVICE, Call(sizes, torch.float32, **options))
+        found = four_maps(ON_DEVICE, MapCall(sizes, torch.float32, **options))
         assert_same_bits(found, four_maps(ON_DEVICE, RoundedCall(sizes, torch.float32, **options)))
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_full_precision_unless_allowed(name: str) -> None:
-    call = Call(UNEVEN, torch.float32, **OPTIONS[name])
+    call = MapCall(UNEVEN, torch.float32, **MAP_OPTIONS[name])
     with precision("ieee"):
         errors = relative_errors(four_maps(ON_DEVICE, call), four_maps(reference, call, wide=True))
     assert max(errors.values()) <= FULL, errors
@@ -294,7 +294,7 @@ def test_full_precision_unless_allowed(name: str) -> None:
 @emulated
 @pytest.mark.usefixtures("before_80")
 def test_full_precision_before_80() -> None:
-    call = Call(UNEVEN, torch.float32)
+    call = MapCall(UNEVEN, torch.float32)
     before = four_maps(ON_DEVICE, call)
     with precision("tf32"):
         assert_same_bits(before, four_maps(ON_DEVICE, call))
@@ -302,7 +302,7 @@ def test_full_precision_before_80() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_tf32_is_for_float32(dtype: torch.dtype) -> None:
-    call = Call(SHORT, dtype)
+    call = MapCall(SHORT, dtype)
     before = four_maps(ON_DEVICE, call)
     with precision("tf32"):
         assert_same_bits(before, four_maps(ON_DEVICE, call))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from four_maps import OF_QKV
+from four_maps import MAP_OPTIONS, OF_QKV
 from helpers import OPTIONS, Call, Shape, both_orders, finite, largest_difference, make_call, pairs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,13 +12,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import metattn
 from metattn.backends import reference
 from metattn.higher_order import HigherOrderWarning
-from metattn.problem import Primals, Results
+from metattn.problem import Options, Primals, Results
 
 ALL = (True,) * len(Primals._fields)
 
 
 def like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def test_no_option_is_left_out_of_the_tables() -> None:
+    """What most tests of every backend are made from."""
+    assert {name for option in OPTIONS.values() for name in option(Shape(), torch.randn)} == {
+        *Options._fields
+    }
+    of_maps = {name for options in MAP_OPTIONS.values() for name in options}
+    every_call_has = {"scale", "dropout_seed"}
+    assert of_maps - {"slopes"} | {"alibi_slopes"} == {*Options._fields} - every_call_has
 
 
 class TestAgainstMaths:

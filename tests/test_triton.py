@@ -20,14 +20,14 @@ import torch
 from four_maps import (
     LENGTHS,
     LONG,
+    MAP_OPTIONS,
     ODD,
     OF_QKV,
-    OPTIONS,
     SHARED,
     SHORT,
     SHORT_LENGTHS,
     TOLERANCE,
-    Call,
+    MapCall,
     Moved,
     Outputs,
     assert_close,
@@ -54,7 +54,7 @@ ON_DEVICE = Moved(triton, "cpu" if devices.interpreted() else "cuda")
 interpreted = pytest.mark.skipif(not devices.interpreted(), reason="it compares CPU tensors")
 
 
-def check(call: Call, terms: int = 1) -> None:
+def check(call: MapCall, terms: int = 1) -> None:
     """terms: how many of size 1 are summed to what may be 0."""
     relative = TOLERANCE[call.dtype]
     absolute = relative * 0.1 * terms**0.5
@@ -62,38 +62,38 @@ def check(call: Call, terms: int = 1) -> None:
 
 
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", MAP_OPTIONS)
 def test_four_maps(name: str, sizes: tuple[int, ...]) -> None:
-    check(Call(sizes, torch.float32, **OPTIONS[name]))
+    check(MapCall(sizes, torch.float32, **MAP_OPTIONS[name]))
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_sizes(name: str) -> None:
-    check(Call(ODD[name], torch.float32))
+    check(MapCall(ODD[name], torch.float32))
 
 
 @pytest.mark.parametrize("side", [16, 32, 64])
 @pytest.mark.parametrize("options", [{"causal": "top-left"}, {"window": (3, 3)}], ids=["causal", "window"])
 def test_as_long_as_the_tile(options: dict[str, Any], side: int) -> None:
-    check(Call((1, 1, 1, side, side, 4, 4), torch.float32, **options))
+    check(MapCall((1, 1, 1, side, side, 4, 4), torch.float32, **options))
 
 
 @pytest.mark.parametrize("has", SHARED)
 def test_shared_bias(has: tuple[int, ...]) -> None:
-    check(Call((2, 2, 1, 20, 40, 4, 4), torch.float32, bias=has), terms=2 * 2 * 20 * 40)
+    check(MapCall((2, 2, 1, 20, 40, 4, 4), torch.float32, bias=has), terms=2 * 2 * 20 * 40)
 
 
 @pytest.mark.parametrize("lengths", [SHORT_LENGTHS, LENGTHS], ids=["short", "long"])
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_packed(name: str, lengths: tuple[tuple[int, int], ...]) -> None:
-    check(Call(SHORT, torch.float32, lengths=lengths, **OPTIONS[name]))
+    check(MapCall(SHORT, torch.float32, lengths=lengths, **MAP_OPTIONS[name]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_low_precision(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(Call(sizes, dtype, **OPTIONS[name]))
+    check(MapCall(sizes, dtype, **MAP_OPTIONS[name]))
 
 
 @pytest.fixture
@@ -111,20 +111,20 @@ def short_spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("sizes", [(1, 4, 2, 70, 330, 8, 12), (1, 2, 2, 200, 70, 80, 8)], ids=["k", "q"])
 @pytest.mark.parametrize("name", ["plain", "bottom-right", "sinks-masked", "everything"])
 def test_by_spans(name: str, sizes: tuple[int, ...]) -> None:
-    check(Call(sizes, torch.float32, **OPTIONS[name]))
+    check(MapCall(sizes, torch.float32, **MAP_OPTIONS[name]))
 
 
 @interpreted
 @pytest.mark.usefixtures("short_spans")
 @pytest.mark.parametrize("name", ["plain", "bottom-right", "sinks-masked"])
 def test_one_sweep_by_spans(name: str) -> None:
-    call = Call((1, 2, 1, 70, 330, 8, 12), torch.float32, **OPTIONS[name])
+    call = MapCall((1, 2, 1, 70, 330, 8, 12), torch.float32, **MAP_OPTIONS[name])
     launched, found, exact = one_sweep(call)
     assert "double_rows" in launched
     assert_close(found, exact, TOLERANCE[call.dtype])
 
 
-def made(call: Call) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor, Results]:
+def made(call: MapCall) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tensor, Results]:
     problem, primals, tangents, constants, do, dlse = call.make()
     return problem, primals, tangents, constants, do, dlse, triton.forward(problem, primals, constants)
 
@@ -132,7 +132,7 @@ def made(call: Call) -> tuple[Problem, Primals, Primals, Constants, Tensor, Tens
 @interpreted
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
 def test_double_backward_is_jvp_and_vjp_jvp(sizes: tuple[int, ...]) -> None:
-    call = Call(sizes, torch.float32, **OPTIONS["everything"])
+    call = MapCall(sizes, torch.float32, **MAP_OPTIONS["everything"])
     problem, primals, tangents, constants, do, dlse, results = made(call)
     needs = tuple(primal is not None for primal in primals)
     moved, second = triton.double_backward(problem, primals, constants, results, do, dlse, tangents, needs)
@@ -142,7 +142,7 @@ def test_double_backward_is_jvp_and_vjp_jvp(sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
-def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
+def one_sweep(call: MapCall) -> tuple[list[str], Outputs, Outputs]:
     """Kernels that a double backward launched, its outputs, and the same in float64."""
     problem, primals, tangents, constants, do, dlse = call.make()
     needs = tuple(primal is not None for primal in primals._replace(slopes=None))  # whose sums need τ and Dt
@@ -166,12 +166,12 @@ def one_sweep(call: Call) -> tuple[list[str], Outputs, Outputs]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", MAP_OPTIONS)
 def test_double_backward_in_one_sweep(name: str, dtype: torch.dtype) -> None:
-    options = {**OPTIONS[name], **({"bias": (0, 1, 1, 1)} if "bias" in OPTIONS[name] else {})}
+    options = {**MAP_OPTIONS[name], **({"bias": (0, 1, 1, 1)} if "bias" in MAP_OPTIONS[name] else {})}
     if dtype == torch.float32 and not devices.interpreted():
         pytest.skip("float32 takes two sweeps on a GPU")
-    launched, found, exact = one_sweep(Call((2, *LONG[1:]), dtype, **options))
+    launched, found, exact = one_sweep(MapCall((2, *LONG[1:]), dtype, **options))
     assert launched[:2] == ["double_rows", "vjp_jvp_keys"]
     terms = 2 * LONG[3] * LONG[4] if "bias" in options else 1
     absolute = TOLERANCE[dtype] * 0.1 * terms**0.5
@@ -279,7 +279,7 @@ def test_gradient_in_inference_mode() -> None:
 @pytest.mark.parametrize("what", ["keys", "values", "cotangent", "tangents", "peaked"])
 def test_one_sweep_where_terms_cancel(what: str) -> None:
     """Inputs whose mean is large beside their spread: what is subtracted is not left to rounding."""
-    call = Call(LONG, torch.bfloat16)
+    call = MapCall(LONG, torch.bfloat16)
     problem, primals, tangents, constants, do, dlse = call.make()
     shift = torch.full((), 20.0)
     if what == "keys":
@@ -322,7 +322,7 @@ def test_one_sweep_where_terms_cancel(what: str) -> None:
 @pytest.mark.parametrize("sizes", [(1, 2, 1, 9, 11, 4, 4), (1, 1, 1, 9, 70, 4, 4)], ids=["short", "long"])
 def test_each_part_alone(sizes: tuple[int, ...]) -> None:
     """One gradient wanted, one tangent or cotangent there: what is absent is left out, not zero by luck."""
-    call = Call(sizes, torch.float32, bias=(1, 1, 1, 1), sinks=True, slopes=True, softcap=2.0)
+    call = MapCall(sizes, torch.float32, bias=(1, 1, 1, 1), sinks=True, slopes=True, softcap=2.0)
     problem, primals, tangents, constants, do, dlse = call.make()
     ours = ON_DEVICE
     results = ours.forward(problem, primals, constants)
@@ -352,7 +352,7 @@ def test_each_part_alone(sizes: tuple[int, ...]) -> None:
 
 @interpreted
 def test_same_bits_again() -> None:
-    call = Call(LONG, torch.float32, **{**OPTIONS["everything"], "bias": (0, 1, 1, 1)})
+    call = MapCall(LONG, torch.float32, **{**MAP_OPTIONS["everything"], "bias": (0, 1, 1, 1)})
     first, again = four_maps(triton, call), four_maps(triton, call)
     assert all(torch.equal(x, again[name]) for name, x in first.items() if x is not None)  # type: ignore[arg-type]
 
@@ -362,7 +362,7 @@ def test_dropout_mask_is_the_references() -> None:
     """q = 0, v = 1/M: o counts the kept keys of each row, whatever the tile."""
     n, m, p = 70, 131, 0.4
     q, k = torch.zeros(1, 2, n, 4), torch.zeros(1, 2, m, 4)
-    call = replace(Call((1, 2, 2, n, m, 4, m), torch.float32), dropout_p=p)
+    call = replace(MapCall((1, 2, 2, n, m, 4, m), torch.float32), dropout_p=p)
     problem, _, _, constants, _, _ = call.make()
     v = torch.eye(m).expand(1, 2, m, m).contiguous()
     o = triton.forward(problem, Primals(q, k, v, None, None, None), constants).o
@@ -459,7 +459,7 @@ class TestAvailability:
     )
     def test_refusals(self, change: dict[str, Any], said: str) -> None:
         problem, primals, _, constants, _, _ = replace(
-            Call((1, 1, 1, 2, 2, 8, 8), torch.float32), **change
+            MapCall((1, 1, 1, 2, 2, 8, 8), torch.float32), **change
         ).make()
         primals = Primals(*map(ON_DEVICE.move, primals))
         assert triton.unsupported(problem, primals, constants) == said

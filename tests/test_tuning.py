@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import subprocess
 import sys
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,8 @@ import torch
 import metattn
 from metattn import backends
 from metattn.backends import triton
-from metattn.backends.triton import devices, tuned
+from metattn.backends.triton import tuned
 from metattn.backends.triton.plans import Launch
-from metattn.cli import doctor
 from metattn.measure import Timing
 
 if backends.unavailable_reason("triton") is not None:
@@ -31,84 +28,25 @@ if backends.unavailable_reason("triton") is not None:
 
 from metattn.kernels.configs import Config
 from triton.runtime.errors import OutOfResources
+from tuning_cases import (
+    HERE,
+    QUICK,
+    SHIPPED,
+    call,
+    few,
+    few_rows_win,
+    fewer_rows,
+    file,
+    gpu,
+    interpreter,
+    launched,
+    timer,
+)
 
 from metattn import tuning
 from metattn.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = tuned.Gpu("interpreter", "interpreter")
-SHIPPED = Config(64, 64, 1, 1)
-QUICK: dict[str, Any] = dict(
-    features=(8,), dtypes=(torch.float32,), maps=("forward",), length=256, candidates=3, progress=False
-)
-CANDIDATES = [Config(64, 64, 8, 1), Config(32, 64, 1, 1), Config(128, 64, 1, 1)]
-Timer = Callable[[tuning.Step, Config], tuple[Timing, Timing]]
-
-
-@pytest.fixture
-def gpu() -> None:
-    if devices.interpreted():
-        pytest.skip("no GPU")
-
-
-@pytest.fixture(autouse=True)
-def interpreter(request: pytest.FixtureRequest) -> None:
-    if not devices.interpreted() and "gpu" not in request.fixturenames:
-        pytest.skip("it goes by the interpreter's tiles")
-
-
-@pytest.fixture(autouse=True)
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where this test's tiles are kept."""
-    place = tmp_path / "kept" / "tuned.json"
-    monkeypatch.setenv("METATTN_TUNED", str(place))
-    tuned.table.cache_clear()
-    yield place
-    tuned.table.cache_clear()
-
-
-def timer(speed: Callable[[Config], float]) -> Timer:
-    """A clock for which a configuration is so many times as fast as the shipped one."""
-
-    def timed(step: tuning.Step, config: Config) -> tuple[Timing, Timing]:
-        return Timing((1.0, 1.0, 1.0)), Timing((1.0 / speed(config),) * 3)
-
-    return timed
-
-
-def fewer_rows(config: Config) -> float:
-    return 2.0 if config.rows == 32 else 1.0
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "neighbours", lambda shipped, most: CANDIDATES[:most])
-
-
-@pytest.fixture
-def few_rows_win(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "timed", timer(fewer_rows))
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
-    """Kernels and configurations in the order in which they are launched."""
-    found: list[tuple[str, Config]] = []
-    start = triton.run
-
-    def run(launch: Launch, *arguments: Any) -> None:
-        tile = [launch.constants.get(name) for name in ("ROWS", "KEYS", "num_warps", "num_stages")]
-        found.append((launch.kernel.__name__, Config(*tile)))
-        start(launch, *arguments)
-
-    monkeypatch.setattr(triton, "run", run)
-    return found
-
-
-def call(length: int = 70) -> torch.Tensor:
-    q = torch.ones(1, 1, length, 8)
-    o: torch.Tensor = metattn.attention(q, q, torch.full_like(q, 3.0), backend="triton")
-    return o
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, how: Callable[[Any, int], bool]) -> None:
@@ -410,148 +348,6 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert show() == ""
 
 
-# ---- files that are not used
-
-
-def damage(**changes: Any) -> Callable[[Path], None]:
-    def change(file: Path) -> None:
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return change
-
-
-def damage_winner(**changes: Any) -> Callable[[Path], None]:
-    def change(file: Path) -> None:
-        held = json.loads(file.read_text())
-        held["winners"][0] |= changes
-        file.write_text(json.dumps(held))
-
-    return change
-
-
-def as_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-TILE = {"rows": 32, "keys": 64, "warps": 1, "stages": 1}
-UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty": (lambda file: file.write_text(""), "it is not JSON"),
-    "cut-off": (lambda file: file.write_text(file.read_text()[:-20]), "it is not JSON"),
-    "binary": (lambda file: file.write_bytes(b"\xff\x00\x80"), "it is not JSON"),
-    "a-list": (lambda file: file.write_text("[]"), "expected a JSON object, got list"),
-    "deep": (lambda file: file.write_text("[" * 100_000), "it is not JSON"),
-    "a-folder": (as_folder, "Is a directory"),
-    "other-schema": (damage(schema=2), "it was made for schema 2, this is 1"),
-    "other-gpu": (damage(gpu="NVIDIA H100"), "it was made for gpu 'NVIDIA H100', this is 'interpreter'"),
-    "other-architecture": (damage(architecture="sm_90"), "it was made for architecture 'sm_90'"),
-    "other-triton": (damage(triton="3.0.0"), "it was made for triton '3.0.0'"),
-    "other-kernels": (damage(kernels="0" * 16), "it was made for kernels '0000000000000000'"),
-    "no-winners": (damage(winners=None), "it has no list of winners"),
-    "no-winner": (damage(winners=[3]), "a winner is not one: 3"),
-    "other-fields": (damage_winner(colour="red"), "a winner is not one: "),
-    "no-tile": (damage_winner(config=dict(TILE, rows=48)), "no kernel can have this tile: "),
-    "half-a-tile": (damage_winner(config={"rows": 32}), "a winner is not one: "),
-    "huge-tile": (damage_winner(config=dict(TILE, keys=512)), "no kernel can have this tile: "),
-    "no-integer": (damage_winner(config=dict(TILE, warps="4")), "no kernel can have this tile: "),
-    "other-width": (damage_winner(width=48), "no kernel can have this tile: "),
-}
-
-
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_unusable_files_are_ignored_with_one_warning(
-    name: str, file: Path, launched: list[tuple[str, Config]]
-) -> None:
-    change, reason = UNUSABLE[name]
-    best = Config(**TILE)
-    tuned.write(
-        file, HERE, [tuned.Winner("forward_rows", 32, 4, best, 1.0, SHIPPED, 2.0, 8, "float32", 256, True)]
-    )
-    call()
-    assert launched[-1] == ("forward_rows", best)
-    change(file)
-    tuned.table.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert torch.equal(call(), torch.full((1, 1, 70, 8), 3.0))
-    assert launched[-1] == ("forward_rows", SHIPPED)
-    (warning,) = (each for each in caught if "tuned tiles" in str(each.message))
-    assert warning.category is RuntimeWarning
-    assert str(file) in str(warning.message)
-    assert reason in str(warning.message)
-
-
-@pytest.mark.parametrize("value", ["", None])
-def test_the_default_place(value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if value is None:
-        monkeypatch.delenv("METATTN_TUNED")
-    else:
-        monkeypatch.setenv("METATTN_TUNED", value)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    gpu = tuned.Gpu("NVIDIA H100 80GB HBM3", "sm_90")
-    for cache in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", cache)
-        assert tuned.place(gpu) == tmp_path / ".cache/metattn/tuned-nvidia-h100-80gb-hbm3.json"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert tuned.place(gpu) == tmp_path / "cache/metattn/tuned-nvidia-h100-80gb-hbm3.json"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tuned.table(gpu).tiles == {}  # nobody has tuned, and nothing is said
-
-
-def test_turned_off(
-    monkeypatch: pytest.MonkeyPatch, few_rows_win: None, launched: list[tuple[str, Config]], tmp_path: Path
-) -> None:
-    monkeypatch.setenv("METATTN_TUNED", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    metattn.tune(**QUICK)
-    call()
-    assert launched[-1] == ("forward_rows", Config(**TILE))
-    monkeypatch.setenv("METATTN_TUNED", "0")
-    tuned.table.cache_clear()
-    call()
-    assert launched[-1] == ("forward_rows", SHIPPED)
-    with pytest.raises(ValueError, match="save: expected False or a path, for METATTN_TUNED is 0, got True"):
-        metattn.tune(**QUICK)
-    assert metattn.tune(**QUICK, path=tmp_path / "elsewhere.json").path == tmp_path / "elsewhere.json"
-    call()
-    assert launched[-1] == ("forward_rows", SHIPPED)
-
-
-def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned.write(file, HERE, [])
-    before = file.read_text()
-    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        tuned.write(file, HERE, [])
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    assert file.read_text() == before
-
-
-# ---- doctor
-
-
-def test_doctor_tells(few_rows_win: None, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def line() -> str:
-        tuned.table.cache_clear()
-        monkeypatch.setattr(doctor, "self_test", lambda name: 0.0)
-        text = doctor.text(doctor.examine())
-        return next(line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("  tiles "))
-
-    with pytest.warns(RuntimeWarning):
-        assert line() == f"shipped: there is no file {file}"
-    metattn.tune(**QUICK)
-    assert line() == f"1 tuned ones, from {file}"
-    file.write_text("{}")
-    with pytest.warns(RuntimeWarning):
-        assert line() == f"shipped: {file}: it was made for schema None, this is 1"
-    monkeypatch.setenv("METATTN_TUNED", "0")
-    assert line() == "shipped: METATTN_TUNED is 0"
-    monkeypatch.setitem(backends._reasons, "triton", "absent")
-    assert line() == "shipped: backend triton is unavailable"
-
-
 # ---- refusals
 
 
@@ -611,15 +407,3 @@ def test_importing_leaves_triton_and_rich_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True []"
-
-
-def test_a_later_process_uses_it(few_rows_win: None) -> None:
-    metattn.tune(**QUICK)
-    code = (
-        "import torch\nimport metattn\nfrom metattn.backends import triton\nstart = triton.run\n"
-        "def run(launch, *arguments):\n"
-        "    print(launch.constants['ROWS'], launch.constants['KEYS'])\n    start(launch, *arguments)\n"
-        "triton.run = run\nq = torch.ones(1, 1, 70, 8)\nmetattn.attention(q, q, q, backend='triton')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "32 64", done.stderr

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
-from metattn.meta import AttentionMetaLearner, Checkpointed, Implicit
+from metattn.meta import AttentionMetaLearner, Checkpointed, Implicit, Reverse
 
 TASKS, POINTS = 3, 5
+EXACT = [Reverse(), Checkpointed(), Checkpointed(2), Checkpointed(3)]
 LATER = [Checkpointed(), Checkpointed(2), Implicit(1.0)]  # where autograd does not record the loop
 Samples = tuple[Any, Any]
 Params = dict[str, Tensor]

@@ -29,7 +29,10 @@ from benchmarks.gpu.run import ROOT, benchmark, load, save, start_to, supervise,
 from metattn.measure import machine
 
 STAGES = ("tests", "sanitizer", "benchmark")
-TESTS = ("test_triton", "test_cuda", "test_faults", "test_precision")
+TESTS = (
+    *("test_triton", "test_cuda", "test_precision"),
+    *(f"test_faults_{theme}" for theme in ("masks", "layouts", "derivatives", "processes")),
+)
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 COMPILERS = 4  # processes that compile the benchmark's kernels while tests run
 CHECKS_SHARE = 0.4  # of the time, for tests, sanitizers and compiling together
