@@ -64,11 +64,20 @@ SLOW_IN_TRITON = (
 # The files that take longest begin, so that no worker is left with one of them when the others are done.
 FIRST = (
     "test_triton.py",
-    *(f"test_faults_{theme}.py" for theme in ("layouts", "masks", "derivatives", "processes")),
     "test_precision.py",
-    "test_tuning.py",
-    "test_tuned_files.py",
+    "test_compiled_programs.py",
+    "test_docs.py",
+    "test_compiled_steps.py",
     "test_packaging.py",
+    "test_meta_compile.py",
+    "test_doors.py",
+    "test_compile.py",
+    "test_faults_processes.py",
+    "test_faults_layouts.py",
+    "test_faults_masks.py",
+    "test_demo.py",
+    "test_transforms.py",
+    "test_tuning.py",
 )
 
 
