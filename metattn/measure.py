@@ -160,7 +160,7 @@ def in_fresh_process(module: str, request: Mapping[str, object]) -> dict[str, ob
     """Runs `python -m module` with `request` as JSON on its input; returns the JSON of its last line."""
     environment = dict(os.environ)
     # a plain checkout is importable from its folder alone
-    source = str(Path(__file__).resolve().parents[2])
+    source = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", module],
@@ -203,7 +203,7 @@ def _cpu_model() -> str:
 
 def commit() -> str | None:
     """The commit of the checkout imported from (marked -dirty with changes), None outside one."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:

@@ -75,6 +75,10 @@ def test_child_that_fails_is_told() -> None:
 
 def test_machine_names_what_a_figure_depends_on() -> None:
     about = json.loads(json.dumps(measure.machine()))
+    if (ROOT / ".git").exists():
+        described = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        head = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+        assert about["commit"].removesuffix("-dirty") == head
     assert about["threads"] == torch.get_num_threads()
     assert about["versions"]["torch"] == torch.__version__
     assert about["cpu"]
