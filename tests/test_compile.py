@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import metattn
-from metattn import autodiff
 from metattn.backends import available_backends, operators
 from metattn.layout import MAPS, Layout
 from metattn.nn import AttentionPooling, MultiheadAttention, replace_attention
@@ -480,5 +479,5 @@ class TestOperators:
 def test_compiling_warns_of_nothing(backend: str) -> None:
     call = make_call(dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", autodiff.HigherOrderWarning)
+        warnings.simplefilter("error", metattn.HigherOrderWarning)
         gradients(torch.compile(call.function(backend), fullgraph=True, backend="aot_eager"), call)
