@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.aot import MMA, tool
+from benchmarks.machine_code import MMA, tool
 from metattn.bench.files import json_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ struct CommonKeys {
   Compute<A>* lacking = nullptr;
   static CommonKeys take(Arena&, bool /*wanted*/, const View&, int64_t /*width*/) { return {}; }
   void begin(const Params&, const View&, const Tile&, const bool* /*dead*/, Compute<A>* /*row*/) {}
-  void finish(int64_t /*rows*/, const Compute<A>* /*known*/, Compute<A>* /*sums*/) const {}
+  void finish(int64_t /*rows*/, const Compute<A>* /*known*/, bool /*adds*/, Compute<A>* /*sums*/) const {}
 };
 
 // Keys share what no derivative of scores depends on: their weights sum to what is known (GradientSweep), but not once they
@@ -62,9 +62,10 @@ struct CommonKeys<A, true> {
   void divide(T* total, int64_t count) const {
     for (int64_t c = 0; c < wide; c += kLanes<T>) store(total + c, finite_or_0<T>(load(total + c) / static_cast<T>(count)));
   }
-  void finish(int64_t rows, const T* known, T* sums) const {
+  // known [rows]: null, or added where `adds`; a row whose known sum is none (NaN) gets nothing in any span of keys.
+  void finish(int64_t rows, const T* known, bool adds, T* sums) const {
     for (int64_t r = 0; means != nullptr && r < rows; ++r) {
-      const T weight = lacking[r] + (known != nullptr ? known[r] : 0);
+      const T weight = lacking[r] + (known != nullptr && (adds || !is_finite(known[r])) ? known[r] : 0);
       const T* mean = shared ? means : means + r * wide;
       for (int64_t c = 0; is_finite(weight) && c < wide; c += kLanes<T>)
         store(sums + r * wide + c, load(sums + r * wide + c) + weight * load(mean + c));

@@ -322,8 +322,8 @@ struct KeySweepResults {
     if (!visited) memset(grad_q, 0, sizeof(T) * tile.rows * wide_d);
     sums.finish_over_keys(grad_q, tile.rows, p.d);
     if (visited) {
-      common_k.finish(tile.rows, adds ? known_k : nullptr, grad_q);
-      common_b.finish(tile.rows, adds ? known_b : nullptr, grad_q);
+      common_k.finish(tile.rows, known_k, adds, grad_q);
+      common_b.finish(tile.rows, known_b, adds, grad_q);
     }
     const int64_t at = tile.s.q0 + tile.row0;
     if (p.grad_q_parts == nullptr) {
