@@ -73,7 +73,7 @@ concept CompletesKeys = requires(CommonKeys<A> common, const CommonKeys<A>& know
   common.begin(p, view, tile, dead, row);  // row: scratch
   { common.lacking } -> std::convertible_to<T*>;
   // (rows, known, sums): sums [kRows][padded(width)] += what is lacking; known [kRows]: what a row's weights sum to, or null
-  known.finish(n, row, row);
+  known.finish(n, row, wanted, row);
 };
 
 template <class A>
