@@ -244,6 +244,24 @@ class TestFarKeys:
         ours, baseline = derivatives(call, call.function(backend)), derivatives(call, call.math)
         check_errors(ours, baseline, derivatives(wide, wide.math), dtype)
 
+    @pytest.mark.parametrize(("n", "m"), [(64, 512), (40, 1100)])
+    def test_a_sum_left_unknown_is_unknown_to_every_block_of_keys(self, n: int, m: int, backend: str) -> None:
+        """With nearly all weight on the sink and a cotangent of lse; keys come by chunks and spans."""
+        call = make_call(("sinks",), Shape(batch=1, heads=2, n=n, m=m, d=16, dv=16), torch.bfloat16)
+        call.inputs["sinks"] += 16.0
+
+        def derivatives(call: Call, function: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+            leaves = {name: x.clone().requires_grad_(name != "sinks") for name, x in call.inputs.items()}
+            wanted = [leaves[name] for name in "qkv"]
+            o, lse = function(*leaves.values())
+            first = torch.autograd.grad((o.double().sum(), lse.double().sum()), wanted, create_graph=True)
+            second = torch.autograd.grad(sum(x.double().square().sum() for x in first), wanted[:2])
+            return dict(zip(("dq", "dk", "dv", "d2q", "d2k"), (*first, *second), strict=True))
+
+        wide = call.to(torch.float64)
+        ours, baseline = derivatives(call, call.function(backend)), derivatives(call, call.math)
+        check_errors(ours, baseline, derivatives(wide, wide.math), torch.bfloat16)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_slopes_of_many_keys(self, dtype: torch.dtype, backend: str) -> None:
         """An error of D is weighed by distances. More rows and keys than all weights are in two parts for."""
